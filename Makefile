@@ -1,0 +1,44 @@
+# make demo   tune a real model on this machine's CPU, show before and after (about two minutes)
+# make test   everything that needs no GPU: ruff, mypy, tests
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off
+DEMO := build/demo
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	model=$$($(BIN)/python -c "import onnx, pathlib; print(next(pathlib.Path(onnx.__file__).parent.rglob('light_squeezenet.onnx')))")
+	$(BIN)/tune "$$model" --time 60s --db $(DEMO)/tuning_logs -o $(DEMO)/squeezenet.tuned
+	$(BIN)/tune run $(DEMO)/squeezenet.tuned
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/null tests/tvm --durations=15
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+# The first Python from 3.11 to 3.13 that can make an environment.
+$(VENV)/bin/python:
+	for python in python3 python3.13 python3.12 python3.11; do
+	    if "$$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+	        exec "$$python" -m venv $(VENV)
+	    fi
+	done
+	echo "error: no Python 3.11 to 3.13 with venv found: install one (Debian: apt-get install python3-venv)" >&2
+	exit 3

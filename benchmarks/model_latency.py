@@ -1,0 +1,243 @@
+"""Latency of whole models on this machine's cores: plain, untuned, tuned, ONNX Runtime.
+
+    python benchmarks/model_latency.py                               # a few minutes, tunes nothing
+    python benchmarks/model_latency.py --tune --trials 512           # tunes each model first
+    python benchmarks/model_latency.py --tuned resnet50=r50.tuned    # takes a library that is there
+
+plain      TVM's build without any schedule
+untuned    ours with the default schedules, nothing searched
+tuned      a library of ours, from --tuned or --tune
+ort        ONNX Runtime with as many threads, on the same folded graph
+
+The four take turns, in blocks of a fraction of a second with a pause between, because the waiting
+threads of one would take cores from the next. Weights are seeded, inputs random. Each result is
+compared with ONNX Runtime's. The figures go to benchmarks/results/model-latency.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "benchmarks" / "results" / "model-latency.json"
+SLIM = ROOT.parent / "shared" / "models" / "version-slim-320.onnx"
+PAUSE_S = 0.15
+Timer = Callable[[float], list[float]]  # seconds to run for -> seconds of each run
+
+
+def main() -> None:
+    """Measure every model that is asked for, print a table, write the results file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="squeezenet,resnet50,slim-320")
+    parser.add_argument("--slim", type=Path, default=SLIM, help="path of version-slim-320.onnx")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each turn")
+    parser.add_argument("--tuned", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--tune", action="store_true", help="tune the models without --tuned first")
+    parser.add_argument("--trials", type=int, default=512)
+    parser.add_argument("--db", type=Path, help="record store for --tune [default: a fresh one]")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    folders = {name: Path(folder) for name, _, folder in (t.partition("=") for t in args.tuned)}
+    rows = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in args.models.split(","):
+            path = model_file(name, args.slim, Path(scratch))
+            if path is None:
+                print(f"{name}: left out, {args.slim} is missing (give --slim)")
+                continue
+            if args.tune and name not in folders:
+                folders[name] = tuned(path, name, args, Path(scratch))
+            rows[name] = measure(name, path, folders.get(name), args, Path(scratch))
+            print(line(name, rows[name]), flush=True)
+    result = {"machine": machine(args.threads), "models": rows}
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {args.results}")
+
+
+def model_file(name: str, slim: Path, scratch: Path) -> Path | None:
+    """The ONNX file of a model; the light ones get seeded weights."""
+    import onnx
+
+    from benchmarks.light_models import seeded
+
+    if name == "slim-320":
+        return slim if slim.is_file() else None
+    path = scratch / f"{name}.onnx"
+    onnx.save(seeded(name, seed=0), path)
+    return path
+
+
+def tuned(path: Path, name: str, args: argparse.Namespace, scratch: Path) -> Path:
+    """Tune a model for all cores that are measured."""
+    from gpu_aware_tune import tune
+
+    percent = max(1, round(100 * args.threads / len(os.sched_getaffinity(0))))
+    db = args.db or scratch / "records"
+    folder = scratch / f"{name}.tuned"
+    tune(path, target="llvm", gpu_pct=percent, trials=args.trials, output=folder, db=db)
+    return folder
+
+
+def measure(
+    name: str, path: Path, folder: Path | None, args: argparse.Namespace, scratch: Path
+) -> dict[str, Any]:
+    """Milliseconds of one inference for each contestant, ratios, and errors."""
+    import tvm
+
+    from gpu_aware_tune.library import open_vm, save_weights
+    from gpu_aware_tune.library.program import use_threads
+    from gpu_aware_tune.model import load_model, random_inputs
+    from gpu_aware_tune.verify import difference
+
+    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
+    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": args.threads})
+    use_threads(args.threads)
+    model = load_model(path, target)
+    inputs = random_inputs(model.inputs, seed=0)
+    weights = scratch / f"{name}.weights"
+    save_weights(model.weights, weights)
+    timers: dict[str, Timer] = {}
+    outputs: dict[str, list[np.ndarray]] = {}
+    for kind in ("plain", "untuned"):
+        shared = compiled(model, target, kind, scratch / f"{name}-{kind}.so")
+        program = open_vm(shared, weights)
+        outputs[kind] = program(program.place(list(inputs.values())))
+        timers[kind] = program.timer(inputs)
+    if folder is not None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        library = next(e for e in manifest["libraries"] if e["units"] == args.threads)
+        program = open_vm(folder / library["file"], folder / "weights.bin")
+        outputs["tuned"] = program(program.place(list(inputs.values())))
+        timers["tuned"] = program.timer(inputs)
+    timers["ort"], reference = onnxruntime_timer(model, inputs, args.threads)
+    samples = take_turns(timers, args.rounds, args.seconds)
+    medians = {kind: statistics.median(values) * 1e3 for kind, values in samples.items()}
+    return {
+        "ms": {kind: summary(values) for kind, values in samples.items()},
+        "ratios": ratios(medians),
+        "errors": {
+            kind: max(difference(g, w) for g, w in zip(got, reference, strict=True))
+            for kind, got in outputs.items()
+        },
+    }
+
+
+def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
+    """Compile a model without schedules or with the default ones."""
+    from gpu_aware_tune.compile import compile_model
+    from gpu_aware_tune.schedules import default_schedule
+    from gpu_aware_tune.tasks import extract
+    from gpu_aware_tune.traces import trace_to_json
+
+    traces = {}
+    if kind == "untuned":
+        for task in extract(model, target):
+            schedule = default_schedule(task.module, target)
+            if schedule is not None:
+                traces[task.hash] = trace_to_json(schedule.trace)
+    compile_model(model, target, traces).export_library(str(path))
+    return path
+
+
+def onnxruntime_timer(
+    model: Any, inputs: dict[str, np.ndarray], threads: int
+) -> tuple[Timer, list[np.ndarray]]:
+    """ONNX Runtime as a contestant, and its outputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model.prepared, options, providers=["CPUExecutionProvider"]
+    )
+    names = [spec.name for spec in model.outputs]
+
+    def sample(seconds: float) -> list[float]:
+        samples: list[float] = []
+        end = time.perf_counter() + seconds
+        while not samples or time.perf_counter() < end:
+            start = time.perf_counter()
+            session.run(names, inputs)
+            samples.append(time.perf_counter() - start)
+        return samples
+
+    return sample, session.run(names, inputs)
+
+
+def take_turns(timers: dict[str, Timer], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Let the contestants run in turn; the first run of each turn, after a pause, does not count."""
+    samples: dict[str, list[float]] = {kind: [] for kind in timers}
+    for _ in range(rounds):
+        for kind, timer in timers.items():
+            time.sleep(PAUSE_S)
+            found = timer(seconds)
+            samples[kind].extend(found[1:] or found)
+    return samples
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median with spread, in milliseconds."""
+    ms = np.asarray(seconds) * 1e3
+    p10, median, p90 = (float(value) for value in np.percentile(ms, (10, 50, 90)))
+    return {"median": median, "p10": p10, "p90": p90, "min": float(ms.min()), "runs": len(ms)}
+
+
+def ratios(medians: dict[str, float]) -> dict[str, float]:
+    """How many times as fast one is as another, by medians."""
+    pairs = [("plain", "untuned"), ("untuned", "tuned"), ("untuned", "ort"), ("tuned", "ort")]
+    return {
+        f"{slow}/{fast}": medians[slow] / medians[fast]
+        for slow, fast in pairs
+        if slow in medians and fast in medians
+    }
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    import onnxruntime
+    import tvm
+
+    return {
+        "cpu": str(tvm.target.codegen.llvm_get_system_cpu()),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "tvm": tvm.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """One model's figures as text."""
+    times = ", ".join(
+        f"{kind} {ms['median']:.2f} ms ({ms['p10']:.2f} to {ms['p90']:.2f})"
+        for kind, ms in row["ms"].items()
+    )
+    factors = ", ".join(f"{pair} {value:.2f}" for pair, value in row["ratios"].items())
+    errors = ", ".join(f"{kind} {value:.0e}" for kind, value in row["errors"].items())
+    return f"{name}: {times}\n    {factors}; errors {errors}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Our tuner against TVM's own `tune_tasks`, side by side, on the same tasks.
+
+    python benchmarks/vs_metaschedule.py --quick      # under ten minutes
+    python benchmarks/vs_metaschedule.py              # hours; run it again to resume
+
+Both sides get the same model, target, tasks, trials per task and trials per iteration. TVM runs
+with its own defaults: LocalBuilder, LocalRunner, XGBModel, population 512. Each run is a process of
+its own, the sides take turns, and a finished run is kept in the results file, so that a second call
+goes on. Import times are shown apart. At the end every kernel that was the best of its task at some
+moment is measured again by one and the same exclusive timer; the latencies over time come from
+these numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.light_models import seeded  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "vs-metaschedule.json"
+
+
+def main() -> None:
+    """Run what is missing from the results file, then print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--models", default="squeezenet,resnet50")
+    parser.add_argument("--tasks", type=int, default=8, help="heaviest tasks of each model")
+    parser.add_argument("--trials", type=int, default=64, help="trials per task")
+    parser.add_argument("--per-iter", default="16,64", help="candidates an iteration")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--quick", action="store_true", help="squeezenet, 4 tasks, 32 trials, 16 an iteration"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(run_one(**json.loads(args.one))))
+        return
+    if args.quick:
+        args.models, args.tasks, args.trials, args.per_iter, args.repeats = (
+            "squeezenet",
+            4,
+            32,
+            "16",
+            1,
+        )
+    cells = [
+        {"side": side, "model": model, "tasks": args.tasks, "trials": args.trials,
+         "per_iter": per_iter, "repeat": repeat}
+        for repeat in range(args.repeats)
+        for model in args.models.split(",")
+        for per_iter in map(int, args.per_iter.split(","))
+        for side in ("stock", "ours")
+    ]  # fmt: skip
+    known = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
+    for cell in cells:
+        if not any(run["cell"] == cell for run in known):
+            known.append(measured(cell))
+            save(args.results, known)
+    show([run for run in known if run["cell"] in cells])
+
+
+def measured(cell: dict[str, Any]) -> dict[str, Any]:
+    """Run one cell in a process of its own."""
+    print(f"running {cell} ...", flush=True)
+    command = [sys.executable, __file__, "--one", json.dumps(cell)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith("RESULT "):
+            return {"cell": cell, **json.loads(line[7:])}
+    raise SystemExit(f"{cell} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def run_one(
+    side: str, model: str, tasks: int, trials: int, per_iter: int, repeat: int
+) -> dict[str, Any]:
+    """Tune once with one side, then measure its best kernels again."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vs-metaschedule-") as folder:
+        path = Path(folder) / f"{model}.onnx"
+        path.write_bytes(seeded(model, 0).SerializeToString())
+        tune = run_stock if side == "stock" else run_ours
+        result = tune(path, tasks, trials, per_iter, repeat, started)
+    return result
+
+
+def opened(path: Path, tasks: int, trials: int, per_iter: int, repeat: int) -> Any:
+    """A run of ours up to the list of tasks, cut to the heaviest ones."""
+    from gpu_aware_tune.run import Run
+    from gpu_aware_tune.settings import Settings
+
+    settings = Settings(
+        target="llvm", trials=tasks * trials, max_trials_per_task=trials, trials_per_iteration=per_iter,
+        patience=0, seed=repeat, db=path.parent / "records", resume=False,
+    )  # fmt: skip
+    run = Run(path, settings)
+    run.__enter__()
+    list(run.open_device())
+    run.load_model()
+    run.extract_tasks()
+    run.tasks = run.tasks[:tasks]
+    return run
+
+
+def run_ours(
+    path: Path, tasks: int, trials: int, per_iter: int, repeat: int, started: float
+) -> dict[str, Any]:
+    """Our search; the untuned schedules that it measures first are part of its time."""
+    from gpu_aware_tune.events import Trial
+
+    run = opened(path, tasks, trials, per_iter, repeat)
+    units = run._units[0]
+    run.open_records()
+    import_s = time.monotonic() - started
+    begun, begun_at = time.monotonic(), time.time()
+    list(run.start_workers())
+    count, failed = 0, 0
+    for stage in (run.search.baseline(run.default_traces()), run.search.trials()):
+        for event in stage:
+            if isinstance(event, Trial) and event.origin == "search":
+                count += 1
+                failed += event.failure is not None
+    elapsed = time.monotonic() - begun
+    cores = run._core_seconds(elapsed)
+    history = []
+    for task in run.tasks:
+        for record in run.store.all(run._keys()[task.hash, units]):
+            if record.seconds is not None:
+                at = record.created - begun_at
+                history.append((at, task.hash, record.seconds, record.trace, record.origin))
+    kernels = retimed(run, history)
+    run.__exit__(None)
+    return {"import_s": import_s, "elapsed_s": elapsed, "trials": count, "failed": failed,
+            "core_seconds": cores, **kernels}  # fmt: skip
+
+
+def run_stock(
+    path: Path, tasks: int, trials: int, per_iter: int, repeat: int, started: float
+) -> dict[str, Any]:
+    """TVM's tuner with its defaults; a callback notes when each result came in."""
+    from tvm.ir.utils import derived_object
+    from tvm.s_tir import meta_schedule as ms
+    from tvm.s_tir.meta_schedule.measure_callback import PyMeasureCallback
+
+    from gpu_aware_tune.traces import trace_to_json
+
+    run = opened(path, tasks, trials, per_iter, repeat)
+    rng = ms.utils.fork_seed(repeat + 1, n=len(run.tasks))
+    contexts = [
+        ms.TuneContext(
+            mod=task.module, target=run._tvm_target(), space_generator="post-order-apply",
+            search_strategy="evolutionary", task_name=task.name, rand_state=seed,
+        ).clone()
+        for task, seed in zip(run.tasks, rng, strict=True)
+    ]  # fmt: skip
+    history: list[tuple[float, str, float, str, str]] = []
+    failed = 0
+
+    @derived_object
+    class Clock(PyMeasureCallback):  # type: ignore[misc]
+        def apply(self, task_scheduler: Any, task_id: int, measure_candidates: Any,
+                  builder_results: Any, runner_results: Any) -> None:  # fmt: skip
+            nonlocal failed
+            now = time.monotonic() - begun
+            for candidate, result in zip(measure_candidates, runner_results, strict=True):
+                if result.run_secs is None:
+                    failed += 1
+                    continue
+                seconds = statistics.fmean(float(value) for value in result.run_secs)
+                trace = trace_to_json(candidate.sch.trace)
+                history.append((now, run.tasks[task_id].hash, seconds, trace, "search"))
+
+    import_s = time.monotonic() - started
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vs-metaschedule-") as folder:
+        ms.tune.tune_tasks(
+            tasks=contexts, task_weights=[float(task.weight) for task in run.tasks], work_dir=folder,
+            max_trials_global=tasks * trials, max_trials_per_task=trials, num_trials_per_iter=per_iter,
+            measure_callbacks=[Clock(), *ms.measure_callback.MeasureCallback.create("default")],
+        )  # fmt: skip
+    elapsed = time.monotonic() - begun
+    run.open_records()
+    list(run.start_workers())
+    kernels = retimed(run, history)
+    run.__exit__(None)
+    return {
+        "import_s": import_s,
+        "elapsed_s": elapsed,
+        "trials": len(history) + failed,
+        "failed": failed,
+        **kernels,
+    }
+
+
+def retimed(run: Any, history: list[tuple[float, str, float, str, str]]) -> dict[str, Any]:
+    """Measure every kernel that was once its task's best again; gives the latency over time."""
+    from gpu_aware_tune.candidates import Candidate
+    from gpu_aware_tune.measure import RETIME
+
+    steps: list[tuple[float, str, str, str]] = []
+    best: dict[str, float] = {}
+    for at, task, seconds, trace, origin in sorted(history):
+        if seconds < best.get(task, float("inf")):
+            best[task] = seconds
+            steps.append((at, task, trace, origin))
+    units = run._units[0]
+    again: dict[tuple[str, str], float] = {}
+    wanted = [Candidate(task, trace, "default") for _, task, trace, _ in steps]
+    for outcome in run._pipeline.run(wanted, effort=RETIME):
+        seconds = outcome.measurements[units].seconds
+        if seconds is not None:
+            again[outcome.candidate.task, outcome.candidate.trace] = seconds
+    weights = {task.hash: task.weight for task in run.tasks}
+    current: dict[str, float] = {}
+    curve: list[tuple[float, float]] = []
+    origins: dict[str, str] = {}
+    for at, task, trace, origin in steps:
+        seconds = again.get((task, trace), float("inf"))
+        if seconds < current.get(task, float("inf")):
+            current[task], origins[task] = seconds, origin
+        if len(current) == len(weights):
+            curve.append((at, sum(weights[name] * value for name, value in current.items())))
+    names = {task.hash: task.name for task in run.tasks}
+    return {
+        "latency_s": curve[-1][1] if curve else None,
+        "curve": curve,
+        "kernels": {
+            names[task]: {"seconds": seconds, "weight": weights[task], "origin": origins[task]}
+            for task, seconds in current.items()
+        },
+    }
+
+
+def save(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Write all runs so far."""
+    from gpu_aware_tune.partition import find_device
+
+    device, _ = find_device("llvm", 0, None)
+    import tvm
+
+    about = {"device": device.key, "cores": device.units_total, "tvm": tvm.__version__,
+             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    """Print the comparison, a row for each model and iteration size."""
+    groups: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        cell = run["cell"]
+        pairs = groups.setdefault((cell["model"], cell["per_iter"]), {})
+        pairs.setdefault(cell["repeat"], {})[cell["side"]] = run
+    print(
+        "\nmodel       iter stock/min ours/min  ratio (spread)    stock's end reached in  latency"
+    )
+    for (model, per_iter), pairs in groups.items():
+        both = [pair for pair in pairs.values() if len(pair) == 2]
+        if both:
+            row(model, per_iter, both)
+            for pair in both:
+                details(pair)
+
+
+def row(model: str, per_iter: int, both: list[dict[str, Any]]) -> None:
+    """One line of the table."""
+    rates = [{side: per_minute(pair[side]) for side in ("stock", "ours")} for pair in both]
+    ratios = [rate["ours"] / rate["stock"] for rate in rates]
+    quality = [pair["ours"]["latency_s"] / pair["stock"]["latency_s"] for pair in both]
+    sooner = ", ".join(f"1/{text(time_to_reach(pair))}" for pair in both)
+    print(
+        f"{model:11} {per_iter:4} {statistics.median(rate['stock'] for rate in rates):9.1f}"
+        f" {statistics.median(rate['ours'] for rate in rates):8.1f}"
+        f"  {statistics.median(ratios):5.1f}x ({min(ratios):.1f}-{max(ratios):.1f})  {sooner:>22}"
+        f"  {statistics.median(quality):.2f} ({min(quality):.2f}-{max(quality):.2f})"
+    )
+
+
+def per_minute(run: dict[str, Any]) -> float:
+    """Trials per minute of one run."""
+    return float(60 * run["trials"] / run["elapsed_s"])
+
+
+def details(pair: dict[str, Any]) -> None:
+    """Where our cores' time went, failures and import times of one pair of runs."""
+    cores = dict(pair["ours"]["core_seconds"])
+    total = cores.pop("total")
+    busy = total - cores["idle"]
+    parts = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in cores.items())
+    print(f"            ours: {parts}; {100 * total / busy - 100:.0f} % above the floor")
+    for side in ("stock", "ours"):
+        run = pair[side]
+        print(
+            f"            {side}: {run['elapsed_s']:.0f} s, {run['failed']} failed,"
+            f" import {run['import_s']:.1f} s, latency {1e3 * run['latency_s']:.2f} ms"
+        )
+
+
+def time_to_reach(pair: dict[str, Any]) -> float | None:
+    """How many times sooner ours reached what stock ended with; None when it never did."""
+    goal = pair["stock"]["latency_s"]
+    for at, latency in pair["ours"]["curve"]:
+        if latency <= goal:
+            return pair["stock"]["elapsed_s"] / max(at, 0.1)
+    return None
+
+
+def text(value: float | None) -> str:
+    """One decimal, or "never"."""
+    return "never" if value is None else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    main()

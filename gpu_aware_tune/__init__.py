@@ -1,0 +1,59 @@
+"""Tune a neural network for the share of the device it will really get.
+
+Names are loaded on first use: `import gpu_aware_tune` imports neither TVM nor Ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpu_aware_tune.errors import SetupError, TuneError, UserError
+    from gpu_aware_tune.library import Library, load
+    from gpu_aware_tune.settings import DEFAULT, FULL, QUICK, Settings, make_settings
+    from gpu_aware_tune.tuning import tune, tune_events
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DEFAULT": "settings",
+    "FULL": "settings",
+    "QUICK": "settings",
+    "Library": "library",
+    "Settings": "settings",
+    "SetupError": "errors",
+    "TuneError": "errors",
+    "UserError": "errors",
+    "load": "library",
+    "make_settings": "settings",
+    "tune": "tuning",
+    "tune_events": "tuning",
+}
+
+__all__ = [
+    "DEFAULT",
+    "FULL",
+    "QUICK",
+    "Library",
+    "Settings",
+    "SetupError",
+    "TuneError",
+    "UserError",
+    "load",
+    "make_settings",
+    "tune",
+    "tune_events",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,384 @@
+"""`tune records`: look into the record store, move records to TVM's files and back, prune."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.records import Counts, Record, Store
+from gpu_aware_tune.settings import TARGETS
+
+PLAIN_WIDTH = 160  # of a table that does not go to a terminal
+KEY_FIELDS = ("task", "name", "device", "units", "target", "tvm")
+COUNT_FIELDS = (*KEY_FIELDS, "trials", "failures", "wrong", "best_s", "default_s", "gain")
+TRIAL_FIELDS = (
+    *KEY_FIELDS, "origin", "seconds", "retimed_s", "spread", "repeats", "failure", "failure_text",
+    "partition", "flags", "wrong", "run", "created",
+)  # fmt: skip
+BEST_FIELDS = (
+    *KEY_FIELDS, "place", "best_s", "default_s", "gain", "origin", "retimed", "partition",
+    "created", "trace",
+)  # fmt: skip
+
+Row = Mapping[str, Any]
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+DIRECTORY = click.Path(path_type=Path)
+
+
+def db_option(command: Command) -> Command:
+    """Add --db to a command."""
+    return click.option(
+        "--db",
+        type=DIRECTORY,
+        default="tuning_logs",
+        show_default=True,
+        metavar="FOLDER",
+        help="The record store's folder.",
+    )(command)
+
+
+def choice_options(command: Command) -> Command:
+    """Add what chooses among the keys of a store, and the form of the answer."""
+    for option in (
+        click.option(
+            "--csv", "csv_file", metavar="FILE|-", help="Write CSV; - is standard output."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print a JSON list."),
+        click.option(
+            "--units", type=click.IntRange(1), help="Only this many units (SMs or cores)."
+        ),
+        click.option("--device", help="Only devices whose name contains this."),
+        click.option("--task", help="Only tasks whose name contains this or whose hash begins so."),
+        db_option,
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings=CONTEXT)
+def records() -> None:
+    """List, export, import and prune measurements."""
+
+
+@records.command("list", context_settings=CONTEXT)
+@click.option("--trials", is_flag=True, help="One row a trial instead of one row a task.")
+@choice_options
+def list_command(
+    db: Path,
+    task: str | None,
+    device: str | None,
+    units: int | None,
+    as_json: bool,
+    csv_file: str | None,
+    trials: bool,
+) -> None:
+    """Show what the store holds: tasks, devices, best kernels, trials, failures."""
+    with Store(db, readonly=True) as store:
+        chosen = choose(store.counts(), task, device, units)
+        if trials:
+            rows: list[Row] = [
+                trial_row(counts, record) for counts in chosen for record in store.all(counts.key)
+            ]
+        else:
+            rows = [key_row(counts) for counts in chosen]
+    fields = TRIAL_FIELDS if trials else COUNT_FIELDS
+    show(rows, fields, as_json, csv_file, hidden=("failure_text", "tvm", "target", "run"))
+
+
+@records.command("best", context_settings=CONTEXT)
+@click.option("-k", "count", type=click.IntRange(1), default=1, help="So many per task.")
+@choice_options
+def best_command(
+    db: Path,
+    task: str | None,
+    device: str | None,
+    units: int | None,
+    as_json: bool,
+    csv_file: str | None,
+    count: int,
+) -> None:
+    """Show the best kernel of each task; JSON and CSV include its trace."""
+    with Store(db, readonly=True) as store:
+        rows = [
+            best_row(counts, place, record)
+            for counts in choose(store.counts(), task, device, units)
+            for place, record in enumerate(store.best(counts.key, count), start=1)
+        ]
+    show(rows, BEST_FIELDS, as_json, csv_file, hidden=("trace", "tvm", "target"))
+
+
+@records.command("export", context_settings=CONTEXT)
+@click.argument("folder", metavar="DIR", type=DIRECTORY)
+@click.option("--device", help="The device whose records to export, where there are several.")
+@click.option("--units", type=click.IntRange(1), help="Likewise, the number of units.")
+@click.option("--tvm", "tvm_version", metavar="VERSION", help="Likewise, the version of TVM.")
+@click.option("--force", is_flag=True, help="Replace files that are in DIR.")
+@db_option
+def export_command(
+    folder: Path,
+    device: str | None,
+    units: int | None,
+    tvm_version: str | None,
+    force: bool,
+    db: Path,
+) -> None:
+    """Write usable records as TVM's JSON database, of one device and number of units.
+
+    Load it with tvm.s_tir.meta_schedule.database.JSONDatabase(work_dir="DIR").
+    """
+    with Store(db, readonly=True) as store:
+        from gpu_aware_tune.database import export_tvm
+
+        moved = export_tvm(store, folder, device, units, tvm_version, overwrite=force)
+    text = f"{moved.records} records of {moved.tasks} tasks -> {folder}"
+    if moved.skipped:
+        text += f"; {moved.skipped} tasks left out, their modules are not in the store"
+    click.echo(text)
+
+
+@records.command("import", context_settings=CONTEXT)
+@click.argument("folder", metavar="DIR", type=DIRECTORY)
+@click.option("--device", help="What they were measured on; this machine's device by default.")
+@click.option("--units", type=click.IntRange(1), help="On how many units; all by default.")
+@click.option("--target", type=click.Choice(TARGETS), default="auto", help="This machine's device.")
+@click.option("--tvm", "tvm_version", metavar="VERSION", help="With which TVM, if not the writer.")
+@db_option
+def import_command(
+    folder: Path,
+    device: str | None,
+    units: int | None,
+    target: str,
+    tvm_version: str | None,
+    db: Path,
+) -> None:
+    """Add the records of TVM's JSON database in DIR; what is known already stays as it is.
+
+    TVM's files do not say what they were measured on, so give --device and --units where that was
+    not this machine and all of it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give one with TVM's JSON database")
+    if device is None or units is None:
+        from gpu_aware_tune.partition import find_device
+
+        here, note = find_device(target, 0, None)
+        if device is None and note:
+            click.echo(note, err=True)
+        if device not in (None, here.key):
+            raise UserError(f"--device {device} is not this machine's {here.key}; give --units too")
+        device, units = here.key, units or here.units_total
+    from gpu_aware_tune.database import import_tvm
+
+    with Store(db) as store:
+        moved = import_tvm(store, folder, device, units, tvm_version)
+    text = f"{moved.records} records and {moved.failures} failures of {moved.tasks} tasks"
+    text += f", taken as measured on {device} with {units} units -> {db}"
+    if moved.skipped:
+        text += f"; {moved.skipped} lines left out, their trace or target cannot be read"
+    click.echo(text)
+
+
+@records.command("prune", context_settings=CONTEXT)
+@click.option("--keep", type=click.IntRange(0), help="Keep the best N of each task and share.")
+@click.option("--failures", is_flag=True, help="Remove failures; they may then be tried again.")
+@click.option("--older-than", type=click.FloatRange(0), metavar="DAYS", help="Only such failures.")
+@click.option("--wrong", is_flag=True, help="Remove kernels found to compute wrong numbers.")
+@click.option("--dry-run", is_flag=True, help="Only say how many records would go.")
+@db_option
+def prune_command(
+    keep: int | None,
+    failures: bool,
+    older_than: float | None,
+    wrong: bool,
+    dry_run: bool,
+    db: Path,
+) -> None:
+    """Remove records and give their room back; untuned baselines always stay."""
+    if older_than is not None and not failures:
+        raise UserError("--older-than chooses among failures; give --failures too")
+    if keep is None and not failures and not wrong:
+        raise UserError("nothing to prune; give --keep N, --failures or --wrong")
+    oldest_s = (older_than or 0.0) * 86400 if failures else None
+    # A writer would create what is missing; opened for reading first, the store says so instead.
+    with Store(db, readonly=True) as store:
+        total = sum(counts.trials for counts in store.counts())
+        removed = store.prune(keep, oldest_s, wrong, dry_run=True)
+    if not dry_run:
+        with Store(db) as store:
+            removed = store.prune(keep, oldest_s, wrong)
+    verb = "would be removed" if dry_run else "removed"
+    click.echo(f"{removed} of {total} records {verb}")
+
+
+def choose(
+    found: Sequence[Counts], task: str | None, device: str | None, units: int | None
+) -> list[Counts]:
+    """Return the keys that the command line asks for."""
+    return [
+        counts
+        for counts in found
+        if (task is None or task in counts.name or counts.key.task.startswith(task))
+        and (device is None or device.lower() in counts.key.device.lower())
+        and units in (None, counts.key.units)
+    ]
+
+
+def key_row(counts: Counts) -> Row:
+    """Return what `list` says about a key."""
+    return {
+        **_key(counts),
+        "trials": counts.trials,
+        "failures": counts.failures,
+        "wrong": counts.wrong,
+        "best_s": counts.best_s,
+        "default_s": counts.default_s,
+        "gain": _gain(counts.default_s, counts.best_s),
+    }
+
+
+def trial_row(counts: Counts, record: Record) -> Row:
+    """Return what `list --trials` says about a record."""
+    return {
+        **_key(counts),
+        "origin": record.origin,
+        "seconds": record.seconds,
+        "retimed_s": record.retimed,
+        "spread": record.spread,
+        "repeats": record.repeats,
+        "failure": record.failure,
+        "failure_text": record.failure_text,
+        "partition": record.partition,
+        "flags": record.flags,
+        "wrong": record.wrong,
+        "run": record.run_id,
+        "created": _date(record.created),
+    }
+
+
+def best_row(counts: Counts, place: int, record: Record) -> Row:
+    """Return what `best` says about a record."""
+    return {
+        **_key(counts),
+        "place": place,
+        "best_s": record.best_s,
+        "default_s": counts.default_s,
+        "gain": _gain(counts.default_s, record.best_s),
+        "origin": record.origin,
+        "retimed": record.retimed is not None,
+        "partition": record.partition,
+        "created": _date(record.created),
+        "trace": record.trace,
+    }
+
+
+def show(
+    rows: Sequence[Row],
+    fields: Sequence[str],
+    as_json: bool,
+    csv_file: str | None,
+    hidden: Sequence[str],
+) -> None:
+    """Print rows as a table, JSON or CSV; the fields that are too wide for a table are hidden."""
+    if as_json and csv_file is not None:
+        raise UserError("--json and --csv are two forms of one answer; give one of them")
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    elif csv_file is not None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        if csv_file == "-":
+            click.echo(text.getvalue(), nl=False)
+        else:
+            try:
+                Path(csv_file).write_text(text.getvalue(), encoding="utf-8")
+            except OSError as error:
+                raise SetupError(
+                    f"cannot write --csv {csv_file} ({error.strerror}); choose another file"
+                ) from error
+    elif rows:
+        _table(rows, [field for field in fields if field not in hidden])
+    else:
+        click.echo("no records match")
+
+
+def _table(rows: Sequence[Row], fields: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # A device's name is long and mostly the same in every row: then it is said once, above.
+    devices = {str(row["device"]) for row in rows}
+    shared = devices.pop() if len(devices) == 1 else None
+    table = Table(title=shared, title_justify="left", title_style="bold")
+    shown = [field for field in fields if field != "device" or shared is None]
+    for field in shown:
+        number = field not in ("task", "name", "device", "origin", "failure", "partition", "flags")
+        heading = _TIMES.get(field, field.replace("_", " "))
+        # The text columns give way first where a terminal is narrow.
+        table.add_column(
+            heading,
+            justify="right" if number else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            min_width=len(heading) if number else None,
+        )
+    for row in rows:
+        table.add_row(*(_cell(field, row[field]) for field in shown))
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(table)
+
+
+_TIMES = {
+    "best_s": "best ms",
+    "default_s": "untuned ms",
+    "seconds": "ms",
+    "retimed_s": "retimed ms",
+}
+
+
+def _cell(field: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if field == "task":
+        return str(value)[:8]
+    if field in _TIMES:
+        return f"{value * 1e3:.4g}"
+    if field == "gain":
+        return f"{value:.2f}x"
+    if field == "spread":
+        return f"{value:.1%}"
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return str(value)
+
+
+def _key(counts: Counts) -> dict[str, Any]:
+    key = counts.key
+    return {
+        "task": key.task,
+        "name": counts.name,
+        "device": key.device,
+        "units": key.units,
+        "target": key.target,
+        "tvm": key.tvm,
+    }
+
+
+def _gain(default_s: float | None, best_s: float | None) -> float | None:
+    return default_s / best_s if default_s and best_s else None
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,218 @@
+"""`tune MODEL`: tune a model for one or more shares of a device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+import click
+
+from gpu_aware_tune.cli.machine import check_compiler
+from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.settings import (
+    DTYPES,
+    EFFORTS,
+    PARTITIONS,
+    TARGETS,
+    Settings,
+    check_files,
+    make_settings,
+)
+
+if TYPE_CHECKING:
+    from gpu_aware_tune.events import Event, Finished, Planned
+
+INTERRUPTED = 130
+NOISE_SHOWN = 4000  # bytes
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--gpu-pct",
+    metavar="PCT[,PCT...]",
+    default="100",
+    show_default=True,
+    help="Share of the device in percent, 1 to 100, or several: 30,50,100.",
+)
+@click.option(
+    "--target",
+    metavar="|".join(TARGETS),
+    default="auto",
+    show_default=True,
+    help="What to compile for; auto takes the GPU where there is one, else the CPU.",
+)
+@click.option(
+    "--arch", help="Architecture to compile for, such as sm_90a or znver5 [default: own]."
+)
+@click.option("--device", type=int, default=0, show_default=True, help="Which device to tune on.")
+@click.option(
+    "--partition",
+    metavar="|".join(PARTITIONS),
+    default="auto",
+    show_default=True,
+    help="How the share is made real; see `tune doctor`.",
+)
+@click.option("--trials", type=int, help="Candidates to build and measure [default: the effort's].")
+@click.option("--time", metavar="DURATION", help="Stop searching after this long: 90s, 10m, 2h.")
+@click.option(
+    "--effort",
+    metavar="|".join(EFFORTS),
+    default="default",
+    show_default=True,
+    help="Preset of trials and search size: "
+    + ", ".join(f"{name} = {effort.trials} trials" for name, effort in EFFORTS.items())
+    + ".",
+)
+@click.option("--patience", type=int, help="Stop after this many trials without a gain; 0 = never.")
+@click.option(
+    "-o", "--output", metavar="FOLDER", help="Where the library goes [default: MODEL.tuned]."
+)
+@click.option(
+    "--db",
+    metavar="FOLDER",
+    default="tuning_logs",
+    show_default=True,
+    help="Folder of the record store, shared by all models and runs.",
+)
+@click.option(
+    "--input",
+    "inputs",
+    metavar="NAME:SHAPE",
+    multiple=True,
+    help="Fix an input's dynamic dimensions, such as data:1x3x224x224; may be repeated.",
+)
+@click.option("--dtype", metavar="|".join(DTYPES), help="Convert the model to this type first.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the search and inputs."
+)
+@click.option(
+    "--resume/--fresh",
+    default=True,
+    show_default=True,
+    help="Start from the records of earlier runs, or ignore them.",
+)
+@click.option("--verify/--no-verify", default=True, help="Check the numbers of what is exported.")
+@click.option("--dry-run", is_flag=True, help="Show tasks and budget; measure nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Print more: every task, where time went.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+def tune(model: Path, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Tune MODEL (an ONNX file) for a share of a device and write a library.
+
+    Ctrl-C stops the search and exports the best so far; a second Ctrl-C aborts.
+    """
+    settings = make_settings(**options)
+    check_files(model, settings)
+    if not settings.dry_run:
+        check_compiler()
+    if not verbose:
+        warnings.simplefilter("ignore")  # the libraries' warnings are not for users
+    with _own_output(verbose) as (results, messages):
+        _check_model(model, settings)
+        planned, finished = _run(model, settings, results, messages, quiet, as_json, verbose)
+        if as_json:
+            outcome = finished if finished is not None else planned
+            assert outcome is not None
+            print(json.dumps(_plain(outcome)), file=results, flush=True)
+    if finished is not None and finished.interrupted and finished.output is None:
+        return INTERRUPTED
+    return 0
+
+
+def _check_model(path: Path, settings: Settings) -> None:
+    """Reads the model once before TVM is loaded: what the file alone tells is told in a second."""
+    from gpu_aware_tune.onnx_prepare import read_model
+    from gpu_aware_tune.onnx_prepare.shapes import fix_shapes
+
+    model = read_model(path)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    fix_shapes(model, settings.input_shapes, zero_is_unknown=model.ir_version < 4)
+
+
+def _run(
+    model: Path,
+    settings: Settings,
+    results: TextIO,
+    messages: TextIO,
+    quiet: bool,
+    as_json: bool,
+    verbose: bool,
+) -> tuple[Planned | None, Finished | None]:
+    """Follows the run to its end and returns the plan and the outcome (None for a dry run)."""
+    from gpu_aware_tune.events import Finished, Planned
+    from gpu_aware_tune.progress import Display
+    from gpu_aware_tune.tuning import tune_events
+
+    planned: Planned | None = None
+    finished: Finished | None = None
+    # A generator, so that the run ends at once when drawing fails.
+    stream = cast("Generator[Event, None, None]", tune_events(model, settings))
+    show_results = None if quiet or as_json else results
+    with (
+        Display(None if quiet else messages, show_results, verbose) as display,
+        contextlib.closing(stream) as events,
+    ):
+        for event in events:
+            display.show(event)
+            if isinstance(event, Planned):
+                planned = event
+            elif isinstance(event, Finished):
+                finished = event
+    return planned, finished
+
+
+@contextlib.contextmanager
+def _own_output(verbose: bool) -> Iterator[tuple[TextIO, TextIO]]:
+    """Keeps stdout and stderr for us alone: yields them, and sends what libraries print elsewhere.
+
+    TVM and its workers write to file descriptors 1 and 2 from C++; a JSON reader or a progress bar
+    must not see that. It goes to stderr when verbose, else to a file whose end is shown only if the
+    run ends with a defect.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    with (
+        open(saved[0], "w", encoding="utf-8", buffering=1) as results,
+        open(saved[1], "w", encoding="utf-8", buffering=1) as messages,
+        tempfile.TemporaryFile() as noise,
+    ):
+        os.dup2(saved[1] if verbose else noise.fileno(), 1)
+        os.dup2(saved[1] if verbose else noise.fileno(), 2)
+        try:
+            yield results, messages
+        except (TuneError, BrokenPipeError):
+            raise
+        except Exception:
+            noise.seek(max(0, noise.seek(0, os.SEEK_END) - NOISE_SHOWN))
+            messages.write(noise.read().decode(errors="replace"))
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+
+
+def _plain(value: Any) -> Any:
+    """Turns events into JSON values; mappings by units get text keys."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,21 @@
+"""What can go wrong, and the exit code each kind of error gets on the command line."""
+
+from __future__ import annotations
+
+
+class TuneError(Exception):
+    """An error of this package; its text is one line: the value, what is allowed, the fix."""
+
+    exit_code = 1
+
+
+class UserError(TuneError):
+    """The caller gave something that cannot work: a bad flag, file or model."""
+
+    exit_code = 2
+
+
+class SetupError(TuneError):
+    """The machine lacks something: a compiler, a driver, a writable folder."""
+
+    exit_code = 3

@@ -1,0 +1,131 @@
+"""What a tuning run tells its caller while it goes on; `progress.py` draws these, pipelines consume them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Note:
+    """One line worth reading once, such as a fall-back that was taken and why."""
+
+    text: str
+    level: str = "info"  # "info" or "warning"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the main path begins: "model", "tasks", "search", "retime", "library", "verify"."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """One task as the run sees it before the first trial.
+
+    `known` counts the measurements that the record store already holds for the asked units.
+    """
+
+    name: str
+    hash: str
+    weight: int
+    flops: float
+    planned_trials: int
+    known: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be done: tasks, shares (units really got) and the budget."""
+
+    model: str
+    device: str
+    shares: tuple[str, ...]  # "30 % of 132 SMs = 32 SMs"
+    units: tuple[int, ...]
+    backend: str
+    tasks: tuple[TaskPlan, ...]
+    trials: int
+    time_s: float | None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate was built and measured (or failed) on every share asked for.
+
+    `seconds` maps units to the kernel's seconds, None where that share stopped or failed.
+    """
+
+    task: str
+    origin: str  # "default", "seed" or "search"
+    seconds: Mapping[int, float | None]
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of the run, sent after every batch of trials and at least once a second.
+
+    Latencies are sums of weight x best kernel seconds over the tasks, per units.
+    """
+
+    elapsed_s: float
+    trials_done: int
+    trials_total: int
+    trials_per_min: float
+    untuned_s: Mapping[int, float]
+    best_s: Mapping[int, float]
+    failures: Mapping[str, int]
+    eta_s: float | None
+    builds_in_flight: int = 0
+    waiting_to_measure: int = 0
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One row of the closing table: a task on one share."""
+
+    name: str
+    units: int
+    weight: int
+    trials: int
+    untuned_s: float | None
+    tuned_s: float | None
+    origin: str  # which candidate won: "default", "seed", "search" or "plain"
+
+
+@dataclass(frozen=True)
+class ShareResult:
+    """Model latency on one share, before and after, measured as a whole library."""
+
+    share: str
+    units: int
+    untuned_s: float | None
+    tuned_s: float | None
+    verified: bool
+    max_error: float | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is over and the library is on disk.
+
+    `core_seconds` says where the cores' time went: search, build, measure, hand-over, idle.
+    """
+
+    output: Path | None
+    tasks: tuple[TaskResult, ...]
+    shares: tuple[ShareResult, ...]
+    trials: int
+    elapsed_s: float
+    interrupted: bool
+    failures: Mapping[str, int] = field(default_factory=dict)
+    core_seconds: Mapping[str, float] = field(default_factory=dict)
+    stopped_by: str = "trials"  # "trials", "time", "patience" or "interrupt"
+
+
+Event = Note | Stage | Planned | Trial | Progress | Finished

@@ -1,0 +1,136 @@
+"""One compiled library opened in TVM's virtual machine, its weights on the device."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from gpu_aware_tune.errors import SetupError, UserError
+
+_WARM_UP = 3
+
+_thread = threading.local()
+
+
+def use_threads(units: int) -> None:
+    """Let TVM use `units` threads for what the calling thread runs from now on.
+
+    TVM keeps one pool of threads for each thread that calls it, and never enlarges it. So the first
+    call makes one thread for each core this process may use, of which `units` then get work. The
+    threads are bound to no core but the process's own; the caller's affinity stays as it is.
+    """
+    if getattr(_thread, "units", None) == units:
+        return
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    share_all = -3  # TVM's kSpecifyThreadShareAllCore
+    tvm.get_global_func("runtime.config_threadpool")(share_all, min(units, len(cores)), cores)
+    got = tvm.get_global_func("runtime.NumThreads")()
+    if got < min(units, len(cores)):
+        warnings.warn(
+            f"TVM started its threads in this thread before with {got} of {units}; load the library"
+            f" first, or set TVM_NUM_THREADS={len(cores)}",
+            stacklevel=3,
+        )
+    _thread.units = units
+
+
+class Program:
+    """A library's `main`, with the weights already given.
+
+    Args:
+        module: the loaded library.
+        weights: in the order in which `main` takes them.
+        device: where it runs.
+    """
+
+    def __init__(self, module: Any, weights: Iterable[Any], device: Any) -> None:
+        self.device = device
+        self._main = relax.VirtualMachine(module, device)["main"]
+        self._weights = [_on(weight, device) for weight in weights]
+
+    def place(self, arrays: Sequence[np.ndarray]) -> list[Any]:
+        """Copy inputs to the device."""
+        return [tvm.runtime.tensor(np.ascontiguousarray(array), self.device) for array in arrays]
+
+    def __call__(self, placed: Sequence[Any]) -> list[np.ndarray]:
+        """Run once on inputs that `place` gave."""
+        result = self._main(*placed, *self._weights)
+        outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
+        return [output.numpy() for output in outputs]
+
+    def timer(self, inputs: Mapping[str, np.ndarray]) -> Callable[[float], list[float]]:
+        """Give a function that runs for so many seconds (at least once) and lists each run's.
+
+        Args:
+            inputs: arrays in the order of the model's inputs.
+        """
+        placed = self.place(list(inputs.values()))
+        call = (*placed, *self._weights)
+        for _ in range(_WARM_UP):
+            self._main(*call)
+        self.device.sync()
+
+        def sample(seconds: float) -> list[float]:
+            samples: list[float] = []
+            end = time.perf_counter() + seconds
+            while not samples or time.perf_counter() < end:
+                start = time.perf_counter()
+                self._main(*call)
+                self.device.sync()
+                samples.append(time.perf_counter() - start)
+            return samples
+
+        return sample
+
+
+def open_vm(library: Path | str, weights: Path | str, index: int = 0) -> Program:
+    """Open a compiled library and its weights; threads are left as they are.
+
+    Args:
+        library: the `.so` file.
+        weights: the file that `save_weights` wrote.
+        index: which of the devices of the library's kind.
+
+    Raises:
+        UserError: a file cannot be read.
+        SetupError: the device that the library is for is not there.
+    """
+    try:
+        module = tvm.runtime.load_module(str(library))
+    except Exception as error:  # TVM reports a bad file with RuntimeError, ValueError and others
+        raise UserError(f"{library} cannot be loaded ({_last_line(error)}): tune again") from error
+    cuda = any(imported.kind == "cuda" for imported in _imports(module))
+    device = tvm.cuda(index) if cuda else tvm.cpu(0)
+    if cuda and not device.exist:
+        raise SetupError(f"{library} is for a CUDA GPU, and none is visible: see `tune doctor`")
+    try:
+        parameters = tvm.runtime.load_param_dict_from_file(str(weights))
+    except Exception as error:
+        raise UserError(f"{weights} cannot be read ({_last_line(error)}): tune again") from error
+    return Program(module, parameters.values(), device)
+
+
+def _imports(module: Any) -> list[Any]:
+    """The modules that a module imports, and theirs."""
+    found = []
+    for imported in module.imports:
+        found += [imported, *_imports(imported)]
+    return found
+
+
+def _on(tensor: Any, device: Any) -> Any:
+    return tensor if device.dlpack_device_type() == 1 else tensor.copyto(device)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__

@@ -1,0 +1,10 @@
+"""Measuring without RPC: adaptive timing in a killable worker that holds one partition."""
+
+from __future__ import annotations
+
+from gpu_aware_tune.measure.measurer import Measurer
+from gpu_aware_tune.measure.timing import LONG, RETIME, SEARCH, Effort
+from gpu_aware_tune.measure.worker import Job
+from gpu_aware_tune.measurement import Failure, Measurement
+
+__all__ = ["LONG", "RETIME", "SEARCH", "Effort", "Failure", "Job", "Measurement", "Measurer"]

@@ -1,0 +1,86 @@
+"""Adaptive timing: measure as little as decides (design decision 3).
+
+A probe of about a millisecond comes first. A candidate clearly slower than the best one known stops
+there; the others are repeated until the spread is small or the time is used up. The timer is passed
+in, so that the policy is tested without a device.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gpu_aware_tune.measurement import Measurement
+
+# (number, repeat) -> seconds of one call, one value a repeat; TVM's time_evaluator has this shape.
+Timer = Callable[[int, int], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to look at one candidate.
+
+    Args:
+        probe_s: length of the probe.
+        repeat_s: least length of one repeat.
+        min_repeats, max_repeats: how many repeats a promising candidate gets.
+        budget_s: the repeats stop when they took this long together.
+        spread: they also stop when the relative spread is below this.
+        drop_ratio: a probe this many times slower than the best is not looked at further.
+    """
+
+    probe_s: float = 0.001
+    repeat_s: float = 0.002
+    min_repeats: int = 3
+    max_repeats: int = 12
+    budget_s: float = 0.05
+    spread: float = 0.01
+    drop_ratio: float = 1.4
+
+
+SEARCH = Effort()
+RETIME = Effort(
+    probe_s=0.005, repeat_s=0.01, min_repeats=7, max_repeats=21, budget_s=0.5, spread=0.004
+)
+LONG = Effort(probe_s=0.01, repeat_s=0.1, min_repeats=10, max_repeats=10, budget_s=60, spread=0.0)
+
+
+def spread_of(samples: Sequence[float]) -> float:
+    """Half the interquartile range over the median; infinite for fewer than three samples."""
+    if len(samples) < 3:
+        return math.inf
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / 2 / middle
+
+
+def _typical(samples: Sequence[float]) -> float:
+    """The lower quartile: disturbances on a shared machine only ever add time."""
+    if len(samples) < 3:
+        return min(samples)
+    return statistics.quantiles(samples, n=4, method="inclusive")[0]
+
+
+def measure(timer: Timer, best_s: float | None, effort: Effort = SEARCH) -> Measurement:
+    """Time one candidate.
+
+    Args:
+        timer: runs `number` calls `repeat` times and gives seconds a call for each repeat.
+        best_s: the best seconds known for this task on this partition, or None.
+        effort: when to stop.
+    """
+    first = min(timer(1, 1))
+    number = max(1, min(10_000, math.ceil(effort.probe_s / max(first, 1e-9))))
+    probe = first if number == 1 else min(timer(number, 1))
+    if best_s is not None and probe > effort.drop_ratio * best_s:
+        return Measurement(probe, repeats=1, coarse=True)
+    number = max(1, math.ceil(effort.repeat_s / max(probe, 1e-9)))
+    samples: list[float] = []
+    while len(samples) < effort.max_repeats:
+        batch = effort.min_repeats if not samples else 2
+        samples.extend(timer(number, min(batch, effort.max_repeats - len(samples))))
+        used_s = sum(samples) * number
+        if used_s > effort.budget_s or spread_of(samples) < effort.spread:
+            break
+    return Measurement(_typical(samples), spread_of(samples), len(samples))

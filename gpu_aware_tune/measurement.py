@@ -1,0 +1,37 @@
+"""What measuring one candidate on one partition gives: seconds, or a failure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a candidate has no number; a value, never an exception.
+
+    `kind` is one of "schedule", "build", "build-timeout", "load", "run", "crash", "timeout", "memory",
+    "wrong".
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of one call on one partition, or the failure.
+
+    `spread` is half the width of the middle half of the repeats over their median; `coarse` marks a
+    candidate that was dropped after the probe because it was clearly slower than the best.
+    """
+
+    seconds: float | None
+    spread: float = 0.0
+    repeats: int = 0
+    coarse: bool = False
+    failure: Failure | None = None
+
+    @staticmethod
+    def failed(kind: str, text: str) -> Measurement:
+        """A measurement that did not come about."""
+        return Measurement(None, failure=Failure(kind, text))

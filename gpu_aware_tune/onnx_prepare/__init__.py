@@ -1,0 +1,12 @@
+"""ONNX file -> a static, folded graph of operators that TVM imports correctly; knows no TVM.
+
+In the order of the work: `read`, `shapes`, `fold` (with `branches`), `expand` (with `rules` and
+`resize`), `refuse`, `convert`, `batch_norm`; `stages` runs them. `facts` is what they all look at.
+"""
+
+from __future__ import annotations
+
+from gpu_aware_tune.onnx_prepare.read import read_model
+from gpu_aware_tune.onnx_prepare.stages import DTYPES, prepare
+
+__all__ = ["DTYPES", "prepare", "read_model"]

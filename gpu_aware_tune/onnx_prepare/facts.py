@@ -1,0 +1,80 @@
+"""What is known about an ONNX graph without running it: types, static shapes, constants."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.shape_inference
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+
+
+class Facts:
+    """What is known about the values of a graph: types, static shapes, constants."""
+
+    def __init__(self, model: ModelProto) -> None:
+        graph = infer_shapes(model).graph
+        self.opset = opset_of(model)
+        self.types: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self.constants: dict[str, np.ndarray] = {}
+        for tensor in graph.initializer:
+            self.types[tensor.name] = tensor.data_type
+            self.shapes[tensor.name] = tuple(tensor.dims)
+        for value in (*graph.input, *graph.value_info, *graph.output):
+            if value.type.WhichOneof("value") != "tensor_type":
+                continue
+            tensor_type = value.type.tensor_type
+            self.types[value.name] = tensor_type.elem_type
+            dims = tensor_type.shape.dim
+            if tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+                self.shapes[value.name] = tuple(d.dim_value for d in dims)
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """Return the value of a constant, None for anything else."""
+        if name not in self.constants and name in self._tensors:
+            self.constants[name] = numpy_helper.to_array(self._tensors[name])
+        return self.constants.get(name)
+
+
+def attributes(node: NodeProto) -> dict[str, Any]:
+    """Return a node's attributes as Python values."""
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def input_of(node: NodeProto, index: int) -> str:
+    """Return the name of a node's input, "" where it is left out."""
+    return node.input[index] if index < len(node.input) else ""
+
+
+def opset_of(model: ModelProto) -> int:
+    """Return the version of the standard operator set that a model imports."""
+    return next((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), 1)
+
+
+def infer_shapes(model: ModelProto) -> ModelProto:
+    """Return the model with inferred types and shapes, or as it is where inference fails."""
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # an invalid graph is reported where it is imported
+        return model
+
+
+def uses_types(model: ModelProto, types: Collection[int]) -> bool:
+    """Tell whether any tensor of the model has one of these element types."""
+    found = set(Facts(model).types.values())
+    return bool(found & set(types))
+
+
+def walk(graph: GraphProto) -> Iterator[NodeProto]:
+    """Yield the nodes of a graph and of the graphs inside its nodes."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from walk(attribute.g)

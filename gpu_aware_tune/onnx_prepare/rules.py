@@ -1,0 +1,248 @@
+"""Rules that replace one ONNX operator by others, where ONNX itself defines no function body.
+
+A rule gets a node and a `Rewriter`, emits nodes through it and returns the names of the values that
+take the place of the node's outputs, or None to leave the node alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
+from gpu_aware_tune.onnx_prepare.refuse import dropout_trains
+from gpu_aware_tune.onnx_prepare.resize import resize
+from gpu_aware_tune.onnx_prepare.rewriter import Rewriter
+
+STRICT = "/strict"  # ends the name of a NonMaxSuppression whose threshold has been moved
+Rule = Callable[[NodeProto, Rewriter], list[str] | None]
+
+
+def _batch_normalization(node: NodeProto, to: Rewriter) -> list[str] | None:
+    values = attributes(node)
+    shape, dtype = to.shape(node.input[0]), to.dtype(node.input[0])
+    if not values.get("training_mode", 0) or shape is None or dtype is None:
+        return None
+    x, scale, bias, old_mean, old_var = node.input[:5]
+    axes = [axis for axis in range(len(shape)) if axis != 1]
+    channels = to.constant([1, -1] + [1] * (len(shape) - 2))
+    wide = to.op("Cast", x, to=TensorProto.FLOAT) if dtype == np.float16 else x
+    mean = to.reduce("ReduceMean", wide, axes)
+    centred = to.op("Sub", wide, mean)
+    var = to.reduce("ReduceMean", to.op("Mul", centred, centred), axes)
+    inner = np.float32 if dtype == np.float16 else dtype
+    epsilon = to.constant(values.get("epsilon", 1e-5), inner)
+    normal = to.op("Div", centred, to.op("Sqrt", to.op("Add", var, epsilon)))
+    y = to.op("CastLike", normal, x) if dtype == np.float16 else normal
+    y = to.op("Mul", y, to.op("CastLike", to.op("Reshape", scale, channels), x))
+    y = to.op("Add", y, to.op("CastLike", to.op("Reshape", bias, channels), x))
+    momentum = values.get("momentum", 0.9)
+    outputs = [y]
+    for old, new in ((old_mean, mean), (old_var, var)):
+        new = to.op("CastLike", to.op("Reshape", new, to.constant([-1])), old)
+        kept = to.op("Mul", old, to.op("CastLike", to.constant(momentum, np.float32), old))
+        fresh = to.op("CastLike", to.constant(1.0 - momentum, np.float32), old)
+        outputs.append(to.op("Add", kept, to.op("Mul", new, fresh)))
+    return outputs
+
+
+def _dropout(node: NodeProto, to: Rewriter) -> list[str] | None:
+    if dropout_trains(node, to.facts):
+        return None
+    shape = to.shape(node.input[0])
+    if len(node.output) > 1 and shape is None:
+        return None
+    kept = to.op("Identity", node.input[0])
+    if len(node.output) == 1:
+        return [kept]
+    true = to.constant(True, np.bool_)
+    return [kept, to.op("Expand", true, to.constant(list(shape or ())))]
+
+
+def _equal(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """Ask "is the maximum -inf" as "are all -inf": TVM's maximum is at least the least number."""
+    limit = to.facts.constant(node.input[1])
+    producer = to.producers.get(node.input[0])
+    if limit is None or producer is None or producer.op_type != "ReduceMax":
+        return None
+    if not np.issubdtype(limit.dtype, np.floating) or not np.all(np.isneginf(limit)):
+        return None
+    lowest = to.op("Cast", to.op("Equal", producer.input[0], node.input[1]), to=TensorProto.FLOAT)
+    every = to.op("ReduceMin", lowest, *producer.input[1:], **attributes(producer))
+    return [to.op("Cast", every, to=TensorProto.BOOL)]
+
+
+def _in_float32(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """TVM has no float16 form of some operators: compute those in float32."""
+    if to.dtype(node.input[0]) != np.float16:
+        return None
+    wide = [to.op("Cast", name, to=TensorProto.FLOAT) for name in node.input]
+    result = to.op(node.op_type, *wide, **attributes(node))
+    return [to.op("Cast", result, to=TensorProto.FLOAT16)]
+
+
+def _is_inf(node: NodeProto, to: Rewriter) -> list[str] | None:
+    values = attributes(node)
+    positive, negative = values.get("detect_positive", 1), values.get("detect_negative", 1)
+    dtype = to.dtype(node.input[0])
+    if (positive and negative) or dtype is None:
+        return None
+    if not positive and not negative:
+        return [to.op("Less", node.input[0], to.constant(-np.inf, dtype))]  # never
+    return [to.op("Equal", node.input[0], to.constant(np.inf if positive else -np.inf, dtype))]
+
+
+def _lp_normalization(node: NodeProto, to: Rewriter) -> list[str] | None:
+    values = attributes(node)
+    dtype = to.dtype(node.input[0])
+    if dtype is None:
+        return None
+    kind = "ReduceL1" if values.get("p", 2) == 1 else "ReduceL2"
+    norm = to.reduce(kind, node.input[0], [values.get("axis", -1)])
+    zero = to.constant(0, dtype)
+    empty = to.op("Equal", norm, zero)
+    safe = to.op("Where", empty, to.constant(1, dtype), norm)
+    return [to.op("Div", node.input[0], safe)]
+
+
+def _one_hot(node: NodeProto, to: Rewriter) -> list[str] | None:
+    depth = to.facts.constant(node.input[1])
+    shape, dtype = to.shape(node.input[0]), to.dtype(node.input[0])
+    if depth is None or shape is None or dtype is None:
+        return None
+    count = int(np.asarray(depth).reshape(()))
+    axis = int(attributes(node).get("axis", -1)) % (len(shape) + 1)
+    indices = to.op("Cast", node.input[0], to=TensorProto.INT64)
+    low = to.op("Less", indices, to.constant(0))
+    indices = to.op("Where", low, to.op("Add", indices, to.constant(count)), indices)
+    indices = to.op("Unsqueeze", indices, to.constant([axis]))
+    classes = np.arange(count).reshape([-1] + [1] * (len(shape) - axis))
+    hit = to.op("Equal", indices, to.constant(classes))
+    off = to.op("Gather", node.input[2], to.constant(0))
+    on = to.op("Gather", node.input[2], to.constant(1))
+    return [to.op("Where", hit, on, off)]
+
+
+def _pow(node: NodeProto, to: Rewriter) -> list[str] | None:
+    base, exponent = to.dtype(node.input[0]), to.dtype(node.input[1])
+    if base is None or exponent is None or base == exponent:
+        return None
+    if np.issubdtype(base, np.integer) and np.issubdtype(exponent, np.floating):
+        wide = to.op("CastLike", node.input[0], node.input[1])
+        return [to.op("CastLike", to.op("Pow", wide, node.input[1]), node.input[0])]
+    return [to.op("Pow", node.input[0], to.op("CastLike", node.input[1], node.input[0]))]
+
+
+def _split(node: NodeProto, to: Rewriter) -> list[str] | None:
+    sizes = to.facts.constant(input_of(node, 1))
+    if sizes is None or np.all(sizes > 0):
+        return None
+    axis = to.constant([attributes(node).get("axis", 0)])
+    ends = np.cumsum(sizes)
+    return [
+        to.op("Slice", node.input[0], to.constant([end - size]), to.constant([end]), axis)
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+def _conv_transpose(node: NodeProto, to: Rewriter) -> list[str] | None:
+    values = attributes(node)
+    data, kernel = to.shape(node.input[0]), to.shape(node.input[1])
+    if "output_shape" not in values or data is None or kernel is None:
+        return None
+    rank = len(data) - 2
+    strides = values.get("strides", [1] * rank)
+    dilations = values.get("dilations", [1] * rank)
+    extra = values.get("output_padding", [0] * rank)
+    begin, end, more = [], [], []
+    for axis, wanted in enumerate(values["output_shape"][-rank:]):
+        reach = (kernel[2 + axis] - 1) * dilations[axis] + 1
+        total = strides[axis] * (data[2 + axis] - 1) + extra[axis] + reach - wanted
+        more.append(extra[axis] + max(0, -total))  # larger than the strides give: pad the output
+        total = max(total, 0)
+        small, large = total // 2, total - total // 2
+        upper = values.get("auto_pad", b"NOTSET") == b"SAME_UPPER"
+        begin.append(small if upper else large)
+        end.append(large if upper else small)
+    if any(padding >= max(s, d) for padding, s, d in zip(more, strides, dilations, strict=True)):
+        return None
+    kept = {k: v for k, v in values.items() if k not in ("output_shape", "auto_pad", "pads")}
+    kept["output_padding"] = more
+    return [to.op("ConvTranspose", *node.input, pads=begin + end, **kept)]
+
+
+def _non_max_suppression(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """State the defaults, which TVM has otherwise, and the threshold as TVM compares with it."""
+    if node.name.endswith(STRICT):
+        return None
+    overlap = to.facts.constant(input_of(node, 3)) if input_of(node, 3) else np.zeros(1)
+    if overlap is None:
+        return None
+    # ONNX drops what overlaps more than the threshold, TVM what overlaps as much or more.
+    above = np.nextafter(np.asarray(overlap, np.float32), np.float32(np.inf)).reshape(-1)
+    lowest = float(np.finfo(np.float32).min)  # without a threshold every score counts
+    limits = [
+        input_of(node, 2) or to.constant([0]),
+        to.constant(above, np.float32),
+        input_of(node, 4) or to.constant([lowest], np.float32),
+    ]
+    name = (node.name or node.output[0]) + STRICT
+    return [to.op(node.op_type, *node.input[:2], *limits, name=name, **attributes(node))]
+
+
+def _qlinear_matmul(node: NodeProto, to: Rewriter) -> list[str] | None:
+    a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = node.input
+    if any(to.shape(scale) not in ((), (1,)) for scale in (a_scale, b_scale, y_scale)):
+        return None  # a scale per row or column needs an axis that depends on the ranks
+    product = to.op(
+        "MatMul", _dequantized(to, a, a_scale, a_zero), _dequantized(to, b, b_scale, b_zero)
+    )
+    return [to.op("QuantizeLinear", product, _scalar(to, y_scale), _scalar(to, y_zero))]
+
+
+def _qlinear_conv(node: NodeProto, to: Rewriter) -> list[str] | None:
+    x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero = node.input[:8]
+    rank = len(to.shape(w) or ())
+    per_channel = to.shape(w_scale) not in ((), (1,))
+    if not rank:
+        return None
+    data = _dequantized(to, x, x_scale, x_zero)
+    if per_channel:
+        kernel = to.op("DequantizeLinear", w, w_scale, w_zero, axis=0)
+    else:
+        kernel = _dequantized(to, w, w_scale, w_zero)
+    inputs = [data, kernel]
+    if input_of(node, 8):
+        scale = to.op("Mul", x_scale, w_scale)
+        inputs.append(to.op("Mul", to.op("Cast", node.input[8], to=TensorProto.FLOAT), scale))
+    result = to.op("Conv", *inputs, **attributes(node))
+    return [to.op("QuantizeLinear", result, _scalar(to, y_scale), _scalar(to, y_zero))]
+
+
+def _dequantized(to: Rewriter, value: str, scale: str, zero: str) -> str:
+    return to.op("DequantizeLinear", value, _scalar(to, scale), _scalar(to, zero))
+
+
+def _scalar(to: Rewriter, value: str) -> str:
+    return to.op("Reshape", value, to.constant([], np.int64)) if to.shape(value) == (1,) else value
+
+
+NO_FLOAT16 = "Acos Asin Atan Cosh Sinh Elu Selu ThresholdedRelu LRN MeanVarianceNormalization"
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(NO_FLOAT16.split(), _in_float32),
+    "BatchNormalization": _batch_normalization,
+    "ConvTranspose": _conv_transpose,
+    "Dropout": _dropout,
+    "Equal": _equal,
+    "IsInf": _is_inf,
+    "LpNormalization": _lp_normalization,
+    "NonMaxSuppression": _non_max_suppression,
+    "OneHot": _one_hot,
+    "Pow": _pow,
+    "QLinearConv": _qlinear_conv,
+    "QLinearMatMul": _qlinear_matmul,
+    "Resize": resize,
+    "Split": _split,
+}

@@ -1,0 +1,103 @@
+"""Makes the inputs of an ONNX graph static, with the shapes that the user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnx import ModelProto, TensorProto, ValueInfoProto
+
+from gpu_aware_tune.errors import UserError
+
+
+def fix_shapes(
+    model: ModelProto,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    zero_is_unknown: bool = False,
+) -> None:
+    """Make every graph input static, with the shapes given, or say what is missing."""
+    inputs = {value.name: value for value in model.graph.input}
+    for name in input_shapes:
+        if name not in inputs:
+            known = ", ".join(inputs) or "none"
+            raise UserError(
+                f"--input {name!r}: the model has no such input; its inputs are {known}"
+            )
+    symbols: dict[str, int] = {}
+    for name, value in inputs.items():
+        if value.type.WhichOneof("value") != "tensor_type":
+            raise UserError(
+                f"input {name!r} is not a tensor; sequences and optionals are not taken"
+            )
+        if value.type.tensor_type.elem_type == TensorProto.STRING:
+            raise UserError(f"input {name!r} holds strings; only numbers are taken")
+        if name in input_shapes:
+            _fix_input(value, tuple(input_shapes[name]), symbols)
+    for value in inputs.values():
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in symbols:
+                dim.dim_value = symbols[dim.dim_param]
+    _refuse_dynamic(list(inputs.values()), 1 if zero_is_unknown else 0)
+    for value in model.graph.output:  # a stale batch size there contradicts the one just set
+        if input_shapes and value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+
+
+def _fix_input(value: ValueInfoProto, shape: tuple[int, ...], symbols: dict[str, int]) -> None:
+    tensor = value.type.tensor_type
+    given = f"--input {value.name}:{'x'.join(map(str, shape))}"
+    if any(extent < 1 for extent in shape):
+        raise UserError(f"{given}: every dimension must be at least 1")
+    if not tensor.HasField("shape"):
+        for extent in shape:
+            tensor.shape.dim.add().dim_value = extent
+        return
+    dims = tensor.shape.dim
+    if len(dims) != len(shape):
+        raise UserError(
+            f"{given}: {len(shape)} dimensions, but the model's input has {len(dims)}: "
+            f"{_shape_text(value)}"
+        )
+    for axis, (dim, extent) in enumerate(zip(dims, shape, strict=True)):
+        if dim.HasField("dim_value") and dim.dim_value > 0 and dim.dim_value != extent:
+            raise UserError(
+                f"{given}: dimension {axis} is fixed to {dim.dim_value} in the model "
+                f"({_shape_text(value)}); only dynamic dimensions can be set"
+            )
+        if dim.dim_param and symbols.setdefault(dim.dim_param, extent) != extent:
+            raise UserError(
+                f"{given}: dimension {axis} ({dim.dim_param}) is already "
+                f"{symbols[dim.dim_param]} elsewhere; use one value for it"
+            )
+        dim.dim_value = extent
+
+
+def _refuse_dynamic(values: list[ValueInfoProto], smallest: int) -> None:
+    problems, flags = [], []
+    for value in values:
+        tensor = value.type.tensor_type
+        if not tensor.HasField("shape"):
+            problems.append(f"input {value.name!r} has no shape")
+            flags.append(f"--input {value.name}:1x3x224x224")
+            continue
+        dims = list(tensor.shape.dim)
+        unknown = [
+            axis
+            for axis, dim in enumerate(dims)
+            if not dim.HasField("dim_value") or dim.dim_value < smallest
+        ]
+        if not unknown:
+            continue
+        named = ", ".join(f"{axis} ({dims[axis].dim_param or 'unnamed'})" for axis in unknown)
+        problems.append(f"input {value.name!r} has dynamic dimension {named}")
+        guesses = [1, 3, 224, 224] if len(dims) == 4 else [1] + [128] * (len(dims) - 1)
+        example = [dim.dim_value or guess for dim, guess in zip(dims, guesses, strict=False)]
+        flags.append(f"--input {value.name}:{'x'.join(map(str, example))}")
+    if problems:
+        raise UserError(f"{'; '.join(problems)}: fix it, for example with {' '.join(flags)}")
+
+
+def _shape_text(value: ValueInfoProto) -> str:
+    dims = value.type.tensor_type.shape.dim
+    return "x".join(
+        str(dim.dim_value) if dim.dim_value > 0 else dim.dim_param or "?" for dim in dims
+    )

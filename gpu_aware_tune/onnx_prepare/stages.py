@@ -1,0 +1,101 @@
+"""The stages that make of an ONNX model a graph that TVM's importer can take."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import onnx.inliner
+from onnx import ModelProto, TensorProto
+
+from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.onnx_prepare.batch_norm import fold_batch_norms
+from gpu_aware_tune.onnx_prepare.convert import (
+    OLDEST_OPSET,
+    attach_weights,
+    detach_weights,
+    newer_opset,
+    optimised_by_onnxruntime,
+    to_float16,
+)
+from gpu_aware_tune.onnx_prepare.expand import expand
+from gpu_aware_tune.onnx_prepare.facts import opset_of, uses_types, walk
+from gpu_aware_tune.onnx_prepare.fold import fold
+from gpu_aware_tune.onnx_prepare.refuse import refuse_unsupported
+from gpu_aware_tune.onnx_prepare.shapes import fix_shapes
+
+DTYPES = ("float16", "float32")
+HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+
+
+def prepare(
+    model: ModelProto,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    dtype: str | None,
+    supported: Collection[tuple[str, str]],
+) -> ModelProto:
+    """Return the model static, folded and expanded; `model` itself is used up.
+
+    Args:
+        model: as `read_model` returns it.
+        input_shapes: shapes of the inputs with dynamic dimensions.
+        dtype: "float16" converts a float32 model; inputs and outputs stay float32, so that the
+            result is called like the original. None and "float32" leave the types as they are.
+        supported: (domain, operator) pairs that the importer can take.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    # Exporters of old wrote 0 for a dimension that they did not know.
+    zero_is_unknown = model.ir_version < 4
+    _tidy(model)
+    fix_shapes(model, input_shapes, zero_is_unknown)
+    model, weights = detach_weights(model)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    if opset_of(model) < OLDEST_OPSET:
+        model = newer_opset(model)
+    model = expand(fold(model), supported)
+    refuse_unsupported(model, supported)
+    is_half = uses_types(model, HALF)
+    if is_half and dtype == "float32":
+        raise UserError("dtype float32: the model is float16 already; leave the option out")
+    model = attach_weights(model, weights)
+    if not is_half:
+        model = optimised_by_onnxruntime(model)
+    model = fold_batch_norms(model)
+    if dtype == "float16":
+        model = to_float16(model)
+    _tidy(model)
+    model, weights = detach_weights(model)
+    model = expand(fold(model), supported)
+    refuse_unsupported(model, supported)
+    model = attach_weights(model, weights)
+    _tidy(model)
+    return model
+
+
+def _tidy(model: ModelProto) -> None:
+    """Drop what says nothing about the computation, so that equal graphs hash alike."""
+    graph = model.graph
+    names = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in names]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    # ONNX Runtime folds an initializer only where no graph input may override it: IR version 4 on.
+    model.ir_version = max(model.ir_version, 8)
+    model.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    model.producer_name, model.producer_version, model.model_version = "", "", 0
+    graph.name = "main"
+    graph.ClearField("doc_string")
+    graph.ClearField("metadata_props")
+    graph.ClearField("value_info")
+    for node in walk(graph):
+        node.domain = "" if node.domain == "ai.onnx" else node.domain
+        node.name = node.name or next((output for output in node.output if output), "")
+        node.ClearField("doc_string")
+        node.ClearField("metadata_props")
+    used = {node.domain for node in graph.node} | {""}
+    imports = [entry for entry in model.opset_import if entry.domain in used | {"ai.onnx"}]
+    if not model.functions:
+        del model.opset_import[:]
+        model.opset_import.extend(imports)

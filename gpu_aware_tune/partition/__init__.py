@@ -1,0 +1,45 @@
+"""The device, its shares, and partitions: shares made real."""
+
+from __future__ import annotations
+
+from gpu_aware_tune.partition.backends import (
+    BACKENDS,
+    GPU_BACKENDS,
+    choose_backend,
+    open_partitions,
+    probe_backends,
+    share_of,
+)
+from gpu_aware_tune.partition.base import Availability, Partition
+from gpu_aware_tune.partition.cores import CoresPartition
+from gpu_aware_tune.partition.device import Device, find_device, host_mcpu
+from gpu_aware_tune.partition.full import FullPartition
+from gpu_aware_tune.partition.green import GreenPartition
+from gpu_aware_tune.partition.mig import MigPartition
+from gpu_aware_tune.partition.mps import MpsPartition
+from gpu_aware_tune.partition.null import NullPartition
+from gpu_aware_tune.partition.shares import Share
+from gpu_aware_tune.partition.topology import spare_cpus, usable_cores
+
+__all__ = [
+    "BACKENDS",
+    "GPU_BACKENDS",
+    "Availability",
+    "CoresPartition",
+    "Device",
+    "FullPartition",
+    "GreenPartition",
+    "MigPartition",
+    "MpsPartition",
+    "NullPartition",
+    "Partition",
+    "Share",
+    "choose_backend",
+    "find_device",
+    "host_mcpu",
+    "open_partitions",
+    "probe_backends",
+    "share_of",
+    "spare_cpus",
+    "usable_cores",
+]

@@ -1,0 +1,180 @@
+"""Which backends there are, which one a run uses and why, and opening partitions with it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+
+from gpu_aware_tune.errors import SetupError, TuneError, UserError
+from gpu_aware_tune.partition import cores, green, mig, mps
+from gpu_aware_tune.partition.base import Availability, Partition
+from gpu_aware_tune.partition.device import Device
+from gpu_aware_tune.partition.full import FullPartition
+from gpu_aware_tune.partition.gpus import query_gpus
+from gpu_aware_tune.partition.null import NullPartition
+from gpu_aware_tune.partition.shares import (
+    Share,
+    check_percent,
+    core_units,
+    green_units,
+    mps_units,
+)
+from gpu_aware_tune.partition.topology import usable_cores
+
+GPU_BACKENDS = ("mig", "green", "mps", "full")  # in the order in which `auto` prefers them
+BACKENDS = ("cores", *GPU_BACKENDS)
+_OF_KIND = {"llvm": ("cores",), "cuda": GPU_BACKENDS, "null": ("null",)}
+
+
+def probe_backends(index: int = 0) -> list[Availability]:
+    """What each backend says about this machine, GPU number `index`; never raises."""
+    checks: dict[str, Callable[[int], str]] = {
+        "cores": _cores_reason,
+        "mig": _mig_reason,
+        "green": _green_reason,
+        "mps": _mps_reason,
+        "full": _gpu_reason,
+    }
+    return [_probe(backend, checks[backend], index) for backend in BACKENDS]
+
+
+def choose_backend(
+    device: Device, wanted: str = "auto", percents: Sequence[int] = (100,)
+) -> tuple[str, str]:
+    """The backend to use on `device` and one phrase saying why; raises when it cannot be had."""
+    allowed = _OF_KIND[device.kind]
+    if wanted != "auto":
+        if wanted not in allowed:
+            raise UserError(
+                f"--partition {wanted!r} does not fit {device.name}; "
+                f"allowed: auto, {', '.join(allowed)}"
+            )
+        if not device.measurable:
+            return wanted, "asked for; not opened without the GPU"
+        _require(wanted, device.index)
+        return wanted, "asked for"
+    if len(allowed) == 1:
+        return allowed[0], "the only one for this device"
+    if not device.measurable:
+        return "green", "what a GPU would use"
+    if all(percent == 100 for percent in percents):
+        return "full", "the whole GPU needs no partition"
+    found = [check for check in probe_backends(device.index) if check.backend in allowed]
+    usable = [check for check in found if check.ok and check.backend != "full"]
+    if not usable:
+        reasons = "; ".join(f"{check.backend}: {check.reason}" for check in found if not check.ok)
+        raise SetupError(f"no partition backend works on {device.name}: {reasons}")
+    return usable[0].backend, f"the best one available: {usable[0].reason}"
+
+
+def share_of(device: Device, percent: int, backend: str = "auto") -> Share:
+    """The share that `percent` of a device comes to under a backend (already chosen, or "auto")."""
+    check_percent(percent)
+    if backend == "auto":
+        backend, _ = choose_backend(device, percents=(percent,))
+    if backend not in (*BACKENDS, "null"):
+        raise UserError(
+            f"--partition {backend!r} is not known; allowed: auto, {', '.join(BACKENDS)}"
+        )
+    if backend == "full" and percent != 100:
+        raise UserError(
+            f"--partition full is the whole GPU; {percent} % needs {', '.join(GPU_BACKENDS[:-1])}"
+        )
+    if backend == "mig":
+        wanted = percent * device.units_total // 100
+        units = mig.choose_instance(mig.find_instances(device.index), wanted).sm_count
+    elif backend == "green":
+        units = green_units(percent, device)
+    elif backend == "mps":
+        units = mps_units(percent, device.units_total)
+    else:
+        units = core_units(percent, device.units_total)
+    return Share(percent, units, device)
+
+
+def open_partitions(
+    shares: Sequence[Share], device: Device, backend: str = "auto", *, disjoint: bool = False
+) -> list[Partition]:
+    """Open one partition for each share, in their order, all of one backend.
+
+    Args:
+        shares: what to open; they may overlap, being measured one after the other, unless
+            `disjoint`.
+        device: the device of all of them.
+        backend: one of `BACKENDS`, or "auto".
+        disjoint: the shares will be measured at the same time and must have no unit in common.
+
+    Raises:
+        UserError: the backend does not fit the device.
+        SetupError: the backend or the device cannot be had here, with the reason.
+    """
+    device.require_measurable()
+    backend, _ = choose_backend(device, backend, [share.percent for share in shares])
+    if backend == "null":
+        return [NullPartition(share) for share in shares]
+    if backend == "cores":
+        units = [share.units for share in shares]
+        chosen = cores.choose_cores(units, disjoint)
+        pairs = zip(shares, chosen, strict=True)
+        return [cores.CoresPartition(share, own, max(units)) for share, own in pairs]
+    if backend == "green":
+        return list(green.plan_partitions(shares, disjoint))
+    if backend == "mps":
+        return list(mps.start_partitions(shares))
+    if backend == "mig":
+        return list(mig.place(shares, disjoint))
+    if disjoint and len(shares) > 1:
+        raise SetupError("backend full is one share: it cannot hold several side by side")
+    return [FullPartition(share) for share in shares]
+
+
+def _require(backend: str, index: int) -> None:
+    for check in probe_backends(index):
+        if check.backend == backend and not check.ok:
+            raise SetupError(f"--partition {backend} is not available: {check.reason}")
+
+
+def _probe(backend: str, check: Callable[[int], str], index: int) -> Availability:
+    try:
+        return Availability(backend, True, check(index))
+    except TuneError as error:
+        return Availability(backend, False, str(error))
+    except Exception as error:  # a broken driver must not break `tune doctor`
+        return Availability(backend, False, f"{type(error).__name__}: {error}"[:200])
+
+
+def _cores_reason(_index: int) -> str:
+    count = len(usable_cores())
+    return f"{count} physical core{'s' if count > 1 else ''}"
+
+
+def _gpu_reason(index: int) -> str:
+    gpus, reason = query_gpus()
+    if not 0 <= index < len(gpus):
+        raise SetupError(reason or f"there is no GPU {index}")
+    return f"{gpus[index].name}, {gpus[index].sm_count} SMs"
+
+
+def _mig_reason(index: int) -> str:
+    _gpu_reason(index)
+    instances = mig.find_instances(index)
+    return "instances with " + ", ".join(str(instance.sm_count) for instance in instances) + " SMs"
+
+
+def _green_reason(index: int) -> str:
+    _gpu_reason(index)
+    gpu = query_gpus()[0][index]
+    if not gpu.green:
+        raise SetupError(f"green contexts need CUDA 12.4, the driver has {gpu.driver_version}")
+    if gpu.mps:
+        raise SetupError("the GPU is reached through MPS, under which a green context may grow")
+    return f"green contexts in steps of {gpu.sm_step} SMs"
+
+
+def _mps_reason(index: int) -> str:
+    if shutil.which(mps.CONTROL) is None:
+        mps.find_control()
+    _gpu_reason(index)
+    if query_gpus()[0][index].mps:
+        raise SetupError("this process already runs under another MPS daemon")
+    return f"{mps.CONTROL} is there"

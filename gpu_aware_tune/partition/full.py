@@ -1,0 +1,28 @@
+"""The whole GPU, undivided: the baseline the other backends are compared with."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.partition.gpu import GpuPartition
+from gpu_aware_tune.partition.shares import Share
+
+
+class FullPartition(GpuPartition):
+    """All SMs of a GPU, on TVM's default stream."""
+
+    backend: ClassVar[str] = "full"
+
+    def __init__(self, share: Share) -> None:
+        super().__init__(share)
+        if share.units != share.device.units_total:
+            raise SetupError(
+                f"backend full is the whole GPU, not {share.describe()}: "
+                "use --partition green, mps or mig"
+            )
+        self.ordinal = share.device.index
+
+    def verify(self) -> None:
+        """Check that this process may use every SM."""
+        self._check_sms("the GPU")

@@ -1,0 +1,157 @@
+"""The nouns of the record store, and how they lie in its tables."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RecordKey:
+    """What a measured number depends on; records of other keys are seeds, never answers."""
+
+    task: str
+    device: str
+    units: int
+    target: str
+    tvm: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One candidate measured under one key, or the failure it ended in."""
+
+    key: RecordKey
+    trace: str
+    seconds: float | None = None
+    failure: str | None = None
+    failure_text: str | None = None
+    origin: str = "search"
+    spread: float | None = None
+    repeats: int | None = None
+    run_id: int | None = None
+    created: float = field(default_factory=time.time)
+    partition: str = ""
+    flags: str = ""
+    wrong: bool = False
+    retimed: float | None = None
+
+    @property
+    def best_s(self) -> float | None:
+        """The seconds to go by: those of the second, exclusive measurement where there is one."""
+        return self.seconds if self.retimed is None else self.retimed
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the store holds under one key."""
+
+    key: RecordKey
+    name: str  # of the task, "" where the store does not know it
+    trials: int
+    failures: int
+    wrong: int
+    best_s: float | None
+    default_s: float | None  # the untuned schedule, candidate 0
+
+
+@dataclass(frozen=True)
+class StoredTask:
+    """A task as kept for later: enough to export its records without the model."""
+
+    hash: str
+    name: str
+    module: str
+    args: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One tuning run; `status` is "running", "interrupted" or what `finish_run` was given."""
+
+    id: int
+    status: str
+    started: float
+    finished: float | None
+    settings: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
+
+KEY = "k.task, k.device, k.units, k.target, k.tvm"
+COLUMNS = (
+    f"{KEY}, t.json, r.seconds, r.failure, r.failure_text, r.origin, r.spread, r.repeats, r.run,"
+    " r.created, r.partition, r.flags, r.wrong, r.retimed"
+)
+FROM = "FROM records r JOIN keys k ON k.id = r.key JOIN traces t ON t.id = r.trace"
+USABLE = "r.seconds IS NOT NULL AND r.failure IS NULL AND r.wrong = 0"
+FASTEST = "COALESCE(r.retimed, r.seconds)"
+ADD_TRACE = "INSERT INTO traces (hash, json) VALUES (?, ?) ON CONFLICT DO NOTHING"
+_FIELDS = (
+    "seconds, failure, failure_text, origin, spread, repeats, run, created, partition, flags,"
+    " wrong, retimed"
+)
+ADD_RECORD = (
+    f"INSERT INTO records (key, trace, {_FIELDS}) VALUES"
+    " (?, (SELECT id FROM traces WHERE hash = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT (key, trace) DO UPDATE SET "
+    # Measuring again does not make a kernel right that was found to compute wrong numbers.
+    + ", ".join(
+        "wrong = MAX(wrong, excluded.wrong)" if name == "wrong" else f"{name} = excluded.{name}"
+        for name in _FIELDS.split(", ")
+    )
+    + " WHERE {replace} OR (failure IS NOT NULL AND excluded.failure IS NULL)"
+)
+
+
+def packed(trace: str) -> tuple[bytes, bytes]:
+    """Return a trace as its row: the hash it is found by, and the text compressed."""
+    return digest(trace), zlib.compress(trace.encode())
+
+
+def unpacked(text: bytes) -> str:
+    """Return a text that was kept compressed."""
+    return zlib.decompress(text).decode()
+
+
+def digest(trace: str) -> bytes:
+    """Return what a trace is found by; records hold no duplicates of one key and digest."""
+    return blake2b(trace.encode(), digest_size=16).digest()
+
+
+def check_seconds(*values: float | None) -> None:
+    """Raise ValueError for a time that no clock can have shown."""
+    for value in values:
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"a record of {value} seconds; it must be above 0 and finite")
+
+
+def row_of(record: Record) -> tuple[Any, ...]:
+    """Return the values of a record in the order of `ADD_RECORD`, after key and trace."""
+    check_seconds(record.seconds, record.retimed)
+    return (
+        record.seconds,
+        record.failure,
+        record.failure_text,
+        record.origin,
+        record.spread,
+        record.repeats,
+        record.run_id,
+        record.created,
+        record.partition,
+        record.flags,
+        record.wrong,
+        record.retimed,
+    )
+
+
+def record_of(row: tuple[Any, ...]) -> Record:
+    """Return the record of a row that was selected as `COLUMNS`."""
+    *values, wrong, retimed = row[6:]
+    fields = (RecordKey(*row[:5]), unpacked(row[5]), *values, bool(wrong), retimed)
+    return Record(*fields)

@@ -1,0 +1,328 @@
+"""What a run was asked to do: frozen settings, effort presets, and parsers of the flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_aware_tune.errors import SetupError, UserError
+
+TARGETS = ("auto", "cuda", "llvm")
+NULL_TARGET = "null"  # the fake device of the tests; not offered to users
+DTYPES = ("float16", "float32")
+PARTITIONS = ("auto", "cores", "full", "green", "mps", "mig", "null")
+RECORDS_FILE = "records.sqlite"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard a run tries where no flag says otherwise.
+
+    `trials` is for the whole model, `patience` the number of trials without a better model latency
+    after which a run stops (0 = never), `measure_s` the most seconds one candidate is timed for on
+    one share.
+    """
+
+    trials: int
+    population: int
+    generations: int
+    trials_per_iteration: int
+    patience: int
+    measure_s: float
+
+
+EFFORTS: Mapping[str, Effort] = {
+    "quick": Effort(64, 32, 1, 8, 0, 0.03),
+    "default": Effort(512, 48, 2, 16, 0, 0.05),
+    "full": Effort(2048, 96, 3, 16, 1024, 0.1),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run does; stored with the run.
+
+    Fields left at None or 0 that `Effort` knows are filled from `effort`, so a finished `Settings`
+    always shows the numbers used. `trials` stays None only where `time_s` alone limits the run.
+    To change the effort of existing settings make new ones: `replace` keeps the filled numbers.
+    """
+
+    gpu_pct: tuple[int, ...] = (100,)
+    target: str = "auto"
+    arch: str | None = None
+    device: int = 0
+    trials: int | None = None
+    time_s: float | None = None
+    effort: str = "default"
+    patience: int | None = None
+    output: Path | None = None
+    db: Path = Path("tuning_logs")
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dtype: str | None = None
+    seed: int = 0
+    resume: bool = True
+    verify: bool = True
+    partition: str = "auto"
+    dry_run: bool = False
+    max_trials_per_task: int | None = None
+    trials_per_iteration: int = 0
+    population: int = 0
+    generations: int = 0
+    measure_s: float = 0.0
+    top_k: int = 3
+    build_timeout_s: float = 30.0
+    run_timeout_s: float = 10.0
+    memory_limit_mb: int = 4096
+
+    def __post_init__(self) -> None:
+        _check_choice("--effort", self.effort, tuple(EFFORTS))
+        self._fill_from_effort()
+        if self.target != NULL_TARGET:
+            _check_choice("--target", self.target, TARGETS)
+        _check_choice("--partition", self.partition, PARTITIONS)
+        if self.dtype is not None:
+            _check_choice("--dtype", self.dtype, DTYPES)
+        if not self.gpu_pct:
+            raise UserError(
+                "--gpu-pct is empty: give one or more whole percentages, such as 30 or 30,50,100"
+            )
+        for percent in self.gpu_pct:
+            check_percent(percent)
+        for flag, value, lowest in self._bounded():
+            _check_number(flag, value, lowest)
+        for name, shape in self.input_shapes.items():
+            check_shape(name, shape)
+
+    def _fill_from_effort(self) -> None:
+        effort = EFFORTS[self.effort]
+        for item in dataclasses.fields(effort):
+            if item.name == "trials" and self.time_s is not None:
+                continue  # a run limited by time takes as many trials as fit
+            given = getattr(self, item.name)  # 0 means "not given" except where 0 has a meaning
+            if given is None or (given == 0 and item.name not in ("trials", "patience")):
+                object.__setattr__(self, item.name, getattr(effort, item.name))
+
+    def _bounded(self) -> tuple[tuple[str, float | None, float], ...]:
+        return (
+            ("--device", self.device, 0),
+            ("--trials", self.trials, 1),
+            ("--time", self.time_s, 1.0),
+            ("--patience", self.patience, 0),
+            ("--seed", self.seed, 0),
+            ("max_trials_per_task", self.max_trials_per_task, 1),
+            ("trials_per_iteration", self.trials_per_iteration, 1),
+            ("population", self.population, 2),
+            ("generations", self.generations, 1),
+            ("measure_s", self.measure_s, 0.001),
+            ("top_k", self.top_k, 1),
+            ("build_timeout_s", self.build_timeout_s, 0.1),
+            ("run_timeout_s", self.run_timeout_s, 0.1),
+            ("memory_limit_mb", self.memory_limit_mb, 256),
+        )
+
+    @property
+    def records_path(self) -> Path:
+        """The record store's file, inside the `db` folder."""
+        return self.db / RECORDS_FILE
+
+    def output_folder(self, model: Path) -> Path:
+        """Returns the library's folder: `output`, or `<model>.tuned` in the current folder."""
+        return self.output if self.output is not None else Path(f"{model.stem}.tuned")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the settings as plain JSON values."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values["gpu_pct"] = list(self.gpu_pct)
+        values["output"] = None if self.output is None else str(self.output)
+        values["db"] = str(self.db)
+        values["input_shapes"] = {name: list(shape) for name, shape in self.input_shapes.items()}
+        return values
+
+
+def make_settings(**options: Any) -> Settings:
+    """Builds settings from forms that people write: `gpu_pct=30`, `gpu_pct="30,50"`, `time="10m"`.
+
+    Options that are None mean "not given".
+
+    Raises:
+        UserError: An unknown option, or a value out of its range.
+    """
+    known = {item.name for item in dataclasses.fields(Settings)} | {"time", "inputs"}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise UserError(f"unknown option {name!r}: {hint}")
+    if "time" in given:
+        given["time_s"] = given.pop("time")
+    if "inputs" in given:
+        given["input_shapes"] = given.pop("inputs")
+    convert: dict[str, Callable[[Any], Any]] = {
+        "gpu_pct": _percents,
+        "time_s": _seconds,
+        "input_shapes": _input_shapes,
+        "output": Path,
+        "db": Path,
+    }
+    return Settings(**{name: convert.get(name, _same)(value) for name, value in given.items()})
+
+
+def parse_percents(text: str) -> tuple[int, ...]:
+    """Reads "30" or "30,50,100" as percentages, duplicates dropped, order kept."""
+    percents = []
+    for part in text.split(","):
+        if not re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*%?\s*", part):
+            raise UserError(
+                f"--gpu-pct {text!r} is not a percentage: "
+                "give whole numbers from 1 to 100, such as 30 or 30,50,100"
+            )
+        percents.append(check_percent(int(part.strip(" %"))))
+    return tuple(dict.fromkeys(percents))
+
+
+def check_percent(percent: int | float) -> int:
+    """Returns `percent` where it is a whole number from 1 to 100."""
+    if isinstance(percent, bool) or not isinstance(percent, int) or not 1 <= percent <= 100:
+        raise UserError(
+            f"--gpu-pct {percent} is out of range: give whole percentages from 1 to 100"
+        )
+    return percent
+
+
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_duration(text: str) -> float:
+    """Reads "90", "90s", "10m", "1.5h" or "1h30m" as seconds."""
+    compact = text.replace(" ", "").lower()
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", compact):
+        return float(compact)
+    if (
+        not re.fullmatch(
+            r"([0-9]+(\.[0-9]+)?h)?([0-9]+(\.[0-9]+)?m)?([0-9]+(\.[0-9]+)?s)?", compact
+        )
+        or not compact
+    ):
+        raise UserError(
+            f"--time {text!r} is not a duration: give seconds, or a form like 90s, 10m, 2h, 1h30m"
+        )
+    parts = re.findall(r"([0-9.]+)([hms])", compact)
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def parse_input(text: str) -> tuple[str, tuple[int, ...]]:
+    """Reads "name:1x3x224x224"; the name itself may contain colons. "name:" is a scalar."""
+    name, colon, dims = text.rpartition(":")
+    if not colon or not name or not re.fullmatch(r"([0-9]+(x[0-9]+)*)?", dims):
+        raise UserError(f"--input {text!r} is not NAME:SHAPE: give a form such as data:1x3x224x224")
+    return name, check_shape(name, tuple(int(dim) for dim in dims.split("x")) if dims else ())
+
+
+def parse_inputs(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Reads several `--input` texts; naming an input twice is an error."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, shape = parse_input(text)
+        if name in shapes:
+            raise UserError(f"--input names {name!r} twice: give each input once")
+        shapes[name] = shape
+    return shapes
+
+
+def check_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns `shape` where every dimension is a whole number from 1 to 2**31 - 1."""
+    for dim in shape:
+        if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim < 2**31:
+            raise UserError(
+                f"--input {name!r} has dimension {dim}: give whole numbers of at least 1"
+            )
+    return shape
+
+
+def _check_number(flag: str, value: float | None, lowest: float) -> None:
+    """Refuses what is below `lowest`, and fractions where `lowest` is a whole number."""
+    if value is None:
+        return
+    kinds = int if isinstance(lowest, int) else (int, float)
+    name = "whole number" if isinstance(lowest, int) else "number"
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UserError(f"{flag} {value!r} is not a {name}: give one of at least {lowest:g}")
+    if not math.isfinite(value) or value < lowest:
+        raise UserError(f"{flag} {value:g} is out of range: give a {name} of at least {lowest:g}")
+
+
+def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{flag} {value!r} is unknown: choose one of {', '.join(choices)}")
+
+
+def _percents(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str):
+        return parse_percents(value)
+    if isinstance(value, int | float):
+        return (check_percent(value),)  # a float is refused there
+    return tuple(dict.fromkeys(value))
+
+
+def _seconds(value: float | str) -> float:
+    return parse_duration(value) if isinstance(value, str) else float(value)
+
+
+def _input_shapes(value: Mapping[str, Iterable[int]] | Iterable[str]) -> dict[str, tuple[int, ...]]:
+    if isinstance(value, Mapping):
+        return {name: tuple(shape) for name, shape in value.items()}
+    return parse_inputs(value)
+
+
+def check_files(model: Path, settings: Settings) -> None:
+    """Checks, before anything costs time, that the model can be read and the results written.
+
+    Raises:
+        UserError: `model` is not a readable file.
+        SetupError: the output or the record store's folder cannot be written.
+    """
+    if model.is_dir():
+        raise UserError(f"model {str(model)!r} is a folder: give the path of a .onnx file")
+    try:
+        with model.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise UserError(
+            f"model {str(model)!r} cannot be read ({error.strerror}): give the path of a .onnx file"
+        ) from error
+    if empty:
+        raise UserError(f"model {str(model)!r} is empty: give the path of a .onnx file")
+    _check_writable("-o", settings.output_folder(model))
+    _check_writable("--db", settings.db)
+
+
+def _check_writable(flag: str, folder: Path) -> None:
+    """Tries to write next to or in `folder`, as permissions alone do not tell (root, /proc)."""
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tune-", dir=existing):
+            return
+    except OSError as error:
+        reason = error.strerror
+    raise SetupError(
+        f"{flag} {str(folder)!r} cannot be written ({reason}): give a folder you may write to"
+    )
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+QUICK = Settings(effort="quick")
+DEFAULT = Settings(effort="default")
+FULL = Settings(effort="full")

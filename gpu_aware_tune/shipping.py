@@ -1,0 +1,134 @@
+"""From chosen kernels to a library on disk: compile, measure before and after, verify, export."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpu_aware_tune.builder import BuildPool, Built
+from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.workers import WorkerHost
+
+if TYPE_CHECKING:
+    from gpu_aware_tune.model import Model
+    from gpu_aware_tune.partition import Partition
+
+_COMPILE = "gpu_aware_tune.shipping:compile_to_file"
+_TIME = "gpu_aware_tune.shipping:time_libraries"
+_CALL = "gpu_aware_tune.measure.worker:call"
+_ROUNDS = 5
+_ROUND_S = 0.6
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One library to compile: kernels (traces by task hash) for some units; `name` tells them apart."""
+
+    name: str
+    units: int
+    target: dict[str, Any]
+    traces: Mapping[str, str]
+
+
+def compile_all(
+    model: Model, wanted: Sequence[Wanted], builders: BuildPool, folder: Path
+) -> dict[tuple[str, int], Path]:
+    """Compile libraries side by side in the build workers.
+
+    Returns:
+        The path of each, by (name, units).
+
+    Raises:
+        TuneError: a library did not compile, with what TVM said.
+    """
+    from gpu_aware_tune.traces import module_to_json
+
+    module_json = module_to_json(model.module)
+    waiting = list(wanted)
+    done: dict[tuple[str, int], Path] = {}
+    while waiting or builders.busy:
+        while waiting and builders.idle:
+            item = waiting.pop()
+            path = folder / f"{item.name}-{item.units}.so"
+            args = (module_json, item.target, dict(item.traces), str(path))
+            builders.call((item.name, item.units, path), _COMPILE, *args)
+        for (name, units, path), answer in builders.collect(
+            select.select(builders.busy, [], [], 0.1)[0]
+        ):
+            if isinstance(answer, Built) or answer is not None:
+                text = (
+                    answer.failure.text if isinstance(answer, Built) and answer.failure else answer
+                )
+                raise TuneError(f"the {name} library for {units} units did not compile: {text}")
+            done[name, units] = path
+    return done
+
+
+def compile_to_file(
+    module_json: str, target: dict[str, Any], traces: Mapping[str, str], path: str
+) -> str | None:
+    """Compile one library (in a worker); gives the error's text, or None."""
+    import tvm
+
+    from gpu_aware_tune.compile import compile_module
+    from gpu_aware_tune.traces import module_from_json
+
+    try:
+        executable = compile_module(
+            module_from_json(module_json), tvm.target.Target(target), traces
+        )
+        executable.export_library(path)
+    except Exception as error:  # sent to the parent, which stops the run with it
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"
+    return None
+
+
+def time_on(
+    host: WorkerHost,
+    partition: Partition,
+    libraries: Mapping[str, Path],
+    weights: Path,
+    model: Model,
+) -> dict[str, float]:
+    """Median seconds of one inference of each library on a partition, in a worker of its own.
+
+    The libraries take turns, so that drift of the machine meets all of them alike.
+    """
+    specs = [(spec.name, spec.shape, spec.dtype) for spec in model.inputs]
+    args = ({name: str(path) for name, path in libraries.items()}, str(weights), specs)
+    worker = host.spawn(_CALL, partition, _TIME, args, env=partition.env())
+    try:
+        answer: dict[str, float] = worker.recv()
+    except EOFError:
+        raise TuneError(
+            f"measuring the library on {partition} failed: {worker.kill().text}"
+        ) from None
+    worker.kill()
+    return answer
+
+
+def time_libraries(
+    libraries: Mapping[str, str], weights: str, specs: Sequence[tuple[str, tuple[int, ...], str]]
+) -> dict[str, float]:
+    """See `time_on` (in the worker)."""
+    import statistics
+
+    from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.model import TensorSpec, random_inputs
+
+    inputs = random_inputs([TensorSpec(*spec) for spec in specs], seed=0)
+    timers = {name: open_vm(path, weights).timer(inputs) for name, path in libraries.items()}
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(_ROUNDS):
+        for name, timer in timers.items():
+            samples[name].extend(timer(_ROUND_S / len(timers)))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def traces_of(choices: Iterator[Any] | Sequence[Any], units: int) -> dict[str, str]:
+    """The traces of one share's choices by task hash; plain loops are left out."""
+    return {c.task.hash: c.trace for c in choices if c.units == units and c.trace}

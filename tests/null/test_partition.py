@@ -1,0 +1,898 @@
+"""Shares and partitions: arithmetic, the contract of every backend, and what each one adds.
+
+The GPU backends run against fakes of the driver, NVML and the MPS control program; the CPU backend
+binds real threads, with TVM's pool replaced by Python threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gpu_aware_tune.errors import SetupError, TuneError, UserError
+from gpu_aware_tune.partition import (
+    Device,
+    Partition,
+    Share,
+    backends,
+    choose_backend,
+    cores,
+    device,
+    driver,
+    find_device,
+    gpu,
+    gpus,
+    green,
+    mig,
+    mps,
+    nvml,
+    open_partitions,
+    probe_backends,
+    share_of,
+    topology,
+)
+from gpu_aware_tune.partition.driver import DriverError, call
+from gpu_aware_tune.partition.gpus import GpuFacts
+from gpu_aware_tune.testing import (
+    Code,
+    FakeDriver,
+    FakeNvml,
+    fake_gpu,
+    null_device,
+    write_fake_mps,
+)
+
+ALL = ("cores", "null", "full", "green", "mps", "mig")
+CORES = len(topology.usable_cores())
+INSTANCES = {"MIG-a": 16, "MIG-b": 32, "MIG-c": 60}
+
+
+def cpu(total: int = CORES) -> Device:
+    return Device("llvm", 0, "AMD EPYC", "znver4", total, "core")
+
+
+@dataclass
+class Case:
+    """One backend on a machine that has it; `spoil` makes the device give less than promised."""
+
+    backend: str
+    device: Device
+    percents: tuple[int, ...]
+    leaks: Callable[[], list[str]]
+    spoil: Callable[[], object]
+
+    def shares(self) -> list[Share]:
+        return [share_of(self.device, percent, self.backend) for percent in self.percents]
+
+    def open(self, disjoint: bool = False) -> list[Partition]:
+        return open_partitions(self.shares(), self.device, self.backend, disjoint=disjoint)
+
+
+class FakePool:
+    """TVM's thread pool: threads made at the first call, and a count of those in use."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.threads: list[threading.Thread] = []
+        self.calls: list[tuple[int, int, list[str]]] = []
+        self.forced: int | None = None
+
+    def configure(self, mode: int, count: int, cpus: list[str]) -> None:
+        if not self.calls:
+            for _ in range(count - 1):
+                self.threads.append(threading.Thread(target=self.stop.wait, daemon=True))
+                self.threads[-1].start()
+        self.calls.append((mode, count, cpus))
+
+    def size(self) -> int:
+        return self.forced or min(self.calls[-1][1], len(self.threads) + 1)
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePool]:
+    fake = FakePool()
+    monkeypatch.setattr(cores, "_tvm_functions", lambda: (fake.configure, fake.size))
+    monkeypatch.setattr(cores, "_local", threading.local())
+    before = os.sched_getaffinity(0)
+    yield fake
+    fake.stop.set()
+    os.sched_setaffinity(0, before)
+
+
+@pytest.fixture
+def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    return use_driver(monkeypatch, FakeDriver())
+
+
+def use_driver(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> FakeDriver:
+    monkeypatch.setattr(driver, "load_driver", lambda: fake)
+    monkeypatch.setattr(gpus, "query_gpus", lambda: (tuple(gpus.read_gpus(fake)), ""))
+    for module in (backends, device):
+        monkeypatch.setattr(module, "query_gpus", lambda: (tuple(gpus.read_gpus(fake)), ""))
+    return fake
+
+
+def use_nvml(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml) -> FakeNvml:
+    for module in (nvml, mig):
+        monkeypatch.setattr(module, "load_nvml", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def fake_mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    program = write_fake_mps(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return program
+
+
+def mps_folders() -> list[str]:
+    return [str(path) for path in Path("/tmp").glob(f"gat-mps-{os.getuid()}-{os.getpid()}-*")]
+
+
+@pytest.fixture
+def case(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Case]:
+    """The backend named by the parameter, on a machine made of fakes."""
+    backend = request.param
+    for name in ("CUDA_VISIBLE_DEVICES", *(n for n in os.environ if n.startswith("CUDA_MPS"))):
+        monkeypatch.delenv(name, raising=False)
+    if backend == "null":
+        yield Case("null", null_device(), (30, 100), list, lambda: None)
+        return
+    if backend == "cores":
+        fake = request.getfixturevalue("pool")
+        before = os.sched_getaffinity(0)
+
+        def spoil_pool() -> None:
+            fake.forced = CORES + 1
+
+        def moved() -> list[str]:
+            now = os.sched_getaffinity(0)
+            return [] if now == before else [f"bound to {now}"]
+
+        yield Case("cores", cpu(), (50, 100), moved, spoil_pool)
+        return
+    fake_cuda = use_driver(monkeypatch, FakeDriver())
+    percents = (100,)
+    if backend == "green":
+        percents = (30, 50)
+    elif backend == "mig":
+        percents = (30,)
+        use_nvml(monkeypatch, FakeNvml(INSTANCES))
+        fake_cuda.visible = 32
+    elif backend == "mps":
+        percents = (30,)
+        request.getfixturevalue("fake_mps")
+        probed = gpus.read_gpus(fake_cuda)
+        for module in (backends, device):
+            monkeypatch.setattr(module, "query_gpus", lambda: (tuple(probed), ""))
+        fake_cuda.visible, fake_cuda.mps = 38, True
+
+    def spoil() -> None:
+        fake_cuda.visible, fake_cuda.short_by = fake_cuda.sms - 2, 2
+
+    def leaks() -> list[str]:
+        return fake_cuda.leaks() + mps_folders() + [str(plan) for plan in green._splits]
+
+    yield Case(backend, fake_gpu(), percents, leaks, spoil)
+
+
+def in_worker(partition: Partition, monkeypatch: pytest.MonkeyPatch) -> Partition:
+    """What reaches the worker: a pickled copy, in a process that has the environment."""
+    for name, value in partition.env().items():
+        monkeypatch.setenv(name, value)
+    return pickle.loads(pickle.dumps(partition))
+
+
+each_backend = pytest.mark.parametrize("case", ALL, indirect=True)
+
+
+# The contract -------------------------------------------------------------------------------------
+
+
+@each_backend
+def test_units_are_what_the_share_says(case: Case) -> None:
+    opened = case.open()
+    try:
+        assert [part.share for part in opened] == case.shares()
+        for part, percent in zip(opened, case.percents, strict=True):
+            assert part.backend == case.backend
+            assert 1 <= part.share.units <= case.device.units_total
+            assert part.share.describe().startswith(f"{percent} % of ")
+            assert part.share.describe() in repr(part)
+    finally:
+        for part in opened:
+            part.close()
+
+
+@each_backend
+def test_a_worker_enters_verifies_runs_and_leaves(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = case.open()
+    workers = [in_worker(part, monkeypatch) for part in opened]
+    for mine, theirs in zip(opened, workers, strict=True):
+        assert theirs.share == mine.share
+        assert theirs.env() == mine.env()
+        assert all(isinstance(v, str) for pair in theirs.env().items() for v in pair)
+    for part in sorted(workers, key=lambda part: -part.share.units):
+        part.enter_worker()
+        part.enter_worker()  # a second call changes nothing
+    for part in workers:
+        part.verify()
+        with part.timing_context():
+            pass
+        part.sync()
+        part.verify()
+    for part in workers + opened:
+        part.close()
+        part.close()
+    assert case.leaks() == []
+
+
+@each_backend
+def test_verify_refuses_what_was_not_promised(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = case.open()
+    part = in_worker(opened[-1], monkeypatch)
+    try:
+        part.enter_worker()
+        part.verify()
+        if case.backend == "null":
+            part._verified_units = 1
+        case.spoil()
+        with pytest.raises(SetupError, match=r"\d+ \w+ (where|promised)|\d+ SMs where"):
+            part.verify()
+    finally:
+        for each in (part, *opened):
+            each.close()
+    assert case.leaks() == []
+
+
+@each_backend
+def test_nothing_works_before_entering(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = case.open()
+    try:
+        for part in opened:
+            with pytest.raises(SetupError, match="enter_worker"):
+                part.verify()
+    finally:
+        for part in opened:
+            part.close()
+
+
+@each_backend
+def test_state_is_restored_when_the_body_fails(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = case.open()
+
+    def interrupted() -> None:
+        with contextlib.ExitStack() as stack:
+            for part in opened:
+                stack.callback(part.close)
+            worker = stack.enter_context(in_worker(opened[0], monkeypatch))
+            worker.enter_worker()
+            with worker.timing_context():
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert case.leaks() == []
+
+
+# Arithmetic ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("percent", "total", "units"),
+    [(1, 2, 1), (50, 2, 1), (99, 2, 1), (100, 2, 2), (30, 10, 3), (33, 10, 3), (50, 7, 3)],
+)
+def test_cores_round_down_to_at_least_one(percent: int, total: int, units: int) -> None:
+    assert share_of(cpu(total), percent, "cores").units == units
+
+
+@pytest.mark.parametrize(
+    ("percent", "units"),
+    [(1, 8), (6, 8), (10, 8), (13, 16), (30, 32), (50, 64), (99, 128), (100, 132)],
+)
+def test_green_contexts_round_down_to_groups_of_eight(percent: int, units: int) -> None:
+    assert share_of(fake_gpu(), percent, "green").units == units
+
+
+@pytest.mark.parametrize(
+    ("percent", "units"),
+    [(1, 8), (7, 8), (13, 16), (19, 24), (25, 32), (37, 48), (49, 64), (50, 66), (73, 96),
+     (97, 128), (100, 132)],
+)  # fmt: skip
+def test_mps_follows_the_published_table(percent: int, units: int) -> None:
+    assert share_of(fake_gpu(), percent, "mps").units == units
+
+
+def test_every_percentage_of_mps_yields_its_own_units_again() -> None:
+    for percent in range(1, 101):
+        units = share_of(fake_gpu(), percent, "mps").units
+        back = mps.mps_percentage(units, 132)
+        assert share_of(fake_gpu(), back, "mps").units == units
+        assert 8 <= units <= max(8, percent * 132 / 100)
+
+
+@pytest.mark.parametrize("backend", ["cores", "green", "mps"])
+def test_more_percent_is_never_fewer_units(backend: str) -> None:
+    where = cpu(96) if backend == "cores" else fake_gpu()
+    units = [share_of(where, percent, backend).units for percent in range(1, 101)]
+    assert units == sorted(units)
+    assert units[-1] == where.units_total
+
+
+@pytest.mark.parametrize("percent", [0, 101, -3, True, 2.5])
+def test_a_percentage_out_of_range_is_refused(percent: int) -> None:
+    with pytest.raises(UserError, match="from 1 to 100"):
+        share_of(cpu(), percent, "cores")
+
+
+def test_phrases() -> None:
+    assert share_of(fake_gpu(), 30, "green").describe() == "30 % of 132 SMs = 32 SMs"
+    assert share_of(cpu(2), 50, "cores").describe() == "50 % of 2 cores = 1 core"
+    assert share_of(cpu(1), 100, "cores").describe() == "100 % of 1 core = 1 core"
+
+
+# Devices ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (backends, device):
+        monkeypatch.setattr(module, "query_gpus", lambda: ((), "no driver"))
+    monkeypatch.setattr(device, "host_mcpu", lambda: "znver4")
+
+
+def test_auto_falls_back_to_the_cpu_and_says_so(no_gpu: None) -> None:
+    found, note = find_device("auto", 0, None)
+    assert (found.kind, found.arch, found.units_total) == ("llvm", "znver4", CORES)
+    assert note is not None
+    assert "no driver" in note
+    assert "\n" not in note
+    assert found.target(3) == {"kind": "llvm", "num-cores": 3, "mcpu": "znver4"}
+
+
+def test_auto_takes_the_gpu(fake_driver: FakeDriver) -> None:
+    found, note = find_device("auto", 0, None)
+    assert note is None
+    assert found.key == "cuda/NVIDIA H200/sm_90a"
+    assert (found.units_total, found.unit, found.unit_step) == (132, "SM", 8)
+    assert found.uuid == "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
+    assert found.measurable
+    assert found.target(32)["arch"] == "sm_90a"
+
+
+def test_an_absent_gpu_can_be_built_for_but_not_measured(no_gpu: None) -> None:
+    found, _ = find_device("cuda", 0, "sm_90a")
+    assert not found.measurable
+    assert share_of(found, 30, "auto").describe() == "30 % of 132 SMs = 32 SMs"
+    with pytest.raises(SetupError, match="measuring needs an NVIDIA GPU"):
+        open_partitions([share_of(found, 30, "green")], found, "green")
+
+
+@pytest.mark.parametrize(
+    ("target", "index", "arch", "kind", "text"),
+    [
+        ("gpu", 0, None, UserError, "allowed: auto, cuda, llvm"),
+        ("cuda", 0, None, SetupError, "no NVIDIA GPU is usable.*--target llvm"),
+        ("cuda", 0, "sm90", UserError, "allowed: .*sm_90a"),
+        ("cuda", 0, "sm_35", UserError, "allowed: .*sm_90a"),
+        ("llvm", 1, None, UserError, "number 0"),
+    ],
+)
+def test_wrong_devices(
+    no_gpu: None, target: str, index: int, arch: str | None, kind: type[TuneError], text: str
+) -> None:
+    with pytest.raises(kind, match=text) as caught:
+        find_device(target, index, arch)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "arch", "text"), [(1, None, "GPUs are 0"), (0, "sm_80", "is sm_90a")]
+)
+def test_wrong_gpus(fake_driver: FakeDriver, index: int, arch: str | None, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        find_device("cuda", index, arch)
+
+
+def test_asking_for_gpus_leaves_this_process_free_of_cuda() -> None:
+    program = (
+        "from gpu_aware_tune.partition import probe_backends\n"
+        "found = probe_backends()\n"
+        "assert [f.backend for f in found] == ['cores', 'mig', 'green', 'mps', 'full'], found\n"
+        "assert all(f.reason and '\\n' not in f.reason for f in found), found\n"
+        "import sys\n"
+        "assert not {'cuda', 'tvm', 'tvm_ffi'} & set(sys.modules)\n"
+        "assert 'libcuda' not in open('/proc/self/maps').read()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_answer_of_the_child_is_read_back(
+    monkeypatch: pytest.MonkeyPatch, fake_driver: FakeDriver
+) -> None:
+    facts = gpus.answer()["gpus"]
+    assert GpuFacts(**facts[0]) == gpus.read_gpus(fake_driver)[0]
+    assert facts[0]["green"]
+    use_driver(monkeypatch, FakeDriver(fail={"cuInit": Code.CUDA_ERROR_MPS_SERVER_NOT_READY}))
+    assert "807" in gpus.answer()["reason"]
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("AMD EPYC 9575F 64-Core Processor", "AMD EPYC 9575F"),
+        ("Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.00GHz", "Intel Xeon Platinum 8480+"),
+        ("AMD EPYC", "AMD EPYC"),
+    ],
+)
+def test_names_of_equal_chips_are_equal(tmp_path: Path, line: str, name: str) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: {line}\n")
+    assert device.cpu_name(tmp_path / "cpuinfo") == name
+
+
+# Choosing a backend -------------------------------------------------------------------------------
+
+
+def test_auto_prefers_what_proves_most(
+    monkeypatch: pytest.MonkeyPatch, fake_driver: FakeDriver
+) -> None:
+    use_nvml(monkeypatch, FakeNvml())
+    assert choose_backend(fake_gpu(), percents=(30,))[0] == "green"
+    assert choose_backend(fake_gpu(), percents=(100,))[0] == "full"
+    assert choose_backend(cpu())[0] == "cores"
+    use_nvml(monkeypatch, FakeNvml(INSTANCES))
+    chosen, why = choose_backend(fake_gpu(), percents=(30,))
+    assert chosen == "mig"
+    assert "16, 32, 60 SMs" in why
+
+
+def test_auto_without_any_backend_says_why_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_nvml(monkeypatch, FakeNvml())
+    fake = use_driver(monkeypatch, FakeDriver())
+    monkeypatch.setattr(fake, "cuDriverGetVersion", lambda: (Code.CUDA_SUCCESS, 12020))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SetupError, match=r"mig: .*green: .*12\.4.*mps: .*not on the PATH"):
+        choose_backend(fake_gpu(), percents=(30,))
+    with pytest.raises(SetupError, match="--partition green is not available"):
+        choose_backend(fake_gpu(), "green")
+
+
+def test_a_backend_of_the_other_kind_of_device_is_refused() -> None:
+    with pytest.raises(UserError, match="allowed: auto, cores"):
+        choose_backend(cpu(), "green")
+    with pytest.raises(UserError, match="allowed: auto, mig, green, mps, full"):
+        choose_backend(fake_gpu(), "cores")
+    with pytest.raises(UserError, match="the whole GPU"):
+        share_of(fake_gpu(), 30, "full")
+    with pytest.raises(UserError, match="is not known"):
+        share_of(fake_gpu(), 30, "half")
+
+
+def test_probing_survives_a_broken_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("segment fell over")
+
+    monkeypatch.setattr(backends, "query_gpus", broken)
+    monkeypatch.setattr(backends.mps, "find_control", lambda: "found")
+    found = {check.backend: check for check in probe_backends()}
+    assert found["cores"].ok
+    assert not found["green"].ok
+    assert "segment fell over" in found["green"].reason
+
+
+# Cores --------------------------------------------------------------------------------------------
+
+
+def write_topology(root: Path, cores_of: list[tuple[int, int, str]]) -> None:
+    for number, (package, core, siblings) in enumerate(cores_of):
+        folder = root / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text(f"{package}\n")
+        (folder / "core_id").write_text(f"{core}\n")
+        (folder / "thread_siblings_list").write_text(f"{siblings}\n")
+
+
+def test_hardware_threads_of_one_core_are_one_unit(tmp_path: Path) -> None:
+    write_topology(tmp_path, [(0, 0, "0,2"), (0, 1, "1,3"), (0, 0, "0,2"), (0, 1, "1,3")])
+    assert topology.physical_cores([0, 1, 2, 3], tmp_path) == [(0, 2), (1, 3)]
+    assert topology.physical_cores([1, 2, 3], tmp_path) == [(2,), (1, 3)]
+
+
+def test_equal_core_numbers_of_a_virtual_machine_are_not_one_core(tmp_path: Path) -> None:
+    write_topology(tmp_path, [(0, 0, "0"), (0, 0, "1"), (1, 0, "2")])
+    assert topology.physical_cores([0, 1, 2], tmp_path) == [(0,), (1,), (2,)]
+    assert topology.physical_cores([0, 1], tmp_path / "none") == [(0,), (1,)]
+
+
+@pytest.mark.parametrize(("text", "quota"), [("max 100000", None), ("150000 100000", 1.5)])
+def test_a_containers_quota_counts(tmp_path: Path, text: str, quota: float | None) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert topology.cpu_quota(tmp_path) == quota
+
+
+def test_a_quota_below_the_cores_limits_them(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000")
+    assert len(topology.usable_cores(cgroup=tmp_path)) == 1
+
+
+def test_cores_of_shares_nest_or_stay_apart() -> None:
+    assert cores.choose_cores([1, 3], False, [4, 5, 6, 7]) == [(4,), (4, 5, 6)]
+    assert cores.choose_cores([1, 3], True, [4, 5, 6, 7]) == [(4,), (5, 6, 7)]
+    with pytest.raises(SetupError, match="need 5 cores and 4"):
+        cores.choose_cores([2, 3], True, [4, 5, 6, 7])
+    with pytest.raises(SetupError, match="5 cores were asked for"):
+        cores.choose_cores([5], False, [4, 5, 6, 7])
+
+
+def test_spare_cpus_are_those_of_other_cores() -> None:
+    used = topology.usable_cores()[:1]
+    assert not set(topology.spare_cpus(used)) & set(used)
+    assert len(topology.spare_cpus(())) == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(CORES < 2, reason="switching between shares needs two cores")
+def test_threads_are_bound_each_to_its_core_and_back(pool: FakePool) -> None:
+    small, large = open_partitions([share_of(cpu(), p, "cores") for p in (50, 100)], cpu())
+    before = os.sched_getaffinity(0)
+    assert small.env()["TVM_NUM_THREADS"] == large.env()["TVM_NUM_THREADS"] == str(CORES)
+    assert small.env()["TVM_BIND_THREADS"] == "0"
+    for part in (small, large):
+        part.enter_worker()
+    worker = pool.threads[0].native_id
+    assert worker is not None
+    with large.timing_context():
+        assert os.sched_getaffinity(0) == {large.cores[0]}
+        assert os.sched_getaffinity(worker) == {large.cores[1]}
+    with small.timing_context():
+        assert os.sched_getaffinity(0) == set(small.cores)
+    count = len(pool.calls)
+    with small.timing_context():
+        pass
+    assert len(pool.calls) == count, "a share that is set must not be set again"
+    large.close()
+    assert os.sched_getaffinity(0) != before
+    small.close()
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.skipif(CORES < 2, reason="a wrong binding needs a second core")
+def test_a_thread_moved_by_someone_else_is_noticed(pool: FakePool) -> None:
+    (part,) = open_partitions([share_of(cpu(), 50, "cores")], cpu())
+    part.enter_worker()
+    part.verify()
+    assert len(topology.usable_cores()) == CORES, "a bound thread must not hide the other cores"
+    os.sched_setaffinity(0, {topology.usable_cores()[1]})
+    with pytest.raises(SetupError, match="may run on cores"):
+        part.verify()
+    part.close()
+
+
+@pytest.mark.skipif(CORES < 2, reason="a pool has other threads only from two cores on")
+def test_a_pool_made_before_is_refused(pool: FakePool) -> None:
+    pool.configure(-2, CORES, [])
+    (part,) = open_partitions([share_of(cpu(), 100, "cores")], cpu())
+    with pytest.raises(SetupError, match="already made in this thread"):
+        part.enter_worker()
+
+
+def test_a_core_that_is_gone_is_refused(pool: FakePool) -> None:
+    share = share_of(cpu(1), 100, "cores")
+    part = cores.CoresPartition(share, [4095])
+    with pytest.raises(SetupError, match="cannot bind a thread to one of cores"):
+        part.enter_worker()
+
+
+# Green contexts -----------------------------------------------------------------------------------
+
+
+def green_workers(shares: list[Share], disjoint: bool) -> list[green.GreenPartition]:
+    opened = pickle.loads(pickle.dumps(green.plan_partitions(shares, disjoint)))
+    for part in opened:
+        part.enter_worker()
+    return opened
+
+
+def sm_sets(fake: FakeDriver, parts: list[green.GreenPartition]) -> list[set[int]]:
+    return [fake.sm_ids(fake.streams[part.stream or 0]) for part in parts]
+
+
+def test_disjoint_shares_have_no_sm_in_common(fake_driver: FakeDriver) -> None:
+    parts = green_workers([share_of(fake_gpu(), p, "green") for p in (30, 50, 13)], True)
+    sets = sm_sets(fake_driver, parts)
+    assert [len(found) for found in sets] == [32, 64, 16]
+    assert len(set().union(*sets)) == 112
+    assert fake_driver.calls.count("cuDevSmResourceSplitByCount") == 1, "one split, or they overlap"
+    for part in parts:
+        part.verify()
+        part.close()
+    assert fake_driver.leaks() == []
+
+
+def test_shares_one_after_the_other_may_overlap(fake_driver: FakeDriver) -> None:
+    parts = green_workers([share_of(fake_gpu(), p, "green") for p in (10, 30, 50, 100)], False)
+    assert [len(found) for found in sm_sets(fake_driver, parts)] == [8, 32, 64, 132]
+    assert len({part.stream for part in parts}) == 4
+    for part in parts:
+        part.verify()
+        part.close()
+    assert fake_driver.leaks() == []
+
+
+def test_shares_that_do_not_fit_side_by_side() -> None:
+    with pytest.raises(SetupError, match="need 160 SMs and NVIDIA H200 has 132"):
+        green.plan_partitions([share_of(fake_gpu(), p, "green") for p in (75, 50)], True)
+
+
+def test_launches_go_to_the_shares_stream(fake_driver: FakeDriver) -> None:
+    import tvm_ffi  # without TVM itself: a tenth of a second
+
+    where = tvm_ffi.device("cuda", 0)
+    small, large = green_workers([share_of(fake_gpu(), p, "green") for p in (30, 50)], False)
+    with small.timing_context():
+        assert tvm_ffi.get_raw_stream(where) == small.stream
+        with large.timing_context():
+            assert tvm_ffi.get_raw_stream(where) == large.stream
+        assert tvm_ffi.get_raw_stream(where) == small.stream
+    assert tvm_ffi.get_raw_stream(where) == 0
+    for part in (small, large):
+        part.close()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "cuDevicePrimaryCtxRetain",
+        "cuCtxSetCurrent",
+        "cuDeviceGetDevResource",
+        "cuDevSmResourceSplitByCount",
+        "cuDevResourceGenerateDesc",
+        "cuGreenCtxCreate",
+        "cuGreenCtxStreamCreate",
+    ],
+)
+def test_whatever_step_fails_is_undone(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    fail = {function: Code.CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION}
+    fake = use_driver(monkeypatch, FakeDriver(fail=fail))
+    parts = green.plan_partitions([share_of(fake_gpu(), p, "green") for p in (30, 50)], False)
+    with pytest.raises(DriverError, match=rf"{function} failed: .*\(915\)"):
+        parts[0].enter_worker()
+    parts[0].close()
+    assert fake.leaks() == []
+    assert green._splits == {}
+
+
+def test_a_split_into_fewer_groups_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use_driver(monkeypatch, FakeDriver(sms=60))
+    parts = green.plan_partitions([share_of(fake_gpu(), p, "green") for p in (30, 30)], True)
+    with pytest.raises(SetupError, match=r"groups of \[32\] where 2 of 32"):
+        parts[0].enter_worker()
+    parts[0].close()
+    assert fake.leaks() == []
+
+
+def test_green_under_mps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_driver(monkeypatch, FakeDriver(mps=True))
+    (part,) = green_workers([share_of(fake_gpu(), 30, "green")], False)
+    with pytest.raises(SetupError, match="runs under an MPS server"):
+        part.verify()
+    part.close()
+
+
+def test_a_stream_of_another_context_is_refused(fake_driver: FakeDriver) -> None:
+    (part,) = green_workers([share_of(fake_gpu(), 30, "green")], False)
+    fake_driver.streams[part.stream or 0] = 1
+    with pytest.raises(SetupError, match="would use every SM"):
+        part.verify()
+    part.close()
+
+
+def test_a_fault_shows_at_the_next_sync(fake_driver: FakeDriver) -> None:
+    (part,) = green_workers([share_of(fake_gpu(), 30, "green")], False)
+    fake_driver.fail["cuStreamSynchronize"] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(DriverError, match="CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
+        part.sync()
+    assert caught.value.code == 700
+    part.close()  # clean-up after a fault must not raise
+
+
+# MPS ----------------------------------------------------------------------------------------------
+
+
+def start_mps(percents: tuple[int, ...] = (30, 50)) -> list[mps.MpsPartition]:
+    return mps.start_partitions([share_of(fake_gpu(), p, "mps") for p in percents])
+
+
+def test_one_daemon_serves_the_run_and_ends_with_it(fake_mps: Path) -> None:
+    parts = start_mps()
+    (folder,) = mps_folders()
+    assert Path(folder).stat().st_mode & 0o777 == 0o700
+    assert {part.env()["CUDA_MPS_PIPE_DIRECTORY"] for part in parts} == {f"{folder}/pipe"}
+    assert [part.env()["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] for part in parts] == ["29", "50"]
+    assert {part.env()["CUDA_VISIBLE_DEVICES"] for part in parts} == {"GPU-fake"}
+    assert mps.run_control("get_server_list", parts[0].env()) == "100.0"
+    parts[0].close()
+    assert mps_folders() == [folder]
+    parts[1].close()
+    assert mps_folders() == []
+
+
+def test_a_copy_in_a_worker_does_not_stop_the_daemon(fake_mps: Path) -> None:
+    parts = start_mps((30,))
+    pickle.loads(pickle.dumps(parts[0])).close()
+    assert len(mps_folders()) == 1
+    parts[0].close()
+    assert mps_folders() == []
+
+
+def test_a_worker_without_the_environment_is_refused(
+    fake_mps: Path, fake_driver: FakeDriver
+) -> None:
+    (part,) = start_mps((30,))
+    with pytest.raises(SetupError, match="CUDA_MPS_PIPE_DIRECTORY"):
+        part.enter_worker()
+    assert "cuInit" not in fake_driver.calls
+    part.close()
+
+
+def test_a_client_that_missed_the_daemon_is_refused(
+    fake_mps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_driver(monkeypatch, FakeDriver(visible=132, mps=False))
+    (part,) = start_mps((30,))
+    worker = in_worker(part, monkeypatch)
+    worker.enter_worker()
+    with pytest.raises(SetupError, match="would use the whole GPU"):
+        worker.verify()
+    for each in (worker, part):
+        each.close()
+
+
+def test_a_daemon_that_does_not_start_tells_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_fake_mps(tmp_path, broken=True)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(SetupError, match="did not start: no GPU found"):
+        start_mps()
+    assert mps_folders() == []
+
+
+def test_the_daemon_ends_with_its_killed_parent(fake_mps: Path) -> None:
+    program = (
+        "import time\n"
+        "from gpu_aware_tune.partition.mps import MpsDaemon\n"
+        "daemon = MpsDaemon('0')\n"
+        "daemon.start()\n"
+        "print(daemon.folder, daemon._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    folder, pid = parent.stdout.readline().split()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists()
+    assert Path(folder).exists(), "what is left is for the next run to sweep"
+    assert Path(folder) in mps.sweep()
+    assert not Path(folder).exists()
+
+
+def test_sweeping_spares_the_living(fake_mps: Path) -> None:
+    (part,) = start_mps((30,))
+    mps.sweep()
+    assert len(mps_folders()) == 1
+    part.close()
+
+
+# MIG ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("percent", "sms"), [(5, 16), (12, 16), (13, 16), (30, 32), (90, 60)])
+def test_the_largest_instance_within_the_share_is_taken(
+    monkeypatch: pytest.MonkeyPatch, percent: int, sms: int
+) -> None:
+    use_nvml(monkeypatch, FakeNvml(INSTANCES))
+    assert share_of(fake_gpu(), percent, "mig").units == sms
+
+
+def test_side_by_side_no_instance_serves_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use_nvml(monkeypatch, FakeNvml({"MIG-a": 16, "MIG-b": 16, "MIG-c": 32}))
+    twice = [share_of(fake_gpu(), 13, "mig")] * 2
+    assert len({part.instance.uuid for part in mig.place(twice, True)}) == 2
+    assert len({part.instance.uuid for part in mig.place(twice, False)}) == 1
+    with pytest.raises(SetupError, match="no free MIG instance has 16 SMs; free ones have: 32"):
+        mig.place([*twice, twice[0]], True)
+    assert fake.started == 0, "NVML must be shut down again"
+
+
+def test_a_gpu_without_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_nvml(monkeypatch, FakeNvml())
+    with pytest.raises(SetupError, match="GPU 0 has no MIG instances"):
+        mig.find_instances(0)
+    use_nvml(monkeypatch, FakeNvml(INSTANCES, missing=("nvmlDeviceGetMigMode",)))
+    with pytest.raises(SetupError, match="MIG is not available: Not Supported"):
+        mig.find_instances(0)
+
+
+# NVML ---------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_holds_what_the_machine_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use_nvml(monkeypatch, FakeNvml(pids=(10, 11), throttle=0x1 | 0x4 | 0x40))
+    with nvml.Nvml(0, own_pids=(10,)) as look:
+        found = look.snapshot()
+    assert fake.started == 0
+    assert found.sm_clock_mhz == 1980
+    assert found.throttle == ("power-cap", "hw-heat")
+    assert found.power_w == 350.5
+    assert found.neighbours == (11,)
+    assert found.energy_j is None
+    assert found.temperature_c is None
+
+
+def test_without_nvml_everything_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pynvml", None)
+        with nvml.Nvml() as look:
+            assert look.snapshot() == nvml.Snapshot()
+    use_nvml(monkeypatch, FakeNvml(missing=("nvmlInit",)))
+    with nvml.Nvml() as look:
+        assert look.snapshot() == nvml.Snapshot()
+
+
+def test_disturbed_samples_are_told_from_quiet_ones() -> None:
+    quiet = nvml.Snapshot(sm_clock_mhz=1980, throttle=(), neighbours=())
+    assert nvml.disturbances(quiet, quiet) == ()
+    assert nvml.disturbances(nvml.Snapshot(), nvml.Snapshot()) == ()
+    slow = nvml.Snapshot(sm_clock_mhz=1500, throttle=("heat",), neighbours=(5,))
+    assert nvml.disturbances(quiet, slow) == ("throttled:heat", "neighbour", "clock-drift")
+
+
+# The driver ---------------------------------------------------------------------------------------
+
+
+def test_results_come_without_their_code() -> None:
+    assert call(lambda: (0,)) is None
+    assert call(lambda: (0, 5)) == 5
+    assert call(lambda: (0, 5, 6)) == (5, 6)
+    with pytest.raises(DriverError, match="failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        call(lambda: (Code.CUDA_ERROR_ILLEGAL_ADDRESS, None))
+
+
+def test_missing_bindings_name_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(SetupError, match=r'pip install "gpu-aware-tune\[cuda\]"'):
+        driver.load_driver()
+
+
+def test_a_driver_that_cannot_be_loaded_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoLibrary(FakeDriver):
+        def cuInit(self, flags: int) -> tuple[object, ...]:
+            raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    monkeypatch.setattr(driver, "load_driver", NoLibrary)
+    with pytest.raises(SetupError, match=r"no NVIDIA driver: Failed to dlopen libcuda"):
+        gpu.started_driver()

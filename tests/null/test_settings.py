@@ -1,0 +1,175 @@
+"""Settings: presets, overrides, and one clear line for each value that cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.settings import (
+    DEFAULT,
+    EFFORTS,
+    FULL,
+    QUICK,
+    Settings,
+    check_files,
+    make_settings,
+    parse_duration,
+    parse_input,
+    parse_inputs,
+    parse_percents,
+)
+
+
+@pytest.mark.parametrize("preset", [QUICK, DEFAULT, FULL])
+def test_a_preset_shows_the_numbers_of_its_effort(preset: Settings) -> None:
+    effort = EFFORTS[preset.effort]
+    for field in dataclasses.fields(effort):
+        assert getattr(preset, field.name) == getattr(effort, field.name)
+
+
+def test_more_effort_never_means_less_of_anything() -> None:
+    for smaller, larger in ((QUICK, DEFAULT), (DEFAULT, FULL)):
+        assert smaller.trials is not None
+        assert larger.trials is not None
+        assert smaller.trials < larger.trials
+        assert smaller.population < larger.population
+        assert smaller.generations < larger.generations
+
+
+def test_flags_override_the_effort() -> None:
+    settings = Settings(effort="full", trials=7, population=16, patience=0)
+    assert (settings.trials, settings.population, settings.patience) == (7, 16, 0)
+    assert settings.generations == EFFORTS["full"].generations
+
+
+def test_time_alone_leaves_the_trials_open_and_both_limits_hold_together() -> None:
+    assert Settings(time_s=60.0).trials is None
+    assert Settings(time_s=60.0, trials=5).trials == 5
+
+
+def test_settings_are_json_and_hold_every_field() -> None:
+    stored = make_settings(gpu_pct="30,100", output="x", inputs=["a:1x2"]).as_dict()
+    assert json.loads(json.dumps(stored)) == stored
+    assert set(stored) == {field.name for field in dataclasses.fields(Settings)}
+    assert stored["gpu_pct"] == [30, 100]
+    assert stored["input_shapes"] == {"a": [1, 2]}
+
+
+def test_paths_of_a_run() -> None:
+    assert DEFAULT.records_path == Path("tuning_logs/records.sqlite")
+    assert DEFAULT.output_folder(Path("some/where/net.onnx")) == Path("net.tuned")
+    assert make_settings(output="there").output_folder(Path("net.onnx")) == Path("there")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30", (30,)), ("30,50,100", (30, 50, 100)), (" 5 %, 7%", (5, 7)), ("30,30,1", (30, 1))],
+)
+def test_percents(text: str, expected: tuple[int, ...]) -> None:
+    assert parse_percents(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "101", "-5", "abc", "", "30,", "1.5", "1e1", "٣"])
+def test_bad_percents_name_the_flag_and_what_is_allowed(text: str) -> None:
+    with pytest.raises(UserError, match=r"--gpu-pct .*1 to 100"):
+        parse_percents(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400), ("1.5M", 90)],
+)
+def test_durations(text: str, expected: float) -> None:
+    assert parse_duration(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "m", "10x", "-5", "5m1h", "1..5", "inf", "nan"])
+def test_bad_durations(text: str) -> None:
+    with pytest.raises(UserError, match=r"--time .*10m"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "shape"),
+    [
+        ("data:1x3x224x224", "data", (1, 3, 224, 224)),
+        ("gpu_0/data:0:1x3", "gpu_0/data:0", (1, 3)),
+        ("n:7", "n", (7,)),
+        ("scalar:", "scalar", ()),
+    ],
+)
+def test_inputs(text: str, name: str, shape: tuple[int, ...]) -> None:
+    assert parse_input(text) == (name, shape)
+
+
+@pytest.mark.parametrize("text", ["", "data", ":1x3", "data:1,3", "data:0x3", "data:x", "d:1x-1"])
+def test_bad_inputs(text: str) -> None:
+    with pytest.raises(UserError, match="--input"):
+        parse_input(text)
+
+
+def test_an_input_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="twice"):
+        parse_inputs(["a:1", "a:2"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gpu_pct": 0},
+        {"gpu_pct": 30.5},
+        {"gpu_pct": True},
+        {"gpu_pct": []},
+        {"target": "rocm"},
+        {"dtype": "int3"},
+        {"effort": "max"},
+        {"partition": "half"},
+        {"device": -1},
+        {"trials": 0},
+        {"trials": 1.5},
+        {"trials": "many"},
+        {"time": 0},
+        {"time_s": float("inf")},
+        {"patience": -1},
+        {"seed": -1},
+        {"input_shapes": {"x": (0,)}},
+        {"trails": 3},
+    ],
+)
+def test_values_out_of_range_are_one_line(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        make_settings(**options)
+    assert "\n" not in str(caught.value)
+    assert ": " in str(caught.value), "the line names the value, then what is allowed"
+
+
+def test_a_misspelt_option_is_told_the_right_name() -> None:
+    with pytest.raises(UserError, match="'trials'"):
+        make_settings(trails=3)
+
+
+def test_files_are_checked_without_leaving_anything_behind(tmp_path: Path) -> None:
+    model = tmp_path / "net.onnx"
+    settings = make_settings(output=str(tmp_path / "a" / "b"), db=str(tmp_path / "db"))
+    for spoil in (model.mkdir, model.rmdir, model.touch):
+        spoil()
+        with pytest.raises(UserError, match=r"net\.onnx"):
+            check_files(model, settings)
+    model.write_bytes(b"x")
+    check_files(model, settings)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+@pytest.mark.parametrize("field", ["output", "db"])
+def test_a_folder_that_cannot_be_written_is_a_setup_error(tmp_path: Path, field: str) -> None:
+    model = tmp_path / "net.onnx"
+    model.write_bytes(b"x")
+    good = {"output": str(tmp_path / "out"), "db": str(tmp_path / "db")}
+    for folder in (model / "inside", Path("/proc/inside")):
+        with pytest.raises(SetupError, match=str(folder)):
+            check_files(model, make_settings(**{**good, field: str(folder)}))

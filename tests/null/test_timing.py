@@ -1,0 +1,76 @@
+"""The timing policy, on timers that answer what the test says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from gpu_aware_tune.measure.timing import RETIME, SEARCH, measure, spread_of
+
+
+class FakeTimer:
+    """A kernel of `seconds`, each repeat off by the next of `noise`; counts its calls."""
+
+    def __init__(self, seconds: float, noise: tuple[float, ...] = (0.0,)) -> None:
+        self.calls = 0
+        self._seconds = seconds
+        self._noise = itertools.cycle(noise)
+
+    def __call__(self, number: int, repeat: int) -> list[float]:
+        self.calls += number * repeat
+        return [self._seconds * (1 + next(self._noise)) for _ in range(repeat)]
+
+
+def test_a_quiet_kernel_stops_after_the_least_repeats() -> None:
+    result = measure(FakeTimer(1e-3), None)
+    assert result.seconds == pytest.approx(1e-3)
+    assert result.repeats == SEARCH.min_repeats
+    assert not result.coarse
+
+
+def test_a_clearly_slower_candidate_stops_at_the_probe() -> None:
+    timer = FakeTimer(10e-3)
+    result = measure(timer, best_s=1e-3)
+    assert result.coarse
+    assert timer.calls <= 2
+
+
+def test_a_candidate_near_the_best_is_measured_in_full() -> None:
+    result = measure(FakeTimer(1.2e-3), best_s=1e-3)
+    assert not result.coarse
+    assert result.repeats >= SEARCH.min_repeats
+
+
+def test_noise_buys_more_repeats_up_to_the_limit() -> None:
+    result = measure(FakeTimer(1e-4, noise=(0.0, 0.5, 0.1, 0.9)), None)
+    assert result.repeats == SEARCH.max_repeats
+
+
+def test_one_disturbed_repeat_does_not_move_the_result() -> None:
+    result = measure(FakeTimer(1e-3, noise=(0.0, 0.01, 3.0, 0.0, 0.01, 0.0, 0.01)), None)
+    assert result.seconds == pytest.approx(1e-3, rel=0.02)
+
+
+def test_a_short_kernel_runs_often_enough_to_be_seen() -> None:
+    timer = FakeTimer(1e-6)
+    measure(timer, None)
+    assert timer.calls * 1e-6 > SEARCH.min_repeats * SEARCH.repeat_s * 0.9
+
+
+def test_a_long_kernel_does_not_use_up_the_run() -> None:
+    timer = FakeTimer(0.5, noise=(0.0, 0.3, 0.6))
+    measure(timer, None)
+    assert timer.calls <= 6
+
+
+def test_measuring_again_takes_longer_than_searching() -> None:
+    search, again = FakeTimer(1e-3), FakeTimer(1e-3)
+    measure(search, None, SEARCH)
+    measure(again, None, RETIME)
+    assert again.calls > 2 * search.calls
+
+
+def test_spread_needs_three_samples() -> None:
+    assert spread_of([1.0, 1.0]) == float("inf")
+    assert spread_of([1.0, 1.0, 1.0]) == 0.0

@@ -1,0 +1,173 @@
+"""From a TVM kernel to a shared library with a cubin, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tvm
+from tvm import te
+
+from gpu_aware_tune import cuda_toolchain
+from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.partition import find_device
+
+try:
+    cuda_toolchain.find_toolchain()
+except SetupError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+ARCH = "sm_90a"
+
+
+@pytest.fixture(autouse=True)
+def _worker_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in cuda_toolchain.environment().items():
+        monkeypatch.setenv(name, value)
+
+
+def build(dtype: str = "float32") -> Any:
+    a = te.placeholder((1024,), name="a", dtype=dtype)
+    b = te.compute((1024,), lambda i: te.max(a[i], te.const(0, dtype)), name="b")
+    schedule = tvm.s_tir.Schedule(te.create_prim_func([a, b]))
+    outer, inner = schedule.split(schedule.get_loops("b")[0], [8, 128])
+    schedule.bind(outer, "blockIdx.x")
+    schedule.bind(inner, "threadIdx.x")
+    device, _ = find_device("cuda", 0, ARCH) if no_gpu() else find_device("cuda", 0, None)
+    return tvm.tirx.build(schedule.mod, target=tvm.target.Target(device.target(132)))
+
+
+def no_gpu() -> bool:
+    return not os.path.exists("/dev/nvidia0")
+
+
+def text_of(cubin: bytes) -> dict[str, bytes]:
+    """The machine code of each kernel in a cubin."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    found = {}
+    for name, _kind, _flags, _address, offset, length in headers:
+        start = headers[names][4] + name
+        label = cubin[start : cubin.index(b"\0", start)].decode()
+        if label.startswith(".text"):
+            found[label] = cubin[offset : offset + length]
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_machine_code_is_the_one_tvm_would_have_made(dtype: str) -> None:
+    (source,) = cuda_toolchain.cuda_sources(build(dtype))
+    assert cuda_toolchain.lean_source(source) is not None, "TVM's head has changed"
+    ours = cuda_toolchain.compile_cubin(source, ARCH)
+    theirs = cuda_toolchain._compile_as_tvm(source, ARCH)
+    assert text_of(ours) == text_of(theirs)
+    assert len(ours) < len(theirs)
+
+
+def test_tvms_own_flags_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag that TVM adds, and we do not, would make our kernels slower or faster than its own."""
+    from cuda.bindings import nvrtc
+
+    seen: list[set[str]] = []
+    compile_program = nvrtc.nvrtcCompileProgram
+
+    def spy(program: Any, count: int, options: list[bytes]) -> Any:
+        seen.append({o.decode() for o in options if not o.startswith(b"-I")})
+        return compile_program(program, count, options)
+
+    monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", spy)
+    (source,) = cuda_toolchain.cuda_sources(build())
+    cuda_toolchain.compile_cubin(source, ARCH)
+    cuda_toolchain._compile_as_tvm(source, ARCH)
+    ours, theirs = seen
+    # These two only print.
+    assert theirs - ours == {
+        "--ptxas-options=-v",
+        "--ptxas-options=--warn-on-local-memory-usage",
+    }
+    assert ours <= theirs
+
+
+def test_tvms_compile_callback_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tvm.get_global_func("tvm_callback_cuda_compile")
+    try:
+        cuda_toolchain.install_compile_hook()
+        (source,) = cuda_toolchain.cuda_sources(build())
+        with tvm.target.Target({"kind": "cuda", "arch": ARCH}):
+            cubin = tvm.get_global_func("tvm_callback_cuda_compile")(source)
+        assert bytes(cubin) == cuda_toolchain.compile_cubin(source, ARCH)
+    finally:
+        tvm.register_global_func("tvm_callback_cuda_compile", before, override=True)
+
+
+def test_an_artifact_holds_a_cubin_and_no_source(tmp_path: Path) -> None:
+    module = build()
+    (source,) = cuda_toolchain.cuda_sources(module)
+    path = tmp_path / "kernel.so"
+    cuda_toolchain.export_module(module, path, ARCH)
+    data = path.read_bytes()
+    assert cuda_toolchain.compile_cubin(source, ARCH) in data
+    assert b"__global__" not in data
+    assert list(tmp_path.iterdir()) == [path], "nothing else is left behind"
+
+
+# Enough of a driver for TVM's CUDA runtime to be loaded: what it links to, each call failing.
+STUB = "".join(
+    f"int {name}() {{ return 100; }}\n"
+    for name in (
+        "cuDeviceGetName",
+        "cuFuncSetAttribute",
+        "cuGetErrorName",
+        "cuGetErrorString",
+        "cuLaunchKernelEx",
+        "cuModuleGetFunction",
+        "cuModuleLoadData",
+        "cuModuleUnload",
+        "cuTensorMapEncodeTiled",
+    )
+)
+
+RELOAD = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+from gpu_aware_tune import cuda_toolchain
+assert cuda_toolchain.preload_runtime()
+import tvm
+assert "tvm_runtime_cuda" in tvm.base._LOADED_LIBS, "the stand-in for the driver was not enough"
+module = tvm.runtime.load_module(sys.argv[2])
+(kernels,) = module.imports
+assert kernels.kind == "cuda" and kernels.is_runnable()
+packed = tvm.get_global_func("runtime.ModulePackImportsToTensor")(kernels).numpy().tobytes()
+open(sys.argv[3], "wb").write(packed)
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the stand-in driver needs a C compiler")
+@pytest.mark.skipif(not no_gpu(), reason="a real driver is here")
+def test_tvms_cuda_runtime_reads_the_artifact(tmp_path: Path) -> None:
+    """As on a GPU up to the first launch: the runtime's own loader takes the cubin."""
+    (tmp_path / "stub.c").write_text(STUB)
+    stub = tmp_path / "libcuda.so.1"
+    subprocess.run(
+        ["cc", "-w", "-shared", "-Wl,-soname,libcuda.so.1", "-o", stub, tmp_path / "stub.c"],
+        check=True,
+    )
+    module = build()
+    (source,) = cuda_toolchain.cuda_sources(module)
+    artifact, packed = tmp_path / "kernel.so", tmp_path / "packed"
+    cuda_toolchain.export_module(module, artifact, ARCH)
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD, stub, artifact, packed],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert cuda_toolchain.compile_cubin(source, ARCH) in packed.read_bytes()

@@ -1,0 +1,413 @@
+"""Compiling, verifying, exporting, loading and running a library."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import tvm
+import tvm_ffi
+from tiny_library import default_traces, target, target_json, write_library, write_onnx
+
+from gpu_aware_tune import library as library_package
+from gpu_aware_tune.compile import compile_model, is_scheduled, schedule_module
+from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.library import Library, export, find_compiler, load, open_vm, save_weights
+from gpu_aware_tune.library.folder import _exchange
+from gpu_aware_tune.library.loaded import nearest
+from gpu_aware_tune.model import Model, load_model, random_inputs
+from gpu_aware_tune.tasks import extract
+from gpu_aware_tune.traces import TraceError, apply_trace, trace_to_json
+from gpu_aware_tune.verify import difference, kernel_inputs, verify_kernel, verify_library
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
+    return write_library(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture
+def copy(tiny: tuple[Model, Path], tmp_path: Path) -> Path:
+    """A folder that the test may damage."""
+    return Path(shutil.copytree(tiny[1], tmp_path / "copy.tuned"))
+
+
+def reference(model: Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(model.prepared, providers=["CPUExecutionProvider"])
+    names = [spec.name for spec in model.outputs]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+# -- compile ---------------------------------------------------------------------------------------
+
+
+def test_the_chosen_schedules_are_the_ones_in_the_library(tiny: tuple[Model, Path]) -> None:
+    model, _ = tiny
+    traces = default_traces(model)
+    scheduled = schedule_module(model.module, target(), traces)
+    wanted = {
+        tvm_ffi.structural_hash(apply_trace(traces[task.hash], task.module).mod["main"].body)
+        for task in extract(model, target())
+        if task.hash in traces
+    }
+    found = {
+        tvm_ffi.structural_hash(function.body)
+        for function in scheduled.functions.values()
+        if is_scheduled(function)
+    }
+    assert found
+    assert found <= wanted
+    plain = schedule_module(model.module, target(), {})
+    assert not any(is_scheduled(function) for function in plain.functions.values())
+
+
+def test_scheduled_kernels_run_and_make_the_model_fast(tmp_path: Path) -> None:
+    """The proof that later passes keep the schedules: plain loops take 10 times as long."""
+    model = load_model(write_onnx(tmp_path / "wide.onnx", width=112, channels=64), target())
+    weights = tmp_path / "weights.bin"
+    save_weights(model.weights, weights)
+    inputs = random_inputs(model.inputs, 0)
+    best_s = {}
+    for name, traces in (("plain", {}), ("scheduled", default_traces(model))):
+        compile_model(model, target(), traces).export_library(str(tmp_path / f"{name}.so"))
+        timer = open_vm(tmp_path / f"{name}.so", weights).timer(inputs)
+        best_s[name] = min(timer(0.3))
+    assert best_s["plain"] / best_s["scheduled"] > 3
+
+
+def test_a_trace_of_another_kernel_is_refused(tiny: tuple[Model, Path]) -> None:
+    model, _ = tiny
+    traces = default_traces(model)
+    first, second = sorted(traces, key=lambda name: -len(traces[name]))[:2]
+    with pytest.raises(TraceError, match=second):
+        compile_model(model, target(), {second: traces[first]})
+
+
+# -- verify ----------------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_loses_precision_is_found_wrong(tiny: tuple[Model, Path]) -> None:
+    model, _ = tiny
+    task = max(extract(model, target()), key=lambda task: task.flops)
+    schedule = tvm.s_tir.Schedule(task.module)
+    block = schedule.get_sblock("conv2d_nchw")
+    good = verify_kernel(task.module, trace_to_json(schedule.trace), target(), seed=0)
+    assert good.ok
+    cache = schedule.cache_read(block, 0, "global")
+    schedule.unsafe_set_dtype(cache, 0, "float16")
+    wrong = verify_kernel(task.module, trace_to_json(schedule.trace), target(), seed=0)
+    assert not wrong.ok
+    assert wrong.max_error > wrong.allowed
+
+
+def test_difference_sees_shapes_nan_and_single_wrong_elements() -> None:
+    wanted = np.array([1.0, -4.0, 2.0], "float32")
+    assert difference(wanted, wanted) == 0
+    assert difference(wanted + np.array([0, 0, 0.04], "float32"), wanted) == pytest.approx(
+        0.01, 1e-3
+    )
+    assert difference(wanted[:2], wanted) == np.inf
+    assert difference(np.array([1, np.nan, 2], "float32"), wanted) == np.inf
+    assert difference(wanted, np.array([1, np.nan, 2], "float32")) == np.inf
+    holes = np.array([np.nan, np.inf, 2], "float32")
+    assert difference(holes.copy(), holes) == 0
+    assert difference(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5])) == 0.25
+    assert difference(np.zeros(2), np.zeros(2)) == 0
+
+
+def test_indices_stay_inside_what_they_index() -> None:
+    from test_schedules import f32, kernels
+    from tvm.relax import op
+
+    def gather(e: object, x: object, i: object) -> object:
+        return op.take(x, i, axis=0)
+
+    (two,) = kernels(gather, f32(2, 8), ((1, 64), "int64"))
+    assert set(np.unique(kernel_inputs(two, 0)[1])) == {0, 1}
+    (one,) = kernels(gather, f32(1, 8), ((1, 64), "int64"))
+    assert set(np.unique(kernel_inputs(one, 0)[1])) == {0}
+
+
+def test_a_library_is_compared_with_plain_loops_and_onnxruntime(tiny: tuple[Model, Path]) -> None:
+    model, folder = tiny
+    for subject in (load(folder), folder / "lib-2.so"):
+        report = verify_library(model, subject, seed=3)
+        assert report.ok
+        assert set(report.errors) == {"plain loops", "ONNX Runtime"}
+        assert report.max_error < 1e-5
+
+    loaded = load(folder)
+
+    def broken(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = loaded(inputs)
+        outputs["scores"][0, 3] *= 1.01
+        return outputs
+
+    report = verify_library(model, broken, seed=3)
+    assert not report.ok
+    assert report.max_error > report.allowed
+
+
+# -- export ----------------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_libraries_weights_once_and_a_manifest(tiny: tuple[Model, Path]) -> None:
+    model, folder = tiny
+    assert {p.name for p in folder.iterdir()} == {
+        "lib-1.so", "lib-2.so", "weights.bin", "manifest.json",
+    }  # fmt: skip
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["model"] == {"name": "tiny", "hash": model.hash}
+    assert [entry["units"] for entry in manifest["libraries"]] == [1, 2]
+    assert manifest["inputs"][0] == {"name": "image", "shape": [1, 3, 12, 12], "dtype": "float32"}
+    assert [spec["name"] for spec in manifest["outputs"]] == ["scores", "features"]
+    assert manifest["versions"]["tvm"] == tvm.__version__
+    assert manifest["device"] == "llvm/test/cpu"
+
+
+def test_export_replaces_an_older_folder_and_nothing_else(
+    tiny: tuple[Model, Path], copy: Path
+) -> None:
+    model, folder = tiny
+    export(copy, model, {3: folder / "lib-2.so"}, {"device": "llvm/test/cpu"})
+    assert sorted(p.name for p in copy.iterdir()) == ["lib-3.so", "manifest.json", "weights.bin"]
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+    foreign = copy.parent / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="no tuned model"):
+        export(foreign, model, {2: folder / "lib-2.so"}, {})
+    assert (foreign / "thesis.tex").read_text() == "years of work"
+
+
+def test_folders_are_swapped_in_one_step(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(name)
+    assert _exchange(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "name").read_text() == "new"
+    assert (tmp_path / "new" / "name").read_text() == "old"
+    assert not _exchange(tmp_path / "new", tmp_path / "missing")
+
+
+def test_where_folders_cannot_be_swapped_two_renames_do(
+    tiny: tuple[Model, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = tiny
+    monkeypatch.setattr(library_package.folder, "_exchange", lambda one, other: False)
+    export(copy, model, {4: folder / "lib-2.so"}, {"device": "llvm/test/cpu"})
+    assert (copy / "lib-4.so").is_file()
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+def test_a_full_disk_leaves_the_old_folder_and_no_remains(
+    tiny: tuple[Model, Path], copy: Path
+) -> None:
+    model, folder = tiny
+    before = (copy / "manifest.json").read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file may grow beyond
+    try:
+        with pytest.raises(SetupError, match="cannot write"):
+            export(copy, model, {2: folder / "lib-2.so"}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (copy / "manifest.json").read_text() == before
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+    load(copy)
+
+
+def test_an_unwritable_place_is_a_set_up_error(tiny: tuple[Model, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match="cannot write"):
+        export(tmp_path / "file" / "x.tuned", tiny[0], {2: tiny[1] / "lib-2.so"}, {})
+
+
+def test_remains_of_a_killed_export_are_removed(tiny: tuple[Model, Path], copy: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    remains = copy.with_name(f".{copy.name}.{dead.pid}.partial")
+    remains.mkdir()
+    alive = copy.with_name(f".{copy.name}.{os.getppid()}.partial")
+    alive.mkdir()
+    export(copy, tiny[0], {2: tiny[1] / "lib-2.so"}, {"device": "llvm/test/cpu"})
+    assert not remains.exists()
+    assert alive.exists()
+
+
+def test_no_compiler_is_a_set_up_error_that_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    assert find_compiler()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SetupError, match="install gcc"):
+        find_compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SetupError, match="no-such-compiler"):
+        find_compiler()
+
+
+# -- load and run ----------------------------------------------------------------------------------
+
+
+def test_a_loaded_library_gives_the_models_numbers(tiny: tuple[Model, Path]) -> None:
+    model, folder = tiny
+    loaded = load(folder)
+    inputs = random_inputs(model.inputs, 5)
+    outputs = loaded(inputs)
+    assert list(outputs) == ["scores", "features"]
+    for name, wanted in reference(model, inputs).items():
+        np.testing.assert_allclose(outputs[name], wanted, rtol=1e-4, atol=1e-5)
+    again = loaded(random_inputs(model.inputs, 6))
+    assert not np.array_equal(again["scores"], outputs["scores"])  # weights and inputs not mixed up
+
+
+def test_arrays_need_not_be_contiguous(tiny: tuple[Model, Path]) -> None:
+    model, folder = tiny
+    inputs = random_inputs(model.inputs, 5)
+    strided = {**inputs, "image": np.asfortranarray(inputs["image"])}
+    loaded = load(folder)
+    np.testing.assert_array_equal(loaded(strided)["scores"], loaded(inputs)["scores"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": None}, "input 'bias' is missing: the inputs are image, bias"),
+        ({"extra": np.zeros(1)}, "unknown input 'extra'"),
+        ({"bias": np.zeros((1, 6), "float32")}, "'bias' has shape 1x6: it must be 1x5"),
+        ({"bias": np.zeros(5, "float32")}, "'bias' has shape 5: it must be 1x5"),
+        ({"bias": np.zeros((1, 5))}, "'bias' has type float64: it must be float32"),
+    ],
+)
+def test_wrong_inputs_give_one_clear_line(
+    tiny: tuple[Model, Path], change: dict[str, np.ndarray | None], message: str
+) -> None:
+    model, folder = tiny
+    inputs = {**random_inputs(model.inputs, 0), **change}
+    loaded = load(folder)
+    with pytest.raises(UserError) as caught:
+        loaded({name: array for name, array in inputs.items() if array is not None})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_each_library_runs_on_its_own_number_of_threads(tiny: tuple[Model, Path]) -> None:
+    threads = tvm.get_global_func("runtime.NumThreads")
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        pytest.skip("needs two cores")
+    one, two = load(tiny[1], units=1), load(tiny[1], units=2)
+    inputs = random_inputs(one.inputs, 0)
+    for loaded in (one, two, one, two):
+        loaded(inputs)
+        assert threads() == loaded.units
+    assert len(os.sched_getaffinity(0)) == cores
+
+
+def test_benchmark_statistics_are_in_order(tiny: tuple[Model, Path]) -> None:
+    loaded = load(tiny[1])
+    stats = loaded.benchmark(repeat=20)
+    assert stats.n == 20
+    assert 0 < stats.min_ms <= stats.p10_ms <= stats.median_ms <= stats.p90_ms
+    assert loaded.benchmark(seconds=0.1).n > 1
+
+
+def test_the_nearest_library_is_taken(tiny: tuple[Model, Path]) -> None:
+    assert [nearest([1, 4, 8], n) for n in (1, 2, 3, 5, 6, 7, 100)] == [1, 1, 4, 4, 4, 8, 8]
+    visible = min(2, len(os.sched_getaffinity(0)))
+    assert load(tiny[1]).units == visible
+    assert load(tiny[1], units=1).units == 1
+    with pytest.raises(UserError, match="choose one of 1, 2"):
+        load(tiny[1], units=3)
+
+
+def test_missing_and_damaged_folders_are_user_errors(copy: Path) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            load(copy, units=2)
+        assert "\n" not in str(caught.value)
+
+    with pytest.raises(UserError, match="is no folder"):
+        load(copy / "missing")
+    shared = (copy / "lib-2.so").read_bytes()
+    (copy / "lib-2.so").write_bytes(shared[: len(shared) // 2])
+    refused("lib-2.so is damaged")
+    (copy / "lib-2.so").unlink()
+    refused("lib-2.so is missing")
+    (copy / "lib-2.so").write_bytes(shared)
+    load(copy, units=2)
+
+    text = (copy / "manifest.json").read_text()
+    manifest = json.loads(text)
+    (copy / "manifest.json").write_text(text[: len(text) // 2])
+    refused("manifest.json is damaged")
+    (copy / "manifest.json").write_text("[]")
+    refused("manifest.json is damaged")
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    refused("format 99")
+    other = {**manifest, "versions": {**manifest["versions"], "tvm": "0.1"}}
+    (copy / "manifest.json").write_text(json.dumps(other))
+    refused("made with TVM 0.1")
+    (copy / "manifest.json").unlink()
+    refused("no tuned model")
+
+
+def test_a_library_for_a_better_processor_is_refused(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    here = str(tvm.target.codegen.llvm_get_system_cpu())
+    for cpu, works in (("x86-64", True), ("sapphirerapids", False)):
+        shares = [{"percent": 100, "units": 2, "target": {**target_json(), "mcpu": cpu}}]
+        (copy / "manifest.json").write_text(json.dumps({**manifest, "shares": shares}))
+        if works or here == cpu:
+            load(copy, units=2)
+        else:
+            with pytest.raises(UserError, match=f"compiled for {cpu}; this processor, {here}"):
+                load(copy, units=2)
+
+
+def test_bare_tvm_runs_the_library_as_the_docstring_says(tiny: tuple[Model, Path]) -> None:
+    assert Library.__doc__ is not None
+    code = Library.__doc__.partition("::\n\n")[2].partition("\n\n")[0]
+    program = textwrap.dedent(code).replace("model.tuned", tiny[1].name)
+    program = program.replace(
+        "y = ", 'b = tvm.runtime.tensor(np.ones((1, 5), "float32"), device)\ny = '
+    )
+    program = program.replace("(x, ", "(x, b, ")
+    program += "\nimport sys; assert 'gpu_aware_tune' not in sys.modules; print(y[0].numpy())"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        cwd=tiny[1].parent,
+        env={**os.environ, "TVM_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[[1. 1. 1. 1. 1.]]" in done.stdout  # an image of zeros leaves the bias
+
+
+def test_verification_names_what_is_missing(
+    tiny: tuple[Model, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = tiny
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    report = verify_library(model, folder / "lib-2.so", seed=0)
+    assert report.ok
+    assert "ONNX Runtime is not installed" in report.text
+    monkeypatch.undo()
+    damaged = dataclasses.replace(model, prepared=b"nothing")
+    assert "cannot run it" in verify_library(damaged, folder / "lib-2.so", seed=0).text

@@ -1,0 +1,212 @@
+"""The main path on a small real network: tune, resume, two shares, Ctrl-C, kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import gpu_aware_tune
+from gpu_aware_tune.events import Event, Finished, Planned, Trial
+from gpu_aware_tune.settings import Settings
+from gpu_aware_tune.tuning import tune_events
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two convolutions, a residual sum, pooling and a classifier, with seeded weights."""
+    rng = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        scale = np.sqrt(2 / np.prod(shape[1:]))
+        return numpy_helper.from_array((rng.standard_normal(shape) * scale).astype("float32"), name)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "w2"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["b", "c"], ["d"]),
+        helper.make_node("GlobalAveragePool", ["d"], ["e"]),
+        helper.make_node("Flatten", ["e"], ["f"]),
+        helper.make_node("Gemm", ["f", "w3"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 28, 28])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 10])],
+        [weight("w1", 16, 8, 3, 3), weight("w2", 16, 16, 3, 3), weight("w3", 10, 16)],
+    )
+    path = tmp_path_factory.mktemp("model") / "small.onnx"
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path
+    )
+    return path
+
+
+def settings(folder: Path, **changes: object) -> Settings:
+    values: dict[str, object] = {
+        "target": "llvm", "effort": "quick", "trials": 16, "output": folder / "out", "db": folder / "db",
+    }  # fmt: skip
+    return Settings(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def run(network: Path, how: Settings) -> list[Event]:
+    return list(tune_events(network, how))
+
+
+def last(events: list[Event]) -> Finished:
+    assert isinstance(events[-1], Finished)
+    return events[-1]
+
+
+def searched(events: list[Event]) -> int:
+    return sum(isinstance(event, Trial) and event.origin == "search" for event in events)
+
+
+def reference(network: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
+    output: np.ndarray = session.run(None, inputs)[0]
+    return output
+
+
+def records(folder: Path) -> list[tuple[str, float | None]]:
+    """(origin, seconds) of every record on disk."""
+    with sqlite3.connect(f"file:{folder / 'db' / 'records.sqlite'}?mode=ro", uri=True) as db:
+        return db.execute("SELECT origin, seconds FROM records").fetchall()
+
+
+def test_a_run_gives_a_right_library_and_the_next_one_continues(
+    network: Path, tmp_path: Path
+) -> None:
+    first = run(network, settings(tmp_path))
+    done = last(first)
+    assert searched(first) == 16 and done.trials == 16
+    assert done.shares[0].verified and done.output == tmp_path / "out"
+    assert done.shares[0].tuned_s is not None and done.shares[0].tuned_s > 0
+
+    library = gpu_aware_tune.load(tmp_path / "out")
+    inputs = {"x": np.random.default_rng(1).standard_normal((1, 8, 28, 28)).astype("float32")}
+    np.testing.assert_allclose(
+        library(inputs)["y"], reference(network, inputs), rtol=1e-4, atol=1e-5
+    )
+
+    again = run(network, settings(tmp_path))
+    plan = next(event for event in again if isinstance(event, Planned))
+    assert searched(again) == 0, "everything asked for was measured by the first run"
+    assert sum(task.known for task in plan.tasks) == 16
+
+    more = run(network, settings(tmp_path, trials=24))
+    assert searched(more) == 8
+
+
+def test_two_shares_in_one_search(network: Path, tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two shares need two cores")
+    half = 50 if len(os.sched_getaffinity(0)) == 2 else 51
+    events = run(network, settings(tmp_path, gpu_pct=(half, 100), trials=8))
+    done = last(events)
+    units = [share.units for share in done.shares]
+    assert len(set(units)) == 2
+    for event in events:
+        if isinstance(event, Trial) and event.failure is None:
+            assert set(event.seconds) == set(units), "each candidate is measured on both shares"
+    for count in units:
+        assert gpu_aware_tune.load(tmp_path / "out", units=count).units == count
+    assert len(list((tmp_path / "out").glob("weights*"))) == 1
+
+
+def test_fresh_measures_again_and_loses_nothing(network: Path, tmp_path: Path) -> None:
+    run(network, settings(tmp_path, trials=8))
+    before = len(records(tmp_path))
+    events = run(network, settings(tmp_path, trials=8, resume=False))
+    assert searched(events) == 8
+    assert len(records(tmp_path)) >= before
+
+
+def test_a_dry_run_measures_nothing(network: Path, tmp_path: Path) -> None:
+    events = run(network, settings(tmp_path, dry_run=True))
+    assert any(isinstance(event, Planned) for event in events)
+    assert not any(isinstance(event, (Trial, Finished)) for event in events)
+    assert not (tmp_path / "out").exists()
+
+
+def start(network: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "cli.py"), str(network), "--target", "llvm", "--json"]
+    places = ["--db", str(folder / "db"), "-o", str(folder / "out")]
+    return subprocess.Popen(
+        [*command, *places, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+
+
+def wait_for_records(folder: Path, count: int, timeout_s: float = 90.0) -> None:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        try:
+            if len(records(folder)) >= count:
+                return
+        except sqlite3.OperationalError:
+            pass  # the store is not there yet
+        time.sleep(0.05)
+    raise AssertionError(f"no {count} records within {timeout_s:.0f} s")
+
+
+def test_ctrl_c_exports_the_best_so_far(network: Path, tmp_path: Path) -> None:
+    process = start(network, tmp_path, "--trials", "4000")
+    wait_for_records(tmp_path, 25)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    finished = json.loads(output)
+    assert finished["interrupted"] is True
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_kill_9_loses_no_record_and_leaves_no_process(network: Path, tmp_path: Path) -> None:
+    process = start(network, tmp_path, "--trials", "4000")
+    wait_for_records(tmp_path, 25)
+    time.sleep(random.uniform(0, 1.5))
+    reported = len(records(tmp_path))
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 10
+    while time.monotonic() < end and leftovers(tmp_path):
+        time.sleep(0.1)
+    assert leftovers(tmp_path) == []
+    assert len(records(tmp_path)) >= reported
+    events = run(network, settings(tmp_path, trials=reported))
+    assert searched(events) < reported, "the rerun starts from what the killed one measured"
+    assert last(events).shares[0].verified
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Worker processes of a run (they carry its TMPDIR) and scratch folders that are still there."""
+    mark = f"TMPDIR={folder}\0".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if mark in (entry / "environ").read_bytes():
+                    found.append(entry.name)
+            except OSError:
+                continue  # it ended, or is not ours
+    return found

@@ -1,0 +1,85 @@
+"""A small model of two inputs and two outputs, and libraries of it, for several test files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import tvm
+from onnx import TensorProto, helper, numpy_helper
+
+from gpu_aware_tune.compile import compile_model
+from gpu_aware_tune.library import export
+from gpu_aware_tune.model import Model, load_model
+from gpu_aware_tune.schedules import default_schedule
+from gpu_aware_tune.tasks import extract
+from gpu_aware_tune.traces import trace_to_json
+
+
+def target(units: int = 2) -> tvm.target.Target:
+    """The CPU of this machine."""
+    return tvm.target.Target(target_json(units))
+
+
+def target_json(units: int = 2) -> dict[str, object]:
+    """As a manifest holds it."""
+    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
+    return {"kind": "llvm", "mcpu": cpu, "num-cores": units}
+
+
+def write_onnx(path: Path, width: int = 12, channels: int = 3) -> Path:
+    """Inputs image, bias; conv, relu (output features), mean, matmul, + bias (output scores)."""
+    generator = np.random.default_rng(7)
+    weights = {
+        "w": generator.standard_normal((8, channels, 3, 3)).astype("float32"),
+        "m": generator.standard_normal((8, 5)).astype("float32"),
+    }
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c"], ["features"]),
+        helper.make_node("GlobalAveragePool", ["features"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("MatMul", ["f", "m"], ["s"]),
+        helper.make_node("Add", ["s", "bias"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [
+            helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, channels, width, width]),
+            helper.make_tensor_value_info("bias", TensorProto.FLOAT, [1, 5]),
+        ],
+        [
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 5]),
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, 8, width, width]),
+        ],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 8
+    onnx.save(model, path)
+    return path
+
+
+def default_traces(model: Model) -> dict[str, str]:
+    """The untuned schedule of each task."""
+    traces = {}
+    for task in extract(model, target()):
+        schedule = default_schedule(task.module, target())
+        if schedule is not None:
+            traces[task.hash] = trace_to_json(schedule.trace)
+    return traces
+
+
+def write_library(folder: Path) -> tuple[Model, Path]:
+    """Export libraries for one and for two cores."""
+    model = load_model(write_onnx(folder / "tiny.onnx"), target())
+    executable = compile_model(model, target(), default_traces(model))
+    shared = folder / "tiny.so"
+    executable.export_library(str(shared))
+    manifest = {
+        "device": "llvm/test/cpu",
+        "shares": [{"percent": 50 * n, "units": n, "target": target_json(n)} for n in (1, 2)],
+    }
+    return model, export(folder / "tiny.tuned", model, {1: shared, 2: shared}, manifest)
