@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "benchmarks" / "results" / "model-latency.json"
 SLIM = ROOT.parent / "shared" / "models" / "version-slim-320.onnx"
-PAUSE_S = 0.15
+PAUSE_S = 0.3  # TVM's threads wait for more work for half of that
 Timer = Callable[[float], list[float]]  # seconds to run for -> seconds of each run
 
 
@@ -104,13 +104,13 @@ def measure(
     import tvm
 
     from gpu_aware_tune.library import open_vm, save_weights
-    from gpu_aware_tune.library.program import use_threads
+    from gpu_aware_tune.library.threads import CoreThread
     from gpu_aware_tune.model import load_model, random_inputs
     from gpu_aware_tune.verify import difference
 
     cpu = str(tvm.target.codegen.llvm_get_system_cpu())
     target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": args.threads})
-    use_threads(args.threads)
+    cores = CoreThread(args.threads)
     model = load_model(path, target)
     inputs = random_inputs(model.inputs, seed=0)
     weights = scratch / f"{name}.weights"
@@ -120,16 +120,15 @@ def measure(
     for kind in ("plain", "untuned"):
         shared = compiled(model, target, kind, scratch / f"{name}-{kind}.so")
         program = open_vm(shared, weights)
-        outputs[kind] = program(program.place(list(inputs.values())))
-        timers[kind] = program.timer(inputs)
+        outputs[kind], timers[kind] = contestant(program, inputs, cores)
     if folder is not None:
         manifest = json.loads((folder / "manifest.json").read_text())
         library = next(e for e in manifest["libraries"] if e["units"] == args.threads)
         program = open_vm(folder / library["file"], folder / "weights.bin")
-        outputs["tuned"] = program(program.place(list(inputs.values())))
-        timers["tuned"] = program.timer(inputs)
+        outputs["tuned"], timers["tuned"] = contestant(program, inputs, cores)
     timers["ort"], reference = onnxruntime_timer(model, inputs, args.threads)
     samples = take_turns(timers, args.rounds, args.seconds)
+    cores.stop()
     medians = {kind: statistics.median(values) * 1e3 for kind, values in samples.items()}
     return {
         "ms": {kind: summary(values) for kind, values in samples.items()},
@@ -139,6 +138,15 @@ def measure(
             for kind, got in outputs.items()
         },
     }
+
+
+def contestant(
+    program: Any, inputs: dict[str, np.ndarray], cores: Any
+) -> tuple[list[np.ndarray], Timer]:
+    """A program's outputs, and its timer on the cores that all of ours share."""
+    outputs = cores.run(lambda: program(program.place(list(inputs.values()))))
+    timer = cores.run(lambda: program.timer(inputs))
+    return outputs, lambda seconds: cores.run(lambda: timer(seconds))
 
 
 def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
@@ -185,7 +193,7 @@ def onnxruntime_timer(
 
 
 def take_turns(timers: dict[str, Timer], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Let the contestants run in turn; the first run of each turn, after a pause, does not count."""
+    """Let the contestants run in turn; the first run after each pause does not count."""
     samples: dict[str, list[float]] = {kind: [] for kind in timers}
     for _ in range(rounds):
         for kind, timer in timers.items():

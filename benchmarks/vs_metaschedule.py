@@ -128,15 +128,16 @@ def run_ours(
     run.open_records()
     import_s = time.monotonic() - started
     begun, begun_at = time.monotonic(), time.time()
+    run.restart_clock()
     list(run.start_workers())
     count, failed = 0, 0
-    for stage in (run.search.baseline(run.default_traces()), run.search.trials()):
+    for stage in (run.search.baseline(), run.search.trials()):
         for event in stage:
             if isinstance(event, Trial) and event.origin == "search":
                 count += 1
                 failed += event.failure is not None
     elapsed = time.monotonic() - begun
-    cores = run._core_seconds(elapsed)
+    cores = run.core_seconds()
     history = []
     for task in run.tasks:
         for record in run.store.all(run._keys()[task.hash, units]):

@@ -240,7 +240,9 @@ def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> N
     scheduled = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(scheduled)
     built = tvm.tirx.build(scheduled, target=target)
     if target.kind.name != "llvm":
-        built.export_library(str(path))
+        from gpu_aware_tune.cuda_toolchain import export_module
+
+        export_module(built, path, str(target.attrs["arch"]))
         return
     object_path = path.with_suffix(".o")
     built.write_to_file(str(object_path), "o")

@@ -8,7 +8,8 @@ never waited for: while one task's candidates are built and measured, the next t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from gpu_aware_tune.workers import Worker, WorkerHost
 
 _ENTRY = "gpu_aware_tune.candidates:serve"
+_TILES = 96  # register tiles tried at most for one task; the cost model ranks them
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,15 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class NewTask:
-    """Message: a task the searcher shall hold; `known` are (trace, seconds) already measured."""
+    """Message: a task the searcher shall hold.
+
+    `known` are (trace, seconds) to start from, `tried` the traces that are not to be drafted again.
+    """
 
     task: str
     module_json: str
     known: tuple[tuple[str, float], ...] = ()
+    tried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,10 +187,12 @@ class _Search:
 
 
 class _TaskSearch:
-    """TVM's evolutionary search over one task (in the worker).
+    """The search over one task (in the worker): register tiles by rule, and TVM's evolution.
 
-    The first draft samples only (no generations): before anything is measured there is nothing to
-    evolve towards. Candidates are kept until their result is told, because TVM learns from schedules.
+    The tiles that the default schedules were picked from come ranked by a cost model, need no search
+    time and build quickly; the evolution finds what no rule knows. The first draft takes tiles, the
+    second samples TVM's space; from then on the source whose best is better gets two drafts of three.
+    TVM's candidates are kept until their result is told, because it learns from schedules.
     """
 
     def __init__(self, new: NewTask, target: Any, settings: SearchSettings, model: Any) -> None:
@@ -204,8 +212,12 @@ class _TaskSearch:
         self._make_evolving: Callable[[], Any] = functools.partial(
             self._context, settings, seed + 1, settings.population, settings.generations, model
         )
-        self._waiting: dict[int, Any] = {}
-        self._seen: set[str] = {trace for trace, _ in new.known}
+        self._tiles = _tile_traces(self._module, target)
+        self._best = {"tiles": float("inf"), "evolution": float("inf")}
+        self._per_draft = settings.per_draft
+        self._drafts = 0
+        self._waiting: dict[int, Any] = {}  # TVM's candidate by number; None for a tile
+        self._seen: set[str] = {trace for trace, _ in new.known} | set(new.tried)
         self._next = 0
         self._learned = 0
         self._adopt(new.known, model)
@@ -241,24 +253,48 @@ class _TaskSearch:
         return context
 
     def draft(self) -> tuple[Candidate, ...]:
+        """Candidates from the source whose turn it is, or from the other where it has none."""
+        ahead = self._best["tiles"] <= self._best["evolution"]
+        turn = self._drafts % 3 != 2 if self._drafts > 1 else True
+        tiles_first = self._drafts == 0 or (self._drafts > 1 and ahead == turn)
+        self._drafts += 1
+        order = [self._draft_tiles, self._evolve]
+        for source in order if tiles_first else reversed(order):
+            found = source()
+            if found:
+                return found
+        return ()
+
+    def _draft_tiles(self) -> tuple[Candidate, ...]:
+        fresh = (trace for trace in self._tiles if trace not in self._seen)
+        return tuple(self._named(t, None) for t in itertools.islice(fresh, self._per_draft))
+
+    def _evolve(self) -> tuple[Candidate, ...]:
         from gpu_aware_tune.traces import trace_to_json
 
-        found: list[Candidate] = []
         context = self._sampling
         if self._learned:
             self._evolving = context = self._evolving or self._make_evolving()
-        for candidate in context.generate_measure_candidates() or ():
-            trace = trace_to_json(candidate.sch.trace)
-            if trace in self._seen:
-                continue
-            self._seen.add(trace)
-            self._waiting[self._next] = candidate
-            found.append(Candidate(self._hash, trace, "search", self._next))
-            self._next += 1
-        return tuple(found)
+        drawn = context.generate_measure_candidates() or ()
+        traces = [(trace_to_json(candidate.sch.trace), candidate) for candidate in drawn]
+        return tuple(self._named(t, c) for t, c in traces if t not in self._seen)
+
+    def _named(self, trace: str, candidate: Any) -> Candidate:
+        self._seen.add(trace)
+        self._waiting[self._next] = candidate
+        self._next += 1
+        return Candidate(self._hash, trace, "search", self._next - 1)
 
     def learn(self, results: Sequence[tuple[int, float | None]], model: Any) -> None:
-        pairs = [(self._waiting.pop(number), seconds) for number, seconds in results]
+        """Take in results: TVM learns from its own candidates, tiles only count for whose turn it is."""
+        pairs = []
+        for number, seconds in results:
+            candidate = self._waiting.pop(number)
+            source = "tiles" if candidate is None else "evolution"
+            if seconds is not None:
+                self._best[source] = min(self._best[source], seconds)
+            if candidate is not None:
+                pairs.append((candidate, seconds))
         self._commit(pairs, model)
 
     def _adopt(self, known: Sequence[tuple[str, float]], model: Any) -> None:
@@ -300,3 +336,20 @@ class _TaskSearch:
                 )
         model.update(self._sampling, [candidate for candidate, _ in pairs], results)
         self._learned += len(pairs)
+
+
+def _tile_traces(module: Any, target: Any) -> Iterator[str]:
+    """Traces of the default schedule with one register tile after the other, the likeliest first.
+
+    The first few are the default schedules themselves, which are measured before the search.
+    """
+    if target.kind.name != "llvm":
+        return
+    from gpu_aware_tune.schedules import DEFAULTS
+    from gpu_aware_tune.schedules.cpu import cpu_schedules, machine_of
+    from gpu_aware_tune.traces import trace_to_json
+
+    schedules = cpu_schedules(module, machine_of(target), _TILES)
+    for schedule in itertools.islice(schedules, DEFAULTS, None):
+        if schedule.trace is not None:
+            yield trace_to_json(schedule.trace)

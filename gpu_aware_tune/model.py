@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,9 +142,12 @@ def _imported(proto: onnx.ModelProto) -> tvm.IRModule:
 
     try:
         return Importer({}, "float32").from_onnx(proto.graph, opset)
-    except UserError:
-        raise
     except Exception as error:
+        # TVM's half-made graph complains on stderr when it dies: let that be now, not later.
+        for failure in (error, error.__cause__):
+            traceback.clear_frames(failure.__traceback__ if failure else None)
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"the model cannot be imported: {_diagnosis(proto, error)}") from error
 
 

@@ -41,7 +41,7 @@ class Run:
         self.settings = settings
         self._path = path
         self._stack = contextlib.ExitStack()
-        self._started = time.monotonic()
+        self.restart_clock()
         self._choices: list[Choice] = []
         self._libraries: dict[tuple[str, int], Path] = {}
         self._latency_s: dict[tuple[str, int], float] = {}
@@ -50,8 +50,10 @@ class Run:
         self._drift: dict[str, float] = {}
 
     def __enter__(self) -> Run:
+        from gpu_aware_tune.cuda_toolchain import runtime_environment
+
         # Workers get their copy of TVM while this process imports the model.
-        self._host = self._stack.enter_context(WorkerHost())
+        self._host = self._stack.enter_context(WorkerHost(runtime_environment()))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -179,7 +181,7 @@ class Run:
             Searcher(self._host, self._target, how, number) for number in range(searchers)
         ]
         self._builders: BuildPool = BuildPool(
-            self._host, self._target, builders, settings.build_timeout_s, memory
+            self._host, self._target, builders, settings.build_timeout_s, memory, self._build_env()
         )
         for task in self.tasks:
             self._builders.add_task(task.hash, module_to_json(task.module))
@@ -192,12 +194,12 @@ class Run:
             low_water=max(2 * builders, settings.trials_per_iteration // 2),
         )
         self._run_id = self.store.start_run(settings.as_dict(), self._machine())
-        self.search.start(self._pipeline, self._run_id)
+        self.search.start(self._pipeline, self._run_id, self._default_traces())
         yield Note(
             f"{builders} build workers, {searchers} search workers, partition {self._backend}"
         )
 
-    def default_traces(self) -> dict[str, list[str]]:
+    def _default_traces(self) -> dict[str, list[str]]:
         """The untuned schedules of every task, the plain loops ("") of light ones among them."""
         from gpu_aware_tune.schedules import default_schedules
         from gpu_aware_tune.traces import trace_to_json
@@ -264,7 +266,7 @@ class Run:
     def finish(self) -> Finished:
         """Close the run's row and say what came of it."""
         assert self._run_id is not None
-        core_s = self._core_seconds(time.monotonic() - self._started)
+        core_s = self.core_seconds()
         finished = Finished(
             output=self._output,
             tasks=tuple(self._task_result(choice) for choice in self._choices),
@@ -296,6 +298,11 @@ class Run:
         )
         self._run_id = None
         return finished
+
+    def _build_env(self) -> dict[str, str]:
+        from gpu_aware_tune.cuda_toolchain import environment
+
+        return environment() if self.device.kind == "cuda" else {}
 
     def _tvm_target(self) -> Any:
         import tvm
@@ -343,13 +350,18 @@ class Run:
         self._errors[units] = report.max_error
         yield Note(f"{units} units: {report.text}")
 
-    def _core_seconds(self, elapsed: float) -> dict[str, float]:
-        """Where the cores' time went in `elapsed` seconds, in core seconds."""
+    def restart_clock(self) -> None:
+        """Count the run's time, and this process's share of the cores, from now."""
+        self._started, self._main_from_s = time.monotonic(), time.process_time()
+
+    def core_seconds(self) -> dict[str, float]:
+        """Where the cores' time went since the clock was started, in core seconds."""
+        elapsed = time.monotonic() - self._started
         spent = {
             "search": sum(searcher.cpu_s() for searcher in self._searchers),
             "build": self._builders.cpu_s(),
             "measure": self._pipeline.measure_core_s,
-            "main": time.process_time(),
+            "main": time.process_time() - self._main_from_s,
         }
         total = elapsed * available_cores()
         return {**spent, "idle": max(0.0, total - sum(spent.values())), "total": total}

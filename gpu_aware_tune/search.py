@@ -52,6 +52,7 @@ class Search:
     interrupted: bool = field(default=False, init=False)
     _pipeline: Pipeline | None = field(default=None, init=False)
     _run_id: int = field(default=0, init=False)
+    _defaults: Mapping[str, Sequence[str]] = field(default_factory=dict, init=False)
     _names: dict[str, str] = field(init=False)
     _notes: list[Note] = field(default_factory=list, init=False)
     _unsaved: list[Record] = field(default_factory=list, init=False)
@@ -73,7 +74,7 @@ class Search:
         """Take in what the records hold for these units; it counts as trials already spent."""
         for task in self.tasks:
             known = self._known(task) if self.settings.resume else []
-            searched = sum(origin != "default" for _, _, origin in known)
+            searched = len(self._tried(task)) if self.settings.resume else 0
             for _, seconds, origin in known:
                 for units, value in seconds.items():
                     self.allocation.note(task.hash, units, value, origin)
@@ -83,11 +84,17 @@ class Search:
             self.budget.done = min(self._resumed, self.budget.trials)
         self._resumed = self.budget.done
 
-    def start(self, pipeline: Pipeline, run_id: int) -> None:
-        """Take the workers, and give every task with its best known schedules to its searcher."""
+    def start(self, pipeline: Pipeline, run_id: int, defaults: Mapping[str, Sequence[str]]) -> None:
+        """Take the workers, and give every task with its best known schedules to its searcher.
+
+        Args:
+            pipeline: the workers.
+            run_id: the run's row.
+            defaults: traces of each task's default schedules; "" stands for the plain loops.
+        """
         from gpu_aware_tune.traces import module_to_json
 
-        self._pipeline, self._run_id = pipeline, run_id
+        self._pipeline, self._run_id, self._defaults = pipeline, run_id, defaults
         self.budget.start()
         for task in self.tasks:
             known = self._known(task) if self.settings.resume else []
@@ -96,7 +103,12 @@ class Search:
             )
             pairs = tuple((trace, score) for score, trace in scored[:_KNOWN])
             pipeline.searcher_of(task.hash).add(
-                NewTask(task.hash, module_to_json(task.module), pairs)
+                NewTask(
+                    task.hash,
+                    module_to_json(task.module),
+                    pairs,
+                    (*defaults[task.hash], *(self._tried(task) if self.settings.resume else ())),
+                )
             )
 
     @property
@@ -143,16 +155,12 @@ class Search:
         pairs = ((task.hash, self.untuned_trace(task, units)) for task in self.tasks)
         return {task: trace for task, trace in pairs if trace}
 
-    def baseline(self, defaults: Mapping[str, Sequence[str]]) -> Iterator[Event]:
-        """Measure the default schedules that no record holds yet, and seeds from other units.
-
-        Args:
-            defaults: traces of each task's default schedules; "" stands for the plain loops.
-        """
+    def baseline(self) -> Iterator[Event]:
+        """Measure the default schedules that no record holds yet, and seeds from other units."""
         candidates = []
         for task in self.tasks:
             known = {trace for trace, _, _ in self._known(task)} if self.settings.resume else set()
-            for trace in defaults.get(task.hash, ()):
+            for trace in self._defaults[task.hash]:
                 if trace not in known:
                     candidates.append(Candidate(task.hash, trace, "default"))
             candidates.extend(self._seeds(task, known))
@@ -275,6 +283,14 @@ class Search:
                     origins[record.trace] = record.origin
         whole = {t: s for t, s in found.items() if len(s) == len(self.units)}
         return [(trace, seconds, origins[trace]) for trace, seconds in whole.items()]
+
+    def _tried(self, task: Task) -> list[str]:
+        """Schedules that a search measured or failed to measure on every one of this run's units."""
+        per_units = [
+            {r.trace for r in self.store.all(self.keys[task.hash, units]) if r.origin == "search"}
+            for units in self.units
+        ]
+        return sorted(set.intersection(*per_units))
 
     def _seeds(self, task: Task, known: set[str]) -> list[Candidate]:
         """The best schedules that other units or devices of the same kind have for this task."""

@@ -78,7 +78,7 @@ def tune_events(model: str | Path, settings: Settings) -> Iterator[Event]:
         stack.enter_context(_interrupt(run.interrupt))
         yield Stage("search", "measuring the untuned schedules")
         yield from run.start_workers()
-        yield from run.search.baseline(run.default_traces())
+        yield from run.search.baseline()
         if not run.search.interrupted:
             yield Stage("search", "searching")
             yield from run.search.trials()

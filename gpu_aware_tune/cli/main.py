@@ -23,6 +23,12 @@ COMMANDS = {
 }
 
 
+class Interrupted(TuneError):
+    """Ctrl-C, as an error like the others: click would print an empty line for it."""
+
+    exit_code = INTERRUPTED
+
+
 class LazyGroup(DefaultGroup):
     """A group that imports a command's module only when that command is asked for."""
 
@@ -35,6 +41,12 @@ class LazyGroup(DefaultGroup):
             self.add_command(getattr(import_module(COMMANDS[known][0]), known), known)
         command: click.Command | None = super().get_command(ctx, cmd_name)
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted") from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         click.Command.format_options(self, ctx, formatter)
@@ -80,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(" ".join(error.format_message().split()), 2, debug)
     except TuneError as error:
         return _fail(" ".join(str(error).split()), error.exit_code, debug)
-    except (KeyboardInterrupt, click.Abort):
+    except click.Abort:  # Ctrl-C while click reads the arguments
         return _fail("interrupted", INTERRUPTED, debug)
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]

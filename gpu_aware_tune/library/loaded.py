@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tvm
@@ -16,8 +16,12 @@ from tvm.target import codegen
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.library.folder import FORMAT, MANIFEST, WEIGHTS, part_of, versions
-from gpu_aware_tune.library.program import Program, open_vm, use_threads
+from gpu_aware_tune.library.program import Program, open_vm
+from gpu_aware_tune.library.threads import CoreThread
 from gpu_aware_tune.model import TensorSpec, random_inputs
+from gpu_aware_tune.partition.topology import usable_cores
+
+Result = TypeVar("Result")
 
 _CPU = 1  # DLPack's kDLCPU
 # Of LLVM's processor features those that code may depend on; the others are advice for tuning.
@@ -51,9 +55,10 @@ class LatencyStats:
 class Library:
     """A tuned model, loaded for some units of its device.
 
-    Called with one array per input it gives one array per output. On a CPU it runs on `units`
-    threads of TVM's pool (see `use_threads`); they are set at each call, so that libraries of
-    different units can be used side by side. Calls from several threads do not disturb each other.
+    Called with one array per input it gives one array per output. On a CPU it runs in a thread of
+    its own on `units` cores (see `CoreThread`), so libraries for different units can be used in one
+    process, and the caller's threads keep their cores. Calls wait for each other. The thread ends
+    with `close`, or with the library.
 
     The folder needs nothing of this package; with TVM alone a library is run like this::
 
@@ -76,6 +81,11 @@ class Library:
         self.inputs = _specs(manifest["inputs"])
         self.outputs = _specs(manifest["outputs"])
         self._program = program
+        self._closed = False
+        self._cores: CoreThread | None = None
+        if program.device.dlpack_device_type() == _CPU:
+            self._cores = CoreThread(units)
+            weakref.finalize(self, self._cores.stop)
 
     def __repr__(self) -> str:
         return f"Library({str(self.path)!r}, units={self.units})"
@@ -93,8 +103,7 @@ class Library:
             UserError: an array is missing, unknown, or of another shape or type.
         """
         arrays = check_inputs(self.inputs, inputs)
-        self._prepare()
-        results = self._program(self._program.place(arrays))
+        results = self._run(lambda: self._program(self._program.place(arrays)))
         return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
 
     def benchmark(
@@ -111,17 +120,24 @@ class Library:
             inputs: what to run on; seeded random arrays by default.
         """
         arrays = check_inputs(self.inputs, inputs or random_inputs(self.inputs, seed=0))
-        self._prepare()
-        timer = self._program.timer(
-            {spec.name: array for spec, array in zip(self.inputs, arrays, strict=True)}
-        )
-        if repeat is None:
-            return LatencyStats.of(timer(seconds))
-        return LatencyStats.of([timer(0.0)[0] for _ in range(repeat)])
+        named = {spec.name: array for spec, array in zip(self.inputs, arrays, strict=True)}
 
-    def _prepare(self) -> None:
-        if self._program.device.dlpack_device_type() == _CPU:
-            use_threads(self.units)
+        def measure() -> list[float]:
+            timer = self._program.timer(named)
+            return timer(seconds) if repeat is None else [timer(0.0)[0] for _ in range(repeat)]
+
+        return LatencyStats.of(self._run(measure))
+
+    def close(self) -> None:
+        """End the library's thread; it cannot be called afterwards."""
+        if self._cores is not None:
+            self._cores.stop()
+        self._closed = True
+
+    def _run(self, function: Callable[[], Result]) -> Result:
+        if self._closed:
+            raise UserError(f"{self!r} is closed: load it again")
+        return function() if self._cores is None else self._cores.run(function)
 
 
 def load(path: str | Path, units: int | None = None) -> Library:
@@ -161,7 +177,7 @@ def visible_units(manifest: Mapping[str, Any]) -> int:
     if str(manifest.get("device", "llvm")).startswith("cuda"):
         device = tvm.cuda(0)
         return int(device.multi_processor_count) if device.exist else 0
-    return len(os.sched_getaffinity(0))
+    return len(usable_cores())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,30 +14,6 @@ from tvm import relax
 from gpu_aware_tune.errors import SetupError, UserError
 
 _WARM_UP = 3
-
-_thread = threading.local()
-
-
-def use_threads(units: int) -> None:
-    """Let TVM use `units` threads for what the calling thread runs from now on.
-
-    TVM keeps one pool of threads for each thread that calls it, and never enlarges it. So the first
-    call makes one thread for each core this process may use, of which `units` then get work. The
-    threads are bound to no core but the process's own; the caller's affinity stays as it is.
-    """
-    if getattr(_thread, "units", None) == units:
-        return
-    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
-    share_all = -3  # TVM's kSpecifyThreadShareAllCore
-    tvm.get_global_func("runtime.config_threadpool")(share_all, min(units, len(cores)), cores)
-    got = tvm.get_global_func("runtime.NumThreads")()
-    if got < min(units, len(cores)):
-        warnings.warn(
-            f"TVM started its threads in this thread before with {got} of {units}; load the library"
-            f" first, or set TVM_NUM_THREADS={len(cores)}",
-            stacklevel=3,
-        )
-    _thread.units = units
 
 
 class Program:

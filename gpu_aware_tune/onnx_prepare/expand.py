@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 ROUNDS = 6
 FUNCTION_DOMAIN = "expanded"
+NORMS = {"GroupNormalization", "LayerNormalization", "RMSNormalization"}
+DOUBTFUL = {"Attention", "SpaceToDepth"} | NORMS
+BY_PRODUCTS = {"Dropout", "LayerNormalization", "MaxPool"}
 
 
 def expand(model: ModelProto, supported: Collection[tuple[str, str]]) -> ModelProto:
@@ -39,11 +42,14 @@ def expand(model: ModelProto, supported: Collection[tuple[str, str]]) -> ModelPr
 
 
 def _trim_outputs(model: ModelProto) -> None:
-    """Drop trailing outputs that nobody reads, so that they do not force an expansion."""
-    used = {name for node in walk(model.graph) for name in node.input}
+    """Drop trailing outputs that nobody reads, so that they do not force an expansion.
+
+    Only where they are by-products: the number of outputs of a Split says how it splits.
+    """
+    used = {name for node in walk(model.graph) for name in node.input if name}
     used |= {value.name for value in model.graph.output}
     for node in model.graph.node:
-        while len(node.output) > 1 and node.output[-1] not in used:
+        while node.op_type in BY_PRODUCTS and len(node.output) > 1 and node.output[-1] not in used:
             del node.output[-1]
     drop_unused(model)
 
@@ -82,14 +88,15 @@ def _inline_functions(
     Each node gets a function of its own. `onnx.inliner` could take the bodies from the schemas, but
     fails where an optional input is left out, and drops the defaults of attributes.
     """
-    if not any(_wants_function(node, model, supported) for node in walk(model.graph)):
+    if not any(_may_want_function(node, supported) for node in walk(model.graph)):
         return model, False
     original, model = model, deepcopy(model)
-    types = _types(model)
+    types, facts = _types(model), Facts(model)
     for node in walk(model.graph):
-        function = None
-        if _wants_function(node, original, supported):
-            function = _function(node, types, opset_of(model))
+        wanted = _may_want_function(node, supported)
+        if not wanted or (("", node.op_type) in supported and not _imported_wrong(node, facts)):
+            continue
+        function = _function(node, types, opset_of(model))
         if function is None:
             continue
         _state_defaults(node, opset_of(model))
@@ -117,10 +124,8 @@ def _state_defaults(node: NodeProto, opset: int) -> None:
             node.attribute.append(declared.default_value)
 
 
-def _wants_function(
-    node: NodeProto, model: ModelProto, supported: Collection[tuple[str, str]]
-) -> bool:
-    return not node.domain and (("", node.op_type) not in supported or _imported_wrong(node, model))
+def _may_want_function(node: NodeProto, supported: Collection[tuple[str, str]]) -> bool:
+    return not node.domain and (("", node.op_type) not in supported or node.op_type in DOUBTFUL)
 
 
 def _types(model: ModelProto) -> dict[str, bytes]:
@@ -174,19 +179,17 @@ def _adopt_opset(function: FunctionProto, opset: int) -> None:
             entry.version = opset
 
 
-def _imported_wrong(node: NodeProto, model: ModelProto) -> bool:
-    """Tell whether TVM imports this use of an operator wrongly though it has the operator."""
+def _imported_wrong(node: NodeProto, facts: Facts) -> bool:
+    """Tell whether TVM imports this use of a doubtful operator wrongly."""
     values = attributes(node)
     match node.op_type:
-        case "Attention":  # TVM takes ONNX's operator for the one of com.microsoft
-            return True
         case "LayerNormalization":  # mean and deviation come out as zero
             return len(node.output) > 1
         case "SpaceToDepth":
             return values.get("mode", b"DCR") == b"CRD"
         case "RMSNormalization":  # does not compile over all axes
-            shape = Facts(model).shapes.get(node.input[0])
+            shape = facts.shapes.get(node.input[0])
             return shape is None or values.get("axis", -1) in (0, -len(shape))
         case "GroupNormalization":  # other types are refused, or computed in float32 always
-            return values.get("stash_type", 1) != 1 or opset_of(model) < 21
-    return False
+            return values.get("stash_type", 1) != 1 or facts.opset < 21
+    return True  # ONNX's Attention, which TVM takes for the one of com.microsoft

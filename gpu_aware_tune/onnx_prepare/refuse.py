@@ -32,8 +32,9 @@ def refuse_unsupported(model: ModelProto, supported: Collection[tuple[str, str]]
 
 
 def _batch_normalization(node: NodeProto, facts: Facts) -> str:
-    if attributes(node).get("training_mode", 0):
-        return "training mode needs a static shape; export the model for inference"
+    # Up to operator set 13 it is the further outputs that mean training.
+    if attributes(node).get("training_mode", 0) or len(node.output) > 1:
+        return "training mode is not supported here; export the model for inference"
     return ""
 
 

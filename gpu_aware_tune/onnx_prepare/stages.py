@@ -62,7 +62,7 @@ def prepare(
     if not is_half:
         model = optimised_by_onnxruntime(model)
     model = fold_batch_norms(model)
-    if dtype == "float16":
+    if dtype == "float16" and not is_half:
         model = to_float16(model)
     _tidy(model)
     model, weights = detach_weights(model)

@@ -28,14 +28,7 @@ _OF_KIND = {"llvm": ("cores",), "cuda": GPU_BACKENDS, "null": ("null",)}
 
 def probe_backends(index: int = 0) -> list[Availability]:
     """What each backend says about this machine, GPU number `index`; never raises."""
-    checks: dict[str, Callable[[int], str]] = {
-        "cores": _cores_reason,
-        "mig": _mig_reason,
-        "green": _green_reason,
-        "mps": _mps_reason,
-        "full": _gpu_reason,
-    }
-    return [_probe(backend, checks[backend], index) for backend in BACKENDS]
+    return [_probe(backend, index) for backend in BACKENDS]
 
 
 def choose_backend(
@@ -129,14 +122,20 @@ def open_partitions(
 
 
 def _require(backend: str, index: int) -> None:
-    for check in probe_backends(index):
-        if check.backend == backend and not check.ok:
-            raise SetupError(f"--partition {backend} is not available: {check.reason}")
+    if backend in BACKENDS and not (check := _probe(backend, index)).ok:
+        raise SetupError(f"--partition {backend} is not available: {check.reason}")
 
 
-def _probe(backend: str, check: Callable[[int], str], index: int) -> Availability:
+def _probe(backend: str, index: int) -> Availability:
+    checks: dict[str, Callable[[int], str]] = {
+        "cores": _cores_reason,
+        "mig": _mig_reason,
+        "green": _green_reason,
+        "mps": _mps_reason,
+        "full": _gpu_reason,
+    }
     try:
-        return Availability(backend, True, check(index))
+        return Availability(backend, True, checks[backend](index))
     except TuneError as error:
         return Availability(backend, False, str(error))
     except Exception as error:  # a broken driver must not break `tune doctor`

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from tvm.s_tir import Schedule
 
 
+DEFAULTS = 3  # default schedules of a kernel that are measured before anything is searched
+
+
 def default_schedule(module: tvm.IRModule, target: tvm.target.Target) -> Schedule | None:
     """Give candidate 0 of a kernel: the untuned schedule that is best by rule.
 
@@ -28,7 +31,7 @@ def default_schedule(module: tvm.IRModule, target: tvm.target.Target) -> Schedul
 
 
 def default_schedules(
-    module: tvm.IRModule, target: tvm.target.Target, most: int = 3
+    module: tvm.IRModule, target: tvm.target.Target, most: int = DEFAULTS
 ) -> list[Schedule]:
     """Give up to `most` alternatives, the one expected to be fastest first."""
     if str(target.kind.name) == "llvm":

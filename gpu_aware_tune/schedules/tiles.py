@@ -76,13 +76,12 @@ def divisors(number: int, most: int) -> list[int]:
 def best_tiles(
     axes: Sequence[Axis], operands: Sequence[Access], result: Access, machine: Machine
 ) -> list[Tile]:
-    """Give the best tile for each axis that could be vectorised, cheapest first."""
+    """Give the best tile for each axis that could be vectorised, cheapest first, then all others."""
     best: dict[int, Tile] = {}
-    for tile in _tiles(axes, operands, result, machine):
-        known = best.get(tile.vector)
-        if known is None or tile.cycles < known.cycles:
-            best[tile.vector] = tile
-    return sorted(best.values(), key=lambda tile: tile.cycles)
+    ranked = sorted(_tiles(axes, operands, result, machine), key=lambda tile: tile.cycles)
+    for tile in ranked:
+        best.setdefault(tile.vector, tile)
+    return [*best.values(), *(tile for tile in ranked if best[tile.vector] is not tile)]
 
 
 def _tiles(

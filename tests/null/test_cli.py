@@ -171,8 +171,9 @@ def test_expected_errors_are_one_line_and_have_their_code(
 ) -> None:
     fake_tuning(failing(error))
     assert cli_main.main(["net.onnx"]) == code
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert last == ("error: interrupted" if code == 130 else "error: a b")
+    last = "error: interrupted" if code == 130 else "error: a b"
+    plan = ["net on CPU: 0 tasks, 4 trials, partition cores", f"  share: {PLANNED.shares[0]}"]
+    assert capfd.readouterr().err.splitlines() == [*plan, last]
 
 
 def test_a_defect_shows_what_the_libraries_said_last(fake_tuning: Fake, capfd: Capture) -> None:

@@ -129,6 +129,13 @@ def test_expansions_compute_the_same(name: str) -> None:
     assert before != after
 
 
+def test_unread_outputs_of_a_split_still_count() -> None:
+    model = node_model("Split", {"x": numbers(6)}, {}, [("y", F32), ("a", F32), ("b", F32)], 13)
+    del model.graph.output[1:]
+    prepared = assert_same(model, {"x": numbers(6)})
+    assert ReferenceEvaluator(prepared).run(None, {"x": numbers(6)})[0].shape == (2,)
+
+
 def test_the_first_norm_takes_absolute_values() -> None:
     # Not against the reference, which sums the values with their signs.
     model = node_model("LpNormalization", LOGITS, {}, p=1, axis=1)
@@ -235,6 +242,16 @@ def test_every_unsupported_operator_is_named_at_once() -> None:
         (
             node_model("Resize", {**IMAGE, "s": np.ones(4, np.float32)}, {}, order="x,,s"),
             "Resize.*not constant",
+        ),
+        (
+            node_model(
+                "BatchNormalization",
+                NORM,
+                batch_norm_constants(),
+                [("y", F32), ("m", F32), ("v", F32)],
+                opset=13,
+            ),
+            "BatchNormalization.*training mode",
         ),
         (
             node_model("Mod", {**LOGITS, "b": numbers(3, 5)}, {}, opset=28),

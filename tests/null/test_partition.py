@@ -486,6 +486,11 @@ def test_a_backend_of_the_other_kind_of_device_is_refused() -> None:
         share_of(fake_gpu(), 30, "half")
 
 
+def test_asking_for_cores_does_not_wake_the_gpu_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "query_gpus", lambda: pytest.fail("asked for GPUs"))
+    assert choose_backend(cpu(), "cores") == ("cores", "asked for")
+
+
 def test_probing_survives_a_broken_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("segment fell over")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ import tvm_ffi
 from tiny_library import default_traces, target, target_json, write_library, write_onnx
 
 from gpu_aware_tune import library as library_package
+from gpu_aware_tune import verify as verify_module
 from gpu_aware_tune.compile import compile_model, is_scheduled, schedule_module
-from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.errors import SetupError, TuneError, UserError
 from gpu_aware_tune.library import Library, export, find_compiler, load, open_vm, save_weights
 from gpu_aware_tune.library.folder import _exchange
 from gpu_aware_tune.library.loaded import nearest
 from gpu_aware_tune.model import Model, load_model, random_inputs
+from gpu_aware_tune.partition.topology import usable_cores
 from gpu_aware_tune.tasks import extract
 from gpu_aware_tune.traces import TraceError, apply_trace, trace_to_json
 from gpu_aware_tune.verify import difference, kernel_inputs, verify_kernel, verify_library
@@ -305,17 +308,64 @@ def test_wrong_inputs_give_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-def test_each_library_runs_on_its_own_number_of_threads(tiny: tuple[Model, Path]) -> None:
-    threads = tvm.get_global_func("runtime.NumThreads")
-    cores = len(os.sched_getaffinity(0))
-    if cores < 2:
+def test_each_library_runs_on_cores_of_its_own_number(tiny: tuple[Model, Path]) -> None:
+    cores = usable_cores()
+    if len(cores) < 2:
         pytest.skip("needs two cores")
+    before = os.sched_getaffinity(0)
+    threads = tvm.get_global_func("runtime.NumThreads")
     one, two = load(tiny[1], units=1), load(tiny[1], units=2)
     inputs = random_inputs(one.inputs, 0)
+    wanted = one(inputs)["features"]
     for loaded in (one, two, one, two):
-        loaded(inputs)
-        assert threads() == loaded.units
-    assert len(os.sched_getaffinity(0)) == cores
+        np.testing.assert_array_equal(loaded(inputs)["features"], wanted)
+        assert loaded._run(threads) == loaded.units
+        assert loaded._run(lambda: os.sched_getaffinity(0)) == {cores[0]}
+        # A parallel loop has as many parts as there are threads at work.
+        assert loaded._run(_parts) == loaded.units
+    assert os.sched_getaffinity(0) == before
+
+
+def _parts() -> int:
+    """How many threads take part in a parallel loop."""
+    loops = tvm.tirx.build(_counting(), target=target())
+    counts = tvm.runtime.tensor(np.zeros(64, "int32"))
+    loops["main"](counts)
+    return len(np.unique(counts.numpy()))
+
+
+def _counting() -> tvm.IRModule:
+    """Each iteration of a parallel loop notes the thread it runs in."""
+    from tvm.script import tirx as T
+
+    @T.prim_func(s_tir=True)
+    def main(out: T.Buffer((64,), "int32")) -> None:
+        for i in T.parallel(64):
+            with T.sblock("note"):
+                place = T.axis.spatial(64, i)
+                out[place] = T.call_extern("int32", "gettid")
+
+    return tvm.IRModule({"main": main})
+
+
+def test_a_closed_library_says_so(tiny: tuple[Model, Path]) -> None:
+    loaded = load(tiny[1])
+    loaded.close()
+    with pytest.raises(UserError, match="is closed"):
+        loaded(random_inputs(loaded.inputs, 0))
+
+
+def test_a_library_that_is_dropped_ends_its_thread(tiny: tuple[Model, Path]) -> None:
+    def library_threads() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if t.name == "tuned-library"}
+
+    before = library_threads()
+    loaded = load(tiny[1])
+    loaded(random_inputs(loaded.inputs, 0))
+    (thread,) = library_threads() - before
+    del loaded
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def test_benchmark_statistics_are_in_order(tiny: tuple[Model, Path]) -> None:
@@ -328,7 +378,7 @@ def test_benchmark_statistics_are_in_order(tiny: tuple[Model, Path]) -> None:
 
 def test_the_nearest_library_is_taken(tiny: tuple[Model, Path]) -> None:
     assert [nearest([1, 4, 8], n) for n in (1, 2, 3, 5, 6, 7, 100)] == [1, 1, 4, 4, 4, 8, 8]
-    visible = min(2, len(os.sched_getaffinity(0)))
+    visible = min(2, len(usable_cores()))
     assert load(tiny[1]).units == visible
     assert load(tiny[1], units=1).units == 1
     with pytest.raises(UserError, match="choose one of 1, 2"):
@@ -411,3 +461,10 @@ def test_verification_names_what_is_missing(
     monkeypatch.undo()
     damaged = dataclasses.replace(model, prepared=b"nothing")
     assert "cannot run it" in verify_library(damaged, folder / "lib-2.so", seed=0).text
+    monkeypatch.setattr(verify_module, "compile_model", _refuse)
+    with pytest.raises(TuneError, match="cannot be verified: the plain loops"):
+        verify_library(damaged, folder / "lib-2.so", seed=0)
+
+
+def _refuse(*_args: object) -> None:
+    raise ValueError("no")
