@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.errors import TuneError
-from gpu_aware_tune.events import Event, Finished, Note, Planned, ShareResult, TaskPlan, TaskResult
+from gpu_aware_tune.events import Event, Finished, Note, Planned, TaskPlan
 from gpu_aware_tune.records import RecordKey, Store
+from gpu_aware_tune.results import manifest, share_results, task_results
 from gpu_aware_tune.search import Search, available_cores, worker_counts
 from gpu_aware_tune.selection import Choice, choose, retime
 from gpu_aware_tune.settings import Settings
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from gpu_aware_tune.partition import Device, Partition, Share
     from gpu_aware_tune.pipeline import Pipeline
     from gpu_aware_tune.tasks import Task
+
+# Plain loops are measured where they might win: threads cost more than such a task takes.
+_LIGHT_FLOPS = 2e6
 
 
 class Run:
@@ -207,7 +211,8 @@ class Run:
         target, traces = self._tvm_target(), {}
         for task in self.tasks:
             found = [trace_to_json(s.trace) for s in default_schedules(task.module, target)]
-            traces[task.hash] = list(dict.fromkeys(found)) or [""]
+            plain = [""] if task.flops < _LIGHT_FLOPS or not found else []
+            traces[task.hash] = [*dict.fromkeys(found), *plain]
         return traces
 
     def choose(self) -> Iterator[Event]:
@@ -261,7 +266,16 @@ class Run:
         if self.settings.verify:
             for units, path in tuned.items():
                 yield from self._verify(units, path)
-        self._output = export(folder, self.model, tuned, self._manifest())
+        facts = manifest(self.device, self._backend, self.settings.seed, self.shares, self._choices)
+        for share, result in zip(
+            facts["shares"],
+            share_results(self.shares, self._latency_s, self._errors),
+            strict=True,
+        ):
+            share.update(
+                untuned_s=result.untuned_s, tuned_s=result.tuned_s, max_error=result.max_error
+            )
+        self._output = export(folder, self.model, tuned, facts)
 
     def finish(self) -> Finished:
         """Close the run's row and say what came of it."""
@@ -269,18 +283,8 @@ class Run:
         core_s = self.core_seconds()
         finished = Finished(
             output=self._output,
-            tasks=tuple(self._task_result(choice) for choice in self._choices),
-            shares=tuple(
-                ShareResult(
-                    share=share.describe(),
-                    units=share.units,
-                    untuned_s=self._latency_s.get(("untuned", share.units)),
-                    tuned_s=self._latency_s.get(("tuned", share.units)),
-                    verified=share.units in self._errors,
-                    max_error=self._errors.get(share.units),
-                )
-                for share in self.shares
-            ),
+            tasks=task_results(self._choices, self.search),
+            shares=share_results(self.shares, self._latency_s, self._errors),
             trials=self.search.budget.done,
             elapsed_s=time.monotonic() - self._started,
             interrupted=self.search.interrupted,
@@ -365,45 +369,3 @@ class Run:
         }
         total = elapsed * available_cores()
         return {**spent, "idle": max(0.0, total - sum(spent.values())), "total": total}
-
-    def _task_result(self, choice: Choice) -> TaskResult:
-        allocation = self.search.allocation
-        return TaskResult(
-            name=choice.task.name,
-            units=choice.units,
-            weight=choice.task.weight,
-            trials=allocation.trials(choice.task.hash),
-            untuned_s=allocation.untuned_s(choice.task.hash).get(choice.units),
-            tuned_s=choice.seconds or None,
-            origin=choice.origin,
-        )
-
-    def _manifest(self) -> dict[str, Any]:
-        return {
-            "device": self.device.key,
-            "backend": self._backend,
-            "seed": self.settings.seed,
-            "shares": [
-                {
-                    "percent": share.percent,
-                    "units": share.units,
-                    "text": share.describe(),
-                    "target": self.device.target(share.units),
-                    "untuned_s": self._latency_s.get(("untuned", share.units)),
-                    "tuned_s": self._latency_s.get(("tuned", share.units)),
-                    "max_error": self._errors.get(share.units),
-                }
-                for share in self.shares
-            ],
-            "tasks": [
-                {
-                    "name": choice.task.name,
-                    "hash": choice.task.hash,
-                    "units": choice.units,
-                    "weight": choice.task.weight,
-                    "seconds": choice.seconds,
-                    "origin": choice.origin,
-                }
-                for choice in self._choices
-            ],
-        }

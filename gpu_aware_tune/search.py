@@ -142,13 +142,19 @@ class Search:
                     found[f"{self._names[task_hash]}-{units}"] = measurement.seconds / before
         return found
 
+    def _untuned(self, task: Task, units: int) -> Record | None:
+        ran = [r for r in self.store.all(self.keys[task.hash, units]) if is_untuned(r)]
+        return min(ran, key=lambda r: r.best_s or 0.0, default=None)
+
     def untuned_trace(self, task: Task, units: int) -> str | None:
         """The fastest default schedule of a task, "" for the plain loops; None where none ran."""
-        records = self.store.all(self.keys[task.hash, units])
-        ran = [
-            r for r in records if r.origin == "default" and r.seconds is not None and not r.wrong
-        ]
-        return min(ran, key=lambda r: r.seconds or 0.0).trace if ran else None
+        record = self._untuned(task, units)
+        return record.trace if record else None
+
+    def untuned_s(self, task: Task, units: int) -> float | None:
+        """Seconds of a task's fastest default schedule; None where none ran."""
+        record = self._untuned(task, units)
+        return record.best_s if record else None
 
     def untuned_traces(self, units: int) -> dict[str, str]:
         """The untuned library's kernels: each task's fastest default schedule."""
@@ -302,6 +308,11 @@ class Search:
                 if record.origin != "default" and record.trace not in known:
                     traces[record.trace] = None
         return [Candidate(task.hash, trace, "seed") for trace in list(traces)[:_SEEDS]]
+
+
+def is_untuned(record: Record) -> bool:
+    """Whether a record is a default schedule that ran and is right."""
+    return record.origin == "default" and record.best_s is not None and not record.wrong
 
 
 def worker_counts(cores: int) -> tuple[int, int]:

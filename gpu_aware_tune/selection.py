@@ -12,6 +12,7 @@ from gpu_aware_tune.events import Event, Note
 from gpu_aware_tune.measure import RETIME
 from gpu_aware_tune.pipeline import Pipeline
 from gpu_aware_tune.records import Record, RecordKey, Store
+from gpu_aware_tune.search import is_untuned
 from gpu_aware_tune.tasks import Task
 
 _LOOK = 8  # fastest records looked at for a choice
@@ -46,9 +47,13 @@ def retime(
         wanted: dict[str, Record] = {}
         for count in units:
             for record in store.best(keys[task.hash, count], top_k):
-                if record.retimed is None:
-                    wanted[record.trace] = record
-        if len(wanted) > 1 and _worth(task, tasks, units, keys, store):
+                wanted[record.trace] = record
+            untuned = [r for r in store.all(keys[task.hash, count]) if is_untuned(r)]
+            if untuned:  # so that before and after are told by the same measurement
+                first = min(untuned, key=lambda r: r.best_s or 0.0)
+                wanted[first.trace] = first
+        wanted = {trace: record for trace, record in wanted.items() if record.retimed is None}
+        if wanted and _worth(task, tasks, units, keys, store):
             candidates.extend(Candidate(task.hash, t, r.origin) for t, r in wanted.items())
     for outcome in pipeline.run(candidates, effort=RETIME):
         for count, measurement in outcome.measurements.items():

@@ -107,8 +107,8 @@ def _counts(
     """Registers along the vectorised axis and at most two others."""
     others = [axis for axis in spatial if axis is not vector]
     for along in divisors(vector.extent // lanes, most):
-        for pair in itertools.combinations([None, None, *others], 2):
-            chosen = [axis for axis in pair if axis is not None]
+        subsets = (itertools.combinations(others, count) for count in range(3))
+        for chosen in itertools.chain.from_iterable(subsets):
             for factors in itertools.product(
                 *(divisors(axis.extent, most // along)[:-1] for axis in chosen)
             ):

@@ -41,6 +41,7 @@ ORDER = [
     ["verify"],
     ["library"],
     ["selection", "shipping"],
+    ["results"],
     ["run"],
     ["tuning"],
     ["progress"],

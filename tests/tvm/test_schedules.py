@@ -178,6 +178,9 @@ def test_alternatives_differ() -> None:
     traces = [trace_to_json(schedule.trace) for schedule in default_schedules(module, target())]
     assert len(traces) == 3
     assert len(set(traces)) == 3
+    more = [trace_to_json(s.trace) for s in default_schedules(module, target(), most=12)]
+    assert more[:3] == traces
+    assert len(set(more)) == 12
 
 
 @pytest.mark.parametrize("cpu", ["haswell", "skylake-avx512", "znver4"])

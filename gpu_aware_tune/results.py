@@ -1,0 +1,79 @@
+"""What a run reports at its end, and what the library's manifest says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gpu_aware_tune.events import ShareResult, TaskResult
+from gpu_aware_tune.search import Search
+from gpu_aware_tune.selection import Choice
+
+if TYPE_CHECKING:
+    from gpu_aware_tune.partition import Device, Share
+
+
+def task_results(choices: Sequence[Choice], search: Search) -> tuple[TaskResult, ...]:
+    """The rows of the closing table."""
+    return tuple(
+        TaskResult(
+            name=choice.task.name,
+            units=choice.units,
+            weight=choice.task.weight,
+            trials=search.allocation.trials(choice.task.hash),
+            untuned_s=search.untuned_s(choice.task, choice.units),
+            tuned_s=choice.seconds or None,
+            origin=choice.origin,
+        )
+        for choice in choices
+    )
+
+
+def share_results(
+    shares: Sequence[Share],
+    latency_s: Mapping[tuple[str, int], float],
+    errors: Mapping[int, float | None],
+) -> tuple[ShareResult, ...]:
+    """The model's latency on each share, before ("untuned") and after ("tuned")."""
+    return tuple(
+        ShareResult(
+            share=share.describe(),
+            units=share.units,
+            untuned_s=latency_s.get(("untuned", share.units)),
+            tuned_s=latency_s.get(("tuned", share.units)),
+            verified=share.units in errors,
+            max_error=errors.get(share.units),
+        )
+        for share in shares
+    )
+
+
+def manifest(
+    device: Device, backend: str, seed: int, shares: Sequence[Share], choices: Sequence[Choice]
+) -> dict[str, Any]:
+    """What the exported folder says about the run, besides the model and the files."""
+    return {
+        "device": device.key,
+        "backend": backend,
+        "seed": seed,
+        "shares": [
+            {
+                "percent": share.percent,
+                "units": share.units,
+                "text": share.describe(),
+                "target": device.target(share.units),
+            }
+            for share in shares
+        ],
+        "tasks": [
+            {
+                "name": choice.task.name,
+                "hash": choice.task.hash,
+                "units": choice.units,
+                "weight": choice.task.weight,
+                "seconds": choice.seconds,
+                "origin": choice.origin,
+            }
+            for choice in choices
+        ],
+    }
