@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from gpu_aware_tune.allocation import Allocation
 from gpu_aware_tune.budget import Budget
 from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.events import Event, Note, Progress, Trial
+from gpu_aware_tune.partition import usable_cores
 from gpu_aware_tune.pipeline import Demand, Outcome, Pipeline
 from gpu_aware_tune.records import Record, RecordKey, Store
 from gpu_aware_tune.settings import Settings
@@ -321,5 +321,5 @@ def worker_counts(cores: int) -> tuple[int, int]:
 
 
 def available_cores() -> int:
-    """The cores this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """The cores this process may run on: its affinity and its group's quota."""
+    return len(usable_cores())
