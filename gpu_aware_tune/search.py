@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from gpu_aware_tune.allocation import Allocation
 from gpu_aware_tune.budget import Budget
 from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.events import Event, Note, Progress, Trial
+from gpu_aware_tune.measure import SEARCH, Effort
 from gpu_aware_tune.partition import usable_cores
 from gpu_aware_tune.pipeline import Demand, Outcome, Pipeline
 from gpu_aware_tune.records import Record, RecordKey, Store
@@ -48,6 +50,7 @@ class Search:
     backend: str
     budget: Budget
     allocation: Allocation = field(init=False)
+    _effort: Effort = field(init=False)
     failures: Counter[str] = field(default_factory=Counter, init=False)
     interrupted: bool = field(default=False, init=False)
     _pipeline: Pipeline | None = field(default=None, init=False)
@@ -63,6 +66,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self._names = {task.hash: task.name for task in self.tasks}
+        self._effort = dataclasses.replace(SEARCH, budget_s=self.settings.measure_s)
         self.allocation = Allocation(
             self.tasks,
             self.units,
@@ -134,7 +138,7 @@ class Search:
                 candidates.append(Candidate(task.hash, trace, "default"))
                 first[task.hash] = dict(self.allocation.untuned_s(task.hash))
         found = {}
-        for outcome in self.pipeline.run(candidates):
+        for outcome in self.pipeline.run(candidates, effort=self._effort):
             task_hash = outcome.candidate.task
             for units, measurement in outcome.measurements.items():
                 before = first[task_hash].get(units)
@@ -171,7 +175,7 @@ class Search:
                     candidates.append(Candidate(task.hash, trace, "default"))
             candidates.extend(self._seeds(task, known))
         demand = Demand(stop=lambda: self.interrupted)
-        for outcome in self.pipeline.run(candidates, demand):
+        for outcome in self.pipeline.run(candidates, demand, self._effort):
             yield from self._keep(outcome)
         yield from self._flush(force=True)
         yield self.progress()
@@ -187,7 +191,7 @@ class Search:
             best_s=self.allocation.best_s,
             stop=lambda: self.interrupted or self.budget.stopped_by() is not None,
         )
-        for outcome in self.pipeline.run((), demand):
+        for outcome in self.pipeline.run((), demand, self._effort):
             yield from self._keep(outcome)
         yield from self._flush(force=True)
         yield self.progress()

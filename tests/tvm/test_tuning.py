@@ -114,6 +114,11 @@ def test_a_run_gives_a_right_library_and_the_next_one_continues(
     more = run(network, settings(tmp_path, trials=24))
     assert searched(more) == 8
 
+    before = len(records(tmp_path))
+    fresh = run(network, settings(tmp_path, trials=8, resume=False))
+    assert searched(fresh) == 8, "--fresh measures again"
+    assert len(records(tmp_path)) >= before, "and loses nothing"
+
 
 def test_two_shares_in_one_search(network: Path, tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
@@ -129,14 +134,6 @@ def test_two_shares_in_one_search(network: Path, tmp_path: Path) -> None:
     for count in units:
         assert gpu_aware_tune.load(tmp_path / "out", units=count).units == count
     assert len(list((tmp_path / "out").glob("weights*"))) == 1
-
-
-def test_fresh_measures_again_and_loses_nothing(network: Path, tmp_path: Path) -> None:
-    run(network, settings(tmp_path, trials=8))
-    before = len(records(tmp_path))
-    events = run(network, settings(tmp_path, trials=8, resume=False))
-    assert searched(events) == 8
-    assert len(records(tmp_path)) >= before
 
 
 def test_a_dry_run_measures_nothing(network: Path, tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""Are the numbers right? Every light model and slim-320, untuned and tuned, against ONNX Runtime.
+
+    python benchmarks/numerics.py                    # all ten models; about half an hour on two cores
+    python benchmarks/numerics.py --models squeezenet,slim-320
+
+Weights are seeded random ones (slim-320 has its own). Errors are relative to the largest reference
+value; float32 models are allowed 5e-4, see gpu_aware_tune/verify.py. A finished model is kept in the
+results file, and a second call goes on with the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.light_models import light_models, seeded  # noqa: E402
+from benchmarks.model_latency import SLIM, compiled  # noqa: E402
+from gpu_aware_tune.events import Finished  # noqa: E402
+from gpu_aware_tune.settings import Settings  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "numerics.json"
+SLIM_NAME = "slim-320"
+
+
+def main() -> None:
+    """Check the models that the results file does not have yet, then print all."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", default=",".join([*light_models(), SLIM_NAME]))
+    parser.add_argument("--slim", type=Path, default=SLIM)
+    parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    done = json.loads(args.results.read_text()) if args.results.exists() else {"models": {}}
+    done["date"] = time.strftime("%Y-%m-%d")
+    for name in args.models.split(","):
+        if name not in done["models"]:
+            done["models"][name] = check(name, args.slim, args.trials)
+            args.results.write_text(json.dumps(done, indent=1) + "\n")
+            show(name, done["models"][name])
+    print("\nmodel           untuned    tuned      allowed")
+    for name, row in done["models"].items():
+        show(name, row)
+    if any(not row["ok"] for row in done["models"].values()):
+        raise SystemExit("FAILED: an error is above what is allowed")
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    """One line of the table."""
+    untuned, tuned = row["untuned"]["ONNX Runtime"], row["tuned"]["ONNX Runtime"]
+    print(f"{name:15} {untuned:.1e}    {tuned:.1e}    {row['allowed']:.0e}", flush=True)
+
+
+def check(name: str, slim: Path, trials: int) -> dict[str, Any]:
+    """Tune one model briefly; compare its untuned and its tuned library with ONNX Runtime."""
+    import tvm
+
+    from gpu_aware_tune.model import load_model
+    from gpu_aware_tune.tuning import tune_events
+    from gpu_aware_tune.verify import verify_library
+    from gpu_aware_tune.workers.warm import load_tvm
+
+    load_tvm()
+    with tempfile.TemporaryDirectory(prefix="numerics-") as folder:
+        path = Path(folder) / f"{name}.onnx"
+        content = slim.read_bytes() if name == SLIM_NAME else seeded(name, 0).SerializeToString()
+        path.write_bytes(content)
+        output = Path(folder) / "out"
+        how = Settings(target="llvm", trials=trials, db=Path(folder) / "db", output=output)
+        finished = [event for event in tune_events(path, how) if isinstance(event, Finished)][-1]
+        manifest = json.loads((output / "manifest.json").read_text())
+        target = tvm.target.Target(manifest["shares"][0]["target"])
+        model = load_model(path, target)
+        tuned = verify_library(model, output / f"lib-{finished.shares[0].units}.so", seed=7)
+        shared = compiled(model, target, "untuned", Path(folder) / "untuned.so")
+        untuned = verify_library(model, shared, seed=7)
+    return {
+        "ok": tuned.ok and untuned.ok,
+        "allowed": tuned.allowed,
+        "tuned": dict(tuned.errors),
+        "untuned": dict(untuned.errors),
+        "trials": finished.trials,
+    }
+
+
+if __name__ == "__main__":
+    main()
