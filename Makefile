@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,cuda]'
 	touch $@ $(VENV)/.installed
 
 # The first Python from 3.11 to 3.13 that can make an environment.

@@ -39,7 +39,7 @@ class Effort:
 
 
 EFFORTS: Mapping[str, Effort] = {
-    "quick": Effort(64, 32, 1, 8, 0, 0.03),
+    "quick": Effort(64, 24, 1, 8, 0, 0.03),
     "default": Effort(512, 32, 1, 16, 0, 0.05),
     "full": Effort(2048, 96, 3, 16, 1024, 0.1),
 }

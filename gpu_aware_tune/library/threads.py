@@ -16,10 +16,6 @@ _ONE_CORE_PER_THREAD = -2  # TVM's threading::ThreadGroup::kSpecifyOneCorePerThr
 
 Result = TypeVar("Result")
 
-# TVM has one number for the whole process by which it decides whether to start threads at all.
-_lock = threading.Lock()
-_believed = 0
-
 
 class CoreThread:
     """Runs functions one after the other on `units` cores.
@@ -36,7 +32,6 @@ class CoreThread:
 
     def __init__(self, units: int) -> None:
         self.cores = usable_cores()[:units]
-        self._bound = False
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = (
             queue.SimpleQueue()
         )
@@ -59,27 +54,25 @@ class CoreThread:
         self._jobs.put(None)
 
     def _serve(self) -> None:
+        bound = False
         while (job := self._jobs.get()) is not None:
             function, answer = job
             try:
-                self._claim()
+                if not bound:
+                    self._bind()
+                    bound = True
                 answer.result = function()
             except BaseException as error:  # belongs to the caller
                 answer.error = error
             answer.ready.release()
             del job, function, answer  # what they hold, such as the library, may go
 
-    def _claim(self) -> None:
-        """Tell TVM how many cores there are, where another library said otherwise."""
-        global _believed
-        with _lock:
-            if self._bound and _believed == len(self.cores):
-                return
-            names = [str(core) for core in self.cores]
-            configure = tvm.get_global_func("runtime.config_threadpool")
-            configure(_ONE_CORE_PER_THREAD, len(names), names)
-            os.sched_setaffinity(0, {self.cores[0]})  # this thread only
-            _believed, self._bound = len(self.cores), True
+    def _bind(self) -> None:
+        """Make TVM's pool for this thread, and give each of its threads a core."""
+        names = [str(core) for core in self.cores]
+        configure = tvm.get_global_func("runtime.config_threadpool")
+        configure(_ONE_CORE_PER_THREAD, len(names), names)
+        os.sched_setaffinity(0, {self.cores[0]})  # of this thread only; TVM leaves it unbound
 
 
 class _Answer:

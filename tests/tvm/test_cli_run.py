@@ -28,7 +28,7 @@ def test_as_a_user_calls_it(folder: Path, run_tune: RunTune) -> None:
     assert done.returncode == 0, done.stderr
     assert "median" in done.stdout
     assert "tiny: " in done.stdout
-    assert "output scores: 1x5 float32" in done.stdout
+    assert "output scores: 1x20 float32" in done.stdout
     assert done.stderr == ""
 
 
@@ -53,7 +53,7 @@ def test_arrays_go_in_and_out(
     assert shown["units"] == 1
     assert shown["latency"]["n"] == 3
     assert shown["latency"]["min_ms"] > 0
-    assert shown["outputs"]["features"]["shape"] == [1, 8, 12, 12]
+    assert shown["outputs"]["features"]["shape"] == [1, 16, 12, 12]
     with np.load(tmp_path / "out") as outputs:
         for name, wanted in loaded(inputs).items():
             np.testing.assert_array_equal(outputs[name], wanted)

@@ -214,6 +214,26 @@ def test_access_strides_are_those_of_memory() -> None:
     assert dict(zip(names, weights.strides, strict=True))["v_ff"] == 3 * 7 * 7
 
 
+def test_an_index_that_is_computed_has_no_stride() -> None:
+    (module,) = kernels(*_case("resize"))
+    block = block_of(tvm.s_tir.Schedule(module), "resize")
+    (read,) = accesses_of(block, block.reads) or []
+    assert read.strides[1:] == (100, None, None)
+    schedule = default_schedule(module, target())
+    assert schedule is None or "T.vectorized" not in schedule.mod.script()
+
+
+def test_results_across_channels_lie_side_by_side_in_registers() -> None:
+    """Else LLVM would keep them in memory, at a tenth of the speed."""
+    (module,) = kernels(*_case("conv"))
+    shapes = []
+    for schedule in default_schedules(module, target(), most=4):
+        block = block_of(schedule, "conv2d_nchw_update")
+        shapes.append([int(extent) for extent in block.writes[0].source.shape])
+    assert [1, 14, 14, 32] in shapes  # vectorised over channels: they come last
+    assert [1, 32, 14, 14] in shapes  # vectorised over the width
+
+
 @pytest.mark.parametrize("name", ["conv", "matmul with bias", "softmax", "max pooling"])
 def test_gpu_rules_give_kernels_that_compile_without_a_gpu(name: str) -> None:
     gpu = tvm.target.Target("nvidia/nvidia-h100")

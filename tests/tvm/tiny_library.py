@@ -32,8 +32,8 @@ def write_onnx(path: Path, width: int = 12, channels: int = 3) -> Path:
     """Inputs image, bias; conv, relu (output features), mean, matmul, + bias (output scores)."""
     generator = np.random.default_rng(7)
     weights = {
-        "w": generator.standard_normal((8, channels, 3, 3)).astype("float32"),
-        "m": generator.standard_normal((8, 5)).astype("float32"),
+        "w": generator.standard_normal((16, channels, 3, 3)).astype("float32"),
+        "m": generator.standard_normal((16, 20)).astype("float32"),
     }
     nodes = [
         helper.make_node("Conv", ["image", "w"], ["c"], pads=[1, 1, 1, 1]),
@@ -48,11 +48,11 @@ def write_onnx(path: Path, width: int = 12, channels: int = 3) -> Path:
         "tiny",
         [
             helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, channels, width, width]),
-            helper.make_tensor_value_info("bias", TensorProto.FLOAT, [1, 5]),
+            helper.make_tensor_value_info("bias", TensorProto.FLOAT, [1, 20]),
         ],
         [
-            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 5]),
-            helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, 8, width, width]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 20]),
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, 16, width, width]),
         ],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
