@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,8 +246,11 @@ class Run:
         self._libraries = compile_all(self.model, wanted, self._builders, self._host.scratch)
         self._builders.close()
 
-    def time(self) -> None:
-        """Time the libraries before and after, each on its own partition."""
+    def time(self) -> Iterator[Event]:
+        """Time the libraries before and after, each on its own partition; the faster one is kept.
+
+        Kernels that are faster alone need not be so behind one another, in each other's caches.
+        """
         from gpu_aware_tune.library import save_weights
 
         weights = self._host.scratch / "weights.bin"
@@ -254,7 +258,21 @@ class Run:
         for partition in self.partitions:
             units = partition.share.units
             pair = {n: path for (n, u), path in self._libraries.items() if u == units}
-            for name, seconds in time_on(self._host, partition, pair, weights, self.model).items():
+            spent = time_on(self._host, partition, pair, weights, self.model)
+            if spent["untuned"] < spent["tuned"]:
+                self._libraries["tuned", units] = pair["untuned"]
+                self._choices = [
+                    self._as_untuned(choice) if choice.units == units else choice
+                    for choice in self._choices
+                ]
+                yield Note(
+                    f"{units} units: the whole model is faster untuned"
+                    f" ({1e3 * spent['untuned']:.2f} ms) than tuned ({1e3 * spent['tuned']:.2f} ms);"
+                    " the untuned kernels are kept",
+                    "warning",
+                )
+                spent["tuned"] = spent["untuned"]
+            for name, seconds in spent.items():
                 self._latency_s[name, units] = seconds
 
     def verify(self) -> Iterator[Event]:
@@ -302,6 +320,16 @@ class Run:
         )
         self._run_id = None
         return finished
+
+    def _as_untuned(self, choice: Choice) -> Choice:
+        seconds = self.search.untuned_s(choice.task, choice.units)
+        trace = self.search.untuned_trace(choice.task, choice.units)
+        return dataclasses.replace(
+            choice,
+            trace=trace or "",
+            seconds=seconds or 0.0,
+            origin="default" if trace else "plain",
+        )
 
     def _build_env(self) -> dict[str, str]:
         from gpu_aware_tune.cuda_toolchain import environment

@@ -86,7 +86,7 @@ def tune_events(model: str | Path, settings: Settings) -> Iterator[Event]:
         yield from run.choose()
         yield Stage("library", "compiling and timing the library")
         run.compile()
-        run.time()
+        yield from run.time()
         yield Stage("verify", "checking the library's numbers")
         yield from run.verify()
         yield run.finish()

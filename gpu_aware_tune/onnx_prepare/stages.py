@@ -62,6 +62,7 @@ def prepare(
     if not is_half:
         model = optimised_by_onnxruntime(model)
     model = fold_batch_norms(model)
+    _sums_of_two(model)
     if dtype == "float16" and not is_half:
         model = to_float16(model)
     _tidy(model)
@@ -71,6 +72,15 @@ def prepare(
     model = attach_weights(model, weights)
     _tidy(model)
     return model
+
+
+def _sums_of_two(model: ModelProto) -> None:
+    """Turn Sum of two values into Add: TVM stacks a Sum's operands and cannot fuse what follows."""
+    if opset_of(model) < 8:  # Add had other broadcasting rules before
+        return
+    for node in model.graph.node:
+        if node.op_type == "Sum" and not node.domain and len(node.input) == 2:
+            node.op_type = "Add"
 
 
 def _tidy(model: ModelProto) -> None:
@@ -89,9 +99,12 @@ def _tidy(model: ModelProto) -> None:
     graph.ClearField("doc_string")
     graph.ClearField("metadata_props")
     graph.ClearField("value_info")
+    named: set[str] = set()
     for node in walk(graph):
         node.domain = "" if node.domain == "ai.onnx" else node.domain
-        node.name = node.name or next((output for output in node.output if output), "")
+        if not node.name or node.name in named:  # the version converter gives two nodes one name
+            node.name = next((output for output in node.output if output), "")
+        named.add(node.name)
         node.ClearField("doc_string")
         node.ClearField("metadata_props")
     used = {node.domain for node in graph.node} | {""}

@@ -108,6 +108,14 @@ def test_every_module_has_its_place() -> None:
     assert layers <= set(LEVEL), f"not in ORDER: {sorted(layers - set(LEVEL))}"
 
 
+def test_the_layout_page_names_every_module() -> None:
+    page = (PACKAGE.parent / "docs" / "layout.md").read_text()
+    layers = {layer_of(file) for file in FILES} - {"__init__"}
+    named = {name for name in layers if f"`{name}.py`" in page or f"`{name}/`" in page}
+    unnamed = {name for name in layers - named if not name.startswith("records_")}
+    assert unnamed == set()
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
 def test_imports_go_one_way(file: Path) -> None:
     if file.parent == PACKAGE and file.name == "__init__.py":
