@@ -104,6 +104,8 @@ def _tidy(model: ModelProto) -> None:
         node.domain = "" if node.domain == "ai.onnx" else node.domain
         if not node.name or node.name in named:  # the version converter gives two nodes one name
             node.name = next((output for output in node.output if output), "")
+            if node.name in named:
+                node.name = f"{node.name}/{len(named)}"
         named.add(node.name)
         node.ClearField("doc_string")
         node.ClearField("metadata_props")

@@ -230,3 +230,17 @@ def test_float16_needs_something_to_convert() -> None:
     model = make_model([node], [value("x", I32, [4])], [("y", I32)])
     with pytest.raises(UserError, match="no float32 values"):
         prepare(model, {}, "float16", SUPPORTED)
+
+
+def test_names_are_unique_afterwards_and_a_sum_of_two_is_an_addition() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], name="y"),
+        helper.make_node("Sum", ["a", "x"], ["b"], name="y"),
+        helper.make_node("Sum", ["a", "b", "x"], ["y"], name="y"),
+    ]
+    model = make_model(nodes, [value("x", F32, [2, 3])], [("y", F32)])
+    prepared = prepare(copy(model), {}, None, SUPPORTED)
+    names = [node.name for node in prepared.graph.node]
+    assert len(set(names)) == len(names)
+    assert operators(prepared) == ["Relu", "Add", "Sum"]
+    assert_same(model, {"x": numbers(2, 3)})

@@ -206,6 +206,9 @@ def test_initializers_as_inputs_and_shape_arithmetic_match() -> None:
     model = assert_matches(path)
     assert [spec.name for spec in model.inputs] == ["input"]
     assert [spec.name for spec in model.outputs] == ["scores", "boxes"]
+    import onnxruntime
+
+    onnxruntime.InferenceSession(model.prepared, providers=["CPUExecutionProvider"])
 
 
 def test_a_residual_block_matches_and_its_batch_norms_are_gone(block: Path) -> None:
