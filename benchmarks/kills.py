@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.light_models import light_models  # noqa: E402
 
 GRACE_S = 10.0
+SESSION = ".ses"  # a file of ONNX Runtime's own, which it also leaves after a normal end
 MEMORY = Path("/dev/shm")
 OTHERS = set(MEMORY.glob("gpu-aware-tune-*"))  # of runs that have nothing to do with this
 
@@ -111,7 +112,7 @@ def wait_until_gone(folder: Path) -> list[str]:
 def leftovers(folder: Path) -> list[str]:
     """Processes that carry the run's TMPDIR, and files in the temporary folders."""
     mark = f"TMPDIR={folder / 'tmp'}\0".encode()
-    found = [str(path) for path in (folder / "tmp").iterdir()]
+    found = [str(path) for path in (folder / "tmp").iterdir() if path.name != SESSION]
     found += [str(path) for path in MEMORY.glob("gpu-aware-tune-*") if path not in OTHERS]
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
