@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpu_aware_tune.errors import SetupError, TuneError, UserError
     from gpu_aware_tune.library import Library, load
-    from gpu_aware_tune.settings import DEFAULT, FULL, QUICK, Settings, make_settings
-    from gpu_aware_tune.tuning import tune, tune_events
+    from gpu_aware_tune.settings import (
+        DEFAULT,
+        FULL,
+        QUICK,
+        Settings,
+        make_jobs,
+        make_settings,
+    )
+    from gpu_aware_tune.tuning import tune, tune_events, tune_jobs, tune_many
 
 __version__ = "0.1.0"
 
@@ -26,9 +33,12 @@ _HOME = {
     "TuneError": "errors",
     "UserError": "errors",
     "load": "library",
+    "make_jobs": "settings",
     "make_settings": "settings",
     "tune": "tuning",
     "tune_events": "tuning",
+    "tune_jobs": "tuning",
+    "tune_many": "tuning",
 }
 
 __all__ = [
@@ -41,9 +51,12 @@ __all__ = [
     "TuneError",
     "UserError",
     "load",
+    "make_jobs",
     "make_settings",
     "tune",
     "tune_events",
+    "tune_jobs",
+    "tune_many",
 ]
 
 

@@ -68,11 +68,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of the run, sent after every batch of trials and at least once a second.
+    """The state of one model's run, sent after every batch of trials and at least once a second.
 
-    Latencies are sums of weight x best kernel seconds over the tasks, per units.
+    Latencies are sums of weight x best kernel seconds over the tasks, per units. `failures`, builds
+    and `slices` are of the whole run: each slice's name and the task it measures now, if any.
     """
 
+    model: str
     elapsed_s: float
     trials_done: int
     trials_total: int
@@ -83,6 +85,7 @@ class Progress:
     eta_s: float | None
     builds_in_flight: int = 0
     waiting_to_measure: int = 0
+    slices: tuple[tuple[str, str | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,27 @@ class ShareResult:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The run is over and the library is on disk.
+class Reordered:
+    """How often measuring alone changed which kernel of a task is the best, and by how much.
 
-    `core_seconds` says where the cores' time went: search, build, measure, hand-over, idle.
+    `regret` is what the kernel that looked best before would have cost on top of the best one, as a
+    part of the latter: the largest of all tasks.
     """
 
+    tasks: int  # measured again
+    changed: int
+    regret: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run of one model is over and its library is on disk; one for each model.
+
+    `core_seconds` says where the cores' time went in the whole run: search, build, measure, main,
+    idle. `reordered` says how the order of kernels changed when they were measured again, alone.
+    """
+
+    model: str
     output: Path | None
     tasks: tuple[TaskResult, ...]
     shares: tuple[ShareResult, ...]
@@ -125,7 +143,8 @@ class Finished:
     interrupted: bool
     failures: Mapping[str, int] = field(default_factory=dict)
     core_seconds: Mapping[str, float] = field(default_factory=dict)
-    stopped_by: str = "trials"  # "trials", "time", "patience" or "interrupt"
+    stopped_by: str = "trials"  # "trials", "time", "patience", "space" or "interrupt"
+    reordered: Reordered | None = None
 
 
 Event = Note | Stage | Planned | Trial | Progress | Finished

@@ -15,19 +15,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpu_aware_tune.builder import BuildPool, Built, remove
-from gpu_aware_tune.candidates import Candidate, Drafted, Searcher
-from gpu_aware_tune.measure import SEARCH, Effort, Job, Measurer
+from gpu_aware_tune.candidates import Candidate, Drafted, NewTask, Searcher
+from gpu_aware_tune.measure import SEARCH, Effort, Job, Measurer, Slice
 from gpu_aware_tune.measurement import Measurement
-from gpu_aware_tune.tasks import Task
 from gpu_aware_tune.workers import Worker
 
 _WAIT_S = 0.1
 _WINDOW = 4  # artifacts gathered before the builders are stopped for a measuring window
 
+Args = tuple[tuple[tuple[int, ...], str], ...]
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished trial: a measurement for each share's units."""
+    """One finished trial: a measurement for each of the units its task is measured on."""
 
     candidate: Candidate
     measurements: Mapping[int, Measurement]
@@ -41,10 +42,14 @@ class Outcome:
         return None
 
 
-@dataclass
-class _Measuring:
+@dataclass(eq=False)
+class _Artifact:
+    """A built candidate and what is known of it; `todo` are the units nobody has begun with."""
+
     candidate: Candidate
     path: str
+    todo: list[int]
+    wanted: int
     done: dict[int, Measurement] = field(default_factory=dict)
 
 
@@ -69,37 +74,46 @@ class Demand:
     stop: Callable[[], bool] = lambda: False
 
 
+@dataclass(frozen=True)
+class TaskSpec:
+    """What the workers need of a task: its buffers, and the units to measure it on."""
+
+    args: Args
+    units: tuple[int, ...]
+
+
 class Pipeline:
     """Runs candidates through build and measurement, drafting new ones as the queue runs low.
 
     Args:
-        tasks: every task a candidate may belong to.
+        tasks: every task a candidate may belong to, by hash.
         searchers: may be empty when only given candidates are run.
         builders: the build pool.
-        measurers: one for each share; each candidate is measured on all of them.
+        slices: disjoint parts of the device, each with the workers that measure there; whichever
+            is free takes the next artifact that it can measure.
         cores: how many workers may run at once.
         low_water: a draft is asked for when fewer candidates than this wait to be built.
     """
 
     def __init__(
         self,
-        tasks: Sequence[Task],
+        tasks: Mapping[str, TaskSpec],
         searchers: Sequence[Searcher],
         builders: BuildPool,
-        measurers: Sequence[Measurer],
+        slices: Sequence[Slice],
         cores: int,
         low_water: int,
     ) -> None:
-        self._tasks = {task.hash: task for task in tasks}
+        self._tasks = dict(tasks)
         self._searchers = list(searchers)
         self._builders = builders
-        self._measurers = list(measurers)
+        self._slices = list(slices)
         self._cores = cores
         self._low_water = low_water
         self._to_build: deque[Candidate] = deque()
-        self._ready: deque[_Measuring] = deque()
-        self._measuring: _Measuring | None = None
-        self._measuring_since = 0.0
+        self._ready: deque[_Artifact] = deque()
+        self._under_way: dict[int, tuple[_Artifact, int, float]] = {}  # by the slice's number
+        self._alone = False
         self.measure_core_s = 0.0
 
     @property
@@ -112,29 +126,62 @@ class Pipeline:
         """Artifacts that wait for a measuring worker."""
         return len(self._ready)
 
-    def searcher_of(self, task: str) -> Searcher:
-        """The searcher that looks after a task; the same one throughout a run."""
-        return self._searchers[int(task) % len(self._searchers)]
+    @property
+    def slices(self) -> list[tuple[str, str | None]]:
+        """Each slice's name and the hash of the task that it measures now, if any."""
+        working = {n: artifact.candidate.task for n, (artifact, _, _) in self._under_way.items()}
+        return [(slice_.name, working.get(n)) for n, slice_ in enumerate(self._slices)]
+
+    def add_task(self, task: NewTask) -> None:
+        """Give a task to the searcher that looks after it."""
+        self._searcher_of(task.task).add(task)
+
+    def tell(self, candidate: Candidate, seconds: float | None) -> None:
+        """Let the search learn what a candidate came to; None: it failed."""
+        self._searcher_of(candidate.task).tell(candidate, seconds)
 
     def run(
-        self, candidates: Iterable[Candidate], demand: Demand | None = None, effort: Effort = SEARCH
+        self,
+        candidates: Iterable[Candidate],
+        demand: Demand | None = None,
+        effort: Effort = SEARCH,
+        alone: bool = False,
     ) -> Iterator[Outcome]:
         """Give an outcome for each candidate, the given ones first and then the drafted ones.
 
         Ends when nothing is left to do or `demand.stop` says so; what is under way then is dropped.
+
+        Args:
+            candidates: to be built and measured before anything is drafted.
+            demand: what to ask the search for; nothing by default.
+            effort: how long to measure.
+            alone: one measurement at a time, with nothing else running.
         """
         demand = demand or Demand()
+        self._alone = alone
         self._to_build.extend(candidates)
         try:
             while not demand.stop():
                 self._draft(demand)
                 self._build()
-                yield from self._measure(demand, effort)
+                yield from self._finish_measurements()
+                self._start_measurements(demand, effort)
                 if not self._wait_list() and not self._ready and not self._to_build:
                     return
                 yield from self._collect(demand)
         finally:
             self._drop()
+
+    def core_seconds(self) -> dict[str, float]:
+        """What the workers have used so far, in core seconds."""
+        return {
+            "search": sum(searcher.cpu_s() for searcher in self._searchers),
+            "build": self._builders.cpu_s(),
+            "measure": self.measure_core_s,
+        }
+
+    def _searcher_of(self, task: str) -> Searcher:
+        return self._searchers[int(task) % len(self._searchers)]
 
     def _draft(self, demand: Demand) -> None:
         if len(self._to_build) >= self._low_water or self._running() >= self._cores:
@@ -145,60 +192,75 @@ class Pipeline:
         task = demand.next_task()
         if task is None:
             return
-        searcher = self.searcher_of(task)
+        searcher = self._searcher_of(task)
         if searcher.worker.busy_since is None:
             searcher.ask(task)
 
     def _build(self) -> None:
         while self._to_build and self._builders.idle and self._running() < self._cores:
-            if len(self._ready) >= 4 * _WINDOW * max(1, len(self._measurers)):
+            if len(self._ready) >= 4 * _WINDOW * max(1, len(self._slices)):
                 return  # bounded: measuring has to catch up
             candidate = self._to_build.popleft()
             self._builders.submit(candidate, candidate.task, candidate.trace or None)
 
-    def _measure(self, demand: Demand, effort: Effort) -> Iterator[Outcome]:
-        """Start a measurement when one can be; finish the candidate when every share is done."""
-        current = self._measuring
-        if current is not None:
-            measurer = self._measurers[len(current.done)]
-            if not measurer.busy:
-                return
-            result = measurer.collect()
+    def _finish_measurements(self) -> Iterator[Outcome]:
+        """Take what the slices have measured; an artifact is through when all its units are."""
+        for number, (artifact, units, since) in list(self._under_way.items()):
+            result = self._slices[number].of(units).collect()
             if result is None:
-                return
-            self.measure_core_s += (time.monotonic() - self._measuring_since) * measurer.units
-            current.done[measurer.units] = result
+                continue
+            del self._under_way[number]
+            self.measure_core_s += (time.monotonic() - since) * units
+            artifact.done[units] = result
             if result.failure is not None and result.failure.kind != "run":
-                for other in self._measurers:  # it would crash or hang there too
-                    current.done.setdefault(other.units, result)
-            if len(current.done) == len(self._measurers):
-                self._measuring = None
-                remove(current.path)
-                yield Outcome(current.candidate, current.done)
-                current = None
-        if current is None:
-            if not self._ready or not (self._window_open() or self._gathered()):
-                self._resume()
-                return
-            current = self._measuring = self._ready.popleft()
-        self._start_measuring(current, demand, effort)
+                for other in artifact.todo:  # it would crash or hang there too
+                    artifact.done[other] = result
+                artifact.todo.clear()
+                if artifact in self._ready:
+                    self._ready.remove(artifact)
+            if len(artifact.done) == artifact.wanted:
+                remove(artifact.path)
+                yield Outcome(artifact.candidate, artifact.done)
+
+    def _start_measurements(self, demand: Demand, effort: Effort) -> None:
+        """Give every free slice an artifact, once enough have gathered for a measuring window."""
+        if self._ready and (self._window_open() or self._gathered()):
+            for number, slice_ in enumerate(self._slices):
+                if number not in self._under_way and not (self._alone and self._under_way):
+                    self._start_measuring(number, slice_, demand, effort)
+        if not self._under_way:
+            self._resume()
 
     def _gathered(self) -> bool:
         return len(self._ready) >= _WINDOW or not self._working()
 
-    def _start_measuring(self, current: _Measuring, demand: Demand, effort: Effort) -> None:
-        measurer = self._measurers[len(current.done)]
-        self._quiet(measurer.partition.cores)
-        task = self._tasks[current.candidate.task]
-        best_s = demand.best_s(task.hash).get(measurer.units)
-        self._measuring_since = time.monotonic()
-        measurer.submit(Job(current.path, task.args, task.hash, best_s, effort))
-
-    def _quiet(self, cores: Sequence[int]) -> None:
-        """Stop as many workers as leave the partition's cores free; the rest stay off them."""
-        if not cores:
+    def _start_measuring(self, number: int, slice_: Slice, demand: Demand, effort: Effort) -> None:
+        for artifact in self._ready:
+            units = next((count for count in artifact.todo if slice_.serves(count)), None)
+            if units is not None:
+                break
+        else:
             return
-        others = sorted(os.sched_getaffinity(0) - set(cores))
+        artifact.todo.remove(units)
+        if not artifact.todo:
+            self._ready.remove(artifact)
+        self._under_way[number] = (artifact, units, time.monotonic())
+        self._quiet()
+        task = artifact.candidate.task
+        best_s = demand.best_s(task).get(units)
+        job = Job(artifact.path, self._tasks[task].args, task, best_s, effort)
+        slice_.of(units).submit(job)
+
+    def _quiet(self) -> None:
+        """Stop as many workers as leave the measured cores free; the rest stay off them."""
+        measured = {
+            core
+            for number, (_, units, _) in self._under_way.items()
+            for core in self._slices[number].of(units).partition.cores
+        }
+        if not measured:
+            return
+        others = [] if self._alone else sorted(os.sched_getaffinity(0) - measured)
         for number, worker in enumerate(self._working()):
             if number < len(others):
                 worker.confine(others)
@@ -222,8 +284,7 @@ class Pipeline:
 
     def _wait_list(self) -> list[Worker | Measurer]:
         waiting: list[Worker | Measurer] = [w for w in self._working() if not w.paused]
-        if self._measuring is not None:
-            waiting.append(self._measurers[len(self._measuring.done)])
+        waiting += [self._slices[n].of(units) for n, (_, units, _) in self._under_way.items()]
         return waiting
 
     def _collect(self, demand: Demand) -> Iterator[Outcome]:
@@ -236,12 +297,13 @@ class Pipeline:
                 self._drafted(searcher, demand)
 
     def _built(self, candidate: Candidate, built: Built) -> Iterator[Outcome]:
+        units = self._tasks[candidate.task].units
         if built.failure is None:
-            self._ready.append(_Measuring(candidate, built.path))
+            self._ready.append(_Artifact(candidate, built.path, list(units), len(units)))
             return
         remove(built.path)
         failed = Measurement(None, failure=built.failure)
-        yield Outcome(candidate, {measurer.units: failed for measurer in self._measurers})
+        yield Outcome(candidate, dict.fromkeys(units, failed))
 
     def _drafted(self, searcher: Searcher, demand: Demand) -> None:
         task = searcher.worker.job
@@ -261,10 +323,10 @@ class Pipeline:
         """Forget what waits and let go of what is under way (after a stop)."""
         self._resume()
         self._to_build.clear()
-        if self._measuring is not None:
-            self._measurers[len(self._measuring.done)].abandon()
-            remove(self._measuring.path)
-            self._measuring = None
+        for number, (artifact, units, _) in self._under_way.items():
+            self._slices[number].of(units).abandon()
+            remove(artifact.path)
+        self._under_way.clear()
         for waiting in self._ready:
             remove(waiting.path)
         self._ready.clear()

@@ -1,9 +1,9 @@
-"""Draws a run's events: a live bar on a terminal, plain lines elsewhere, tables at the end."""
+"""Draws a run's events: a live view on a terminal, plain lines elsewhere, tables at the end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
@@ -13,16 +13,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gpu_aware_tune.events import (
-    Event,
-    Finished,
-    Note,
-    Planned,
-    Progress,
-    ShareResult,
-    Stage,
-    TaskResult,
-    Trial,
+from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, Stage, Trial
+from gpu_aware_tune.tables import (
+    closing_lines,
+    counts,
+    format_clock,
+    fraction_done,
+    latencies,
+    plan_table,
+    share_labels,
+    task_table,
 )
 
 PLAIN_WIDTH = 120
@@ -55,9 +55,9 @@ class Display:
         self._clock = clock
         self._live: Live | None = None
         self._stage = ""
-        self._planned: Planned | None = None
-        self._last: Progress | None = None
-        self._printed: Progress | None = None
+        self._planned: dict[str, Planned] = {}  # by model, as the two below
+        self._last: dict[str, Progress] = {}
+        self._printed: dict[str, Progress] = {}
         self._next_line = clock()
 
     def __enter__(self) -> Display:
@@ -98,8 +98,8 @@ class Display:
                 if self._verbose and event.failure is not None:
                     self._say(f"{event.task}: candidate failed: {event.failure}")
             case Progress():
-                self._last = event
-                self._show_progress_line(event)
+                self._last[event.model] = event
+                self._show_progress_lines()
             case Finished():
                 self._show_finished(event)
         self._refresh()
@@ -112,11 +112,11 @@ class Display:
         if self._messages is not None:
             self._messages.print(Text(text), soft_wrap=True)
 
-    def _labels(self) -> dict[int, str]:
-        return {} if self._planned is None else share_labels(self._planned)
+    def _labels(self, model: str) -> dict[int, str]:
+        return share_labels(self._planned[model]) if model in self._planned else {}
 
     def _show_plan(self, planned: Planned) -> None:
-        self._planned = planned
+        self._planned[planned.model] = planned
         limits = [f"{planned.trials} trials"] if planned.trials else []
         limits += [f"{format_clock(planned.time_s)} of search"] if planned.time_s else []
         self._say(
@@ -130,178 +130,60 @@ class Display:
         elif self._verbose and self._messages is not None:
             self._messages.print(plan_table(planned))
 
-    def _show_progress_line(self, progress: Progress) -> None:
+    def _show_progress_lines(self) -> None:
         if self._live is None and self._clock() >= self._next_line:
             self._next_line = self._clock() + self._interval_s
-            self._print_progress(progress)
+            for progress in self._last.values():
+                self._print_progress(progress)
 
     def _print_progress(self, progress: Progress) -> None:
-        self._printed = progress
-        self._say(", ".join([*_counts(progress), *_latencies(progress, self._labels())]))
+        self._printed[progress.model] = progress
+        name = f"{progress.model}: " if len(self._planned) > 1 else ""
+        parts = [*counts(progress), *latencies(progress, self._labels(progress.model))]
+        self._say(name + ", ".join(parts))
 
     def _draw(self) -> RenderableType:
-        progress = self._last
-        if progress is None:
+        """The stage, a row for each model, and below what each slice and the builders do."""
+        if not self._last:
             return Text(self._stage, style="cyan")
-        time_s = None if self._planned is None else self._planned.time_s
-        bar = ProgressBar(total=1.0, completed=fraction_done(progress, time_s), width=30)
-        row = Table.grid(padding=(0, 2))
-        row.add_row(Text(self._stage, style="cyan"), bar, ", ".join(_counts(progress)))
-        return Group(row, Text("\n".join(_latencies(progress, self._labels())), style="green"))
+        rows, lines = Table.grid(padding=(0, 2)), []
+        for model, progress in self._last.items():
+            planned = self._planned.get(model)
+            done = fraction_done(progress, None if planned is None else planned.time_s)
+            bar = ProgressBar(total=1.0, completed=done, width=30)
+            name = self._stage if len(self._last) == 1 else model
+            rows.add_row(Text(name, style="cyan"), bar, ", ".join(counts(progress)))
+            prefix = "" if len(self._last) == 1 else f"{model}: "
+            lines += [prefix + line for line in latencies(progress, self._labels(model))]
+        best = Text("\n".join(lines), style="green")
+        return Group(rows, best, Text(self._work(), style="dim"))
+
+    def _work(self) -> str:
+        """What is under way now: each slice's task, builds, artifacts that wait."""
+        now = next(reversed(self._last.values()))
+        if not any(task for _, task in now.slices) and not now.builds_in_flight:
+            return ""
+        slices = [f"[{name}] {task or 'idle'}" for name, task in now.slices]
+        waiting = f"{now.builds_in_flight} builds, {now.waiting_to_measure} wait to be measured"
+        return "   ".join([*slices, waiting])
 
     def _show_finished(self, finished: Finished) -> None:
-        if self._live is None and self._last is not None and self._last is not self._printed:
-            self._print_progress(self._last)
+        last = self._last.get(finished.model)
+        printed = self._printed.get(finished.model)
+        if self._live is None and last is not None and last is not printed:
+            self._print_progress(last)
         if self._live is not None:
             self._live.stop()
             self._live = None
         if self._results is None:
             return
+        if len(self._planned) > 1:
+            self._results.print(Text(finished.model, style="bold"))
         if finished.tasks:
             rows = None if self._verbose else ROWS_SHOWN
-            self._results.print(task_table(finished.tasks, self._labels(), rows))
+            self._results.print(task_table(finished.tasks, self._labels(finished.model), rows))
         for line in closing_lines(finished, self._verbose):
             self._results.print(Text(line), soft_wrap=True)
-
-
-def format_seconds(seconds: float | None) -> str:
-    """Writes seconds with three digits and a fitting unit: "12.3 ms"."""
-    if seconds is None:
-        return "-"
-    units = (("s", 1.0), ("ms", 1e3), ("us", 1e6))
-    unit, scale = next((pair for pair in units if seconds * pair[1] >= 0.9995), units[-1])
-    value = seconds * scale
-    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:#.3g} {unit}"
-
-
-def format_clock(seconds: float) -> str:
-    """Writes seconds as "1:05" or "2:03:04"."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{second:02}" if hours else f"{minutes}:{second:02}"
-
-
-def format_gain(untuned_s: float | None, tuned_s: float | None) -> str:
-    """Writes how many times faster tuned is than untuned: "2.10x"."""
-    return f"{untuned_s / tuned_s:.2f}x" if untuned_s and tuned_s else "-"
-
-
-def format_failures(failures: Mapping[str, int]) -> str:
-    """Writes failures by kind, most frequent first: "build 2, timeout 1"."""
-    by_count = sorted(failures.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{kind} {count}" for kind, count in by_count if count)
-
-
-def fraction_done(progress: Progress, time_s: float | None) -> float:
-    """Returns how much of the budget is used, by trials or by time, whichever ends first."""
-    by_trials = progress.trials_done / progress.trials_total if progress.trials_total else 0.0
-    by_time = progress.elapsed_s / time_s if time_s else 0.0
-    return min(1.0, max(by_trials, by_time))
-
-
-def share_labels(planned: Planned) -> dict[int, str]:
-    """Returns the short name of each share by its units: "32 SMs"."""
-    pairs = zip(planned.units, planned.shares, strict=True)
-    return {units: share.rsplit("= ", 1)[-1] for units, share in pairs}
-
-
-def _counts(progress: Progress) -> list[str]:
-    total = f"/{progress.trials_total}" if progress.trials_total else ""
-    parts = [f"{progress.trials_done}{total} trials", f"{progress.trials_per_min:.0f}/min"]
-    failures = format_failures(progress.failures)
-    parts += [f"failed: {failures}"] if failures else []
-    parts += [f"{format_clock(progress.eta_s)} left"] if progress.eta_s is not None else []
-    return parts
-
-
-def _latencies(progress: Progress, labels: Mapping[int, str]) -> list[str]:
-    parts = []
-    for units, best_s in progress.best_s.items():
-        gain = format_gain(progress.untuned_s.get(units), best_s)
-        name = labels.get(units, f"{units} units")
-        parts.append(f"best on {name}: {format_seconds(best_s)} ({gain} untuned)")
-    return parts
-
-
-def plan_table(planned: Planned) -> Table:
-    """Tasks and budget of a run before its first trial."""
-    table = Table("task", box=None, pad_edge=False)
-    for heading in ("weight", "MFLOP", "known", "trials"):
-        table.add_column(heading, justify="right")
-    for task in planned.tasks:
-        flops = f"{task.flops / 1e6:.1f}"
-        numbers = (str(task.weight), flops, str(task.known), str(task.planned_trials))
-        table.add_row(_shorten(task.name), *numbers)
-    return table
-
-
-def task_table(tasks: Sequence[TaskResult], labels: Mapping[int, str], rows: int | None) -> Table:
-    """The closing table: a row a task, three columns a share; the cheapest tasks are left out."""
-    units = list(dict.fromkeys(task.units for task in tasks))
-    table = Table("task", box=None, pad_edge=False)
-    for heading in ("weight", "trials"):
-        table.add_column(heading, justify="right")
-    for unit in units:
-        where = f"\n{labels.get(unit, f'{unit} units')}" if len(units) > 1 else ""
-        for heading in ("untuned", "tuned", "gain"):
-            table.add_column(heading + where, justify="right")
-    by_name: dict[str, dict[int, TaskResult]] = {}
-    for task in tasks:
-        by_name.setdefault(task.name, {})[task.units] = task
-    costs = {name: _cost(group.values()) for name, group in by_name.items()}
-    order = sorted(by_name, key=lambda name: -costs[name])
-    for name in order[:rows]:
-        group = by_name[name]
-        one = next(iter(group.values()))
-        cells = [_shorten(name), str(one.weight), str(one.trials)]
-        for unit in units:
-            found = group.get(unit)
-            untuned_s = None if found is None else found.untuned_s
-            tuned_s = None if found is None else found.tuned_s
-            gain = format_gain(untuned_s, tuned_s)
-            cells += [format_seconds(untuned_s), format_seconds(tuned_s), gain]
-        table.add_row(*cells)
-    hidden = len(order) - len(order[:rows])
-    if hidden:
-        table.add_row(f"... and {hidden} cheaper tasks (all with -v)")
-    return table
-
-
-def _cost(group: Iterable[TaskResult]) -> float:
-    return sum(task.weight * (task.untuned_s or task.tuned_s or 0.0) for task in group)
-
-
-def closing_lines(finished: Finished, verbose: bool) -> list[str]:
-    """What to read last: latency before and after, where the library is, how to load it."""
-    trials = f"{finished.trials} trials in {format_clock(finished.elapsed_s)}"
-    reason = "interrupted" if finished.interrupted else f"stopped by {finished.stopped_by}"
-    failures = format_failures(finished.failures)
-    lines = [f"{trials}, {reason}" + (f"; failed: {failures}" if failures else "")]
-    if verbose and finished.core_seconds:
-        parts = (f"{name} {spent:.1f} s" for name, spent in finished.core_seconds.items())
-        lines.append(f"core time: {', '.join(parts)}")
-    lines += [share_line(share) for share in finished.shares]
-    if finished.output is None:
-        return [*lines, "nothing was exported; run the same command again to continue"]
-    return [
-        *lines,
-        f"library: {finished.output}",
-        f"run it:  tune run {finished.output}",
-        f'load it: lib = gpu_aware_tune.load("{finished.output}"); outputs = lib(inputs)',
-    ]
-
-
-def share_line(share: ShareResult) -> str:
-    """One share's model latency before and after, and whether its numbers were checked."""
-    gain = format_gain(share.untuned_s, share.tuned_s)
-    error = "" if share.max_error is None else f", largest error {share.max_error:.1e}"
-    checked = f"verified{error}" if share.verified else "not verified"
-    before, after = format_seconds(share.untuned_s), format_seconds(share.tuned_s)
-    return f"{share.share}: {before} untuned -> {after} tuned ({gain}), {checked}"
-
-
-def _shorten(name: str, width: int = 48) -> str:
-    return name if len(name) <= width else f"{name[: width - 21]}...{name[-18:]}"
 
 
 def _console(stream: TextIO) -> Console:

@@ -232,6 +232,12 @@ class Store:
             f"WHERE r.key = ? AND {USABLE} ORDER BY {FASTEST} LIMIT ?", (self._key_id(key), k)
         )
 
+    def untuned(self, key: RecordKey) -> Record | None:
+        """Return the fastest default schedule of a key that ran and is right."""
+        where = f"WHERE r.key = ? AND {USABLE} AND r.origin = 'default'"
+        found = self._select(f"{where} ORDER BY {FASTEST} LIMIT 1", (self._key_id(key),))
+        return found[0] if found else None
+
     def all(self, key: RecordKey) -> list[Record]:
         """Return every record of a key, failures included, in the order they were added."""
         return self._select("WHERE r.key = ? ORDER BY r.id", (self._key_id(key),))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpu_aware_tune.events import ShareResult, TaskResult
+from gpu_aware_tune.events import Reordered, ShareResult, TaskResult
 from gpu_aware_tune.search import Search
-from gpu_aware_tune.selection import Choice
+from gpu_aware_tune.selection import Choice, Reorder
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Device, Share
@@ -49,9 +49,17 @@ def share_results(
 
 
 def manifest(
-    device: Device, backend: str, seed: int, shares: Sequence[Share], choices: Sequence[Choice]
+    device: Device,
+    backend: str,
+    seed: int,
+    shares: Sequence[Share],
+    results: Sequence[ShareResult],
+    choices: Sequence[Choice],
 ) -> dict[str, Any]:
-    """What the exported folder says about the run, besides the model and the files."""
+    """What the exported folder says about the run, besides the model and the files.
+
+    `results` are those of `shares`, in their order.
+    """
     return {
         "device": device.key,
         "backend": backend,
@@ -62,8 +70,11 @@ def manifest(
                 "units": share.units,
                 "text": share.describe(),
                 "target": device.target(share.units),
+                "untuned_s": result.untuned_s,
+                "tuned_s": result.tuned_s,
+                "max_error": result.max_error,
             }
-            for share in shares
+            for share, result in zip(shares, results, strict=True)
         ],
         "tasks": [
             {
@@ -77,3 +88,11 @@ def manifest(
             for choice in choices
         ],
     }
+
+
+def reordered(reorders: Sequence[Reorder]) -> Reordered | None:
+    """Sum up what measuring alone changed; None where nothing was measured again."""
+    if not reorders:
+        return None
+    regret = max(reorder.regret for reorder in reorders)
+    return Reordered(len(reorders), sum(reorder.changed for reorder in reorders), regret)

@@ -1,30 +1,25 @@
-"""The state of one run, and what each stage of the main path does to it."""
+"""The state of one run over one or more models, and what each stage of the main path does to it."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_aware_tune.errors import TuneError
-from gpu_aware_tune.events import Event, Finished, Note, Planned, TaskPlan
+from gpu_aware_tune.events import Event, Finished, Note, Planned, Stage
+from gpu_aware_tune.model_run import ModelRun
+from gpu_aware_tune.pools import Pools, PoolSettings, available_cores, plan_slices
 from gpu_aware_tune.records import RecordKey, Store
-from gpu_aware_tune.results import manifest, share_results, task_results
-from gpu_aware_tune.search import Search, available_cores, worker_counts
-from gpu_aware_tune.selection import Choice, choose, retime
+from gpu_aware_tune.search import Search
+from gpu_aware_tune.selection import Reorder, retime
 from gpu_aware_tune.settings import Settings
-from gpu_aware_tune.shipping import Wanted, compile_all, time_on, traces_of
+from gpu_aware_tune.shipping import compile_all
 from gpu_aware_tune.workers import WorkerHost
 
 if TYPE_CHECKING:
-    from gpu_aware_tune.builder import BuildPool
-    from gpu_aware_tune.measure import Measurer
-    from gpu_aware_tune.model import Model
-    from gpu_aware_tune.partition import Device, Partition, Share
-    from gpu_aware_tune.pipeline import Pipeline
+    from gpu_aware_tune.partition import Device
     from gpu_aware_tune.tasks import Task
 
 # Plain loops are measured where they might win: threads cost more than such a task takes.
@@ -32,176 +27,177 @@ _LIGHT_FLOPS = 2e6
 
 
 class Run:
-    """One run of `tune`: a context manager that ends every worker and closes the records on exit."""
+    """One run of `tune`: a context manager that ends every worker and closes the records on exit.
+
+    Args:
+        jobs: each model's file with its settings; those about machine, search and records are the
+            same for all.
+    """
 
     device: Device
-    shares: list[Share]
-    partitions: list[Partition]
-    model: Model
-    tasks: list[Task]
     store: Store
     search: Search
+    pools: Pools
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.settings = settings
-        self._path = path
+    def __init__(self, jobs: Sequence[tuple[Path, Settings]]) -> None:
+        self.models = [ModelRun(path, settings) for path, settings in jobs]
+        self.settings = jobs[0][1]
         self._stack = contextlib.ExitStack()
         self.restart_clock()
-        self._choices: list[Choice] = []
-        self._libraries: dict[tuple[str, int], Path] = {}
-        self._latency_s: dict[tuple[str, int], float] = {}
-        self._errors: dict[int, float | None] = {}
-        self._run_id: int | None = None
-        self._drift: dict[str, float] = {}
+        self._run_ids: dict[str, int] = {}
+        self._reorders: dict[tuple[str, int], Reorder] = {}
 
     def __enter__(self) -> Run:
         from gpu_aware_tune.cuda_toolchain import runtime_environment
 
-        # Workers get their copy of TVM while this process imports the model.
-        self._host = self._stack.enter_context(WorkerHost(runtime_environment()))
+        # Workers get their copy of TVM while this process imports the models.
+        self.host = self._stack.enter_context(WorkerHost(runtime_environment()))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if self._run_id is not None:
-                interrupted = kind is None or issubclass(kind, (GeneratorExit, KeyboardInterrupt))
-                self.store.finish_run(self._run_id, "interrupted" if interrupted else "failed")
+            interrupted = kind is None or issubclass(kind, (GeneratorExit, KeyboardInterrupt))
+            for run_id in self._run_ids.values():
+                self.store.finish_run(run_id, "interrupted" if interrupted else "failed")
         finally:
             self._stack.close()
 
     def open_device(self) -> Iterator[Event]:
-        """Find the device, and make its partitions unless nothing will be measured."""
-        from gpu_aware_tune.partition import (
-            choose_backend,
-            find_device,
-            open_partitions,
-            share_of,
-        )
+        """Find the device and the backend that makes shares of it real."""
+        from gpu_aware_tune.partition import choose_backend, find_device
 
         settings = self.settings
         self.device, note = find_device(settings.target, settings.device, settings.arch)
         if note:
             yield Note(note)
-        self._backend, why = choose_backend(self.device, settings.partition, settings.gpu_pct)
+        percents = [percent for model in self.models for percent in model.settings.gpu_pct]
+        several = len(self.models) > 1 or settings.slices > 1
+        wanted = settings.partition
+        self._backend, why = choose_backend(self.device, wanted, percents, side_by_side=several)
         yield Note(f"partition {self._backend}: {why}")
-        shares = [share_of(self.device, percent, self._backend) for percent in settings.gpu_pct]
-        self.shares = list({share.units: share for share in shares}.values())
-        if len(self.shares) < len(shares):
-            yield Note("some shares come to the same units: each number of units is tuned once")
-        self._units = [share.units for share in self.shares]
-        self._target = self.device.target(max(self._units))
-        if settings.dry_run:
-            return
-        self.partitions = open_partitions(self.shares, self.device, self._backend)
-        for partition in self.partitions:
-            self._stack.callback(partition.close)
 
-    def load_model(self) -> None:
-        """Import the ONNX file."""
-        from gpu_aware_tune.model import load_model
+    def load_models(self) -> Iterator[Event]:
+        """Import the ONNX files, list their kernels, and give each model its units."""
         from gpu_aware_tune.workers.warm import load_tvm
 
         load_tvm()
-        self.model = load_model(
-            self._path, self._tvm_target(), self.settings.input_shapes, self.settings.dtype
-        )
+        for model in self.models:
+            yield Stage("model", f"importing {model.path.name}")
+            model.load(self.device.target(self.device.units_total))
+        yield from self._assign_shares()
 
-    def extract_tasks(self) -> None:
-        """List the model's unique kernels."""
-        from gpu_aware_tune.tasks import extract
+    def _assign_shares(self) -> Iterator[Event]:
+        from gpu_aware_tune.partition import share_of
 
-        self.tasks = extract(self.model, self._tvm_target())
+        work = {m.name: sum(t.flops * t.weight for t in m.tasks) for m in self.models}
+        for model in self.models:
+            percents = model.settings.gpu_pct
+            if self.settings.share == "auto":
+                percents = (max(1, int(100 * work[model.name] / (sum(work.values()) or 1))),)
+            shares = [share_of(self.device, percent, self._backend) for percent in percents]
+            model.shares = list({share.units: share for share in shares}.values())
+            model.device, model.backend = self.device, self._backend
+            if len(model.shares) < len(shares):
+                yield Note("some shares come to the same units: each number of units is tuned once")
+        self.target = self.device.target(max(u for model in self.models for u in model.units))
 
-    def open_records(self) -> None:
+    def open_records(self) -> Iterator[Event]:
         """Open the record store, and build what the search keeps its results with."""
         from gpu_aware_tune.budget import Budget
+
+        settings = self.settings
+        self.store = self._stack.enter_context(self._open_store())
+        for model in self.models:
+            yield from self._know_tasks(model)
+        self.search = Search(
+            settings,
+            self.tasks,
+            [goal for model in self.models for goal in model.goals()],
+            self._keys(),
+            self.store,
+            self._backend,
+            {m.name: Budget(settings.trials, settings.time_s, settings.patience or 0)
+             for m in self.models},
+        )  # fmt: skip
+        self.search.recall()
+
+    def _open_store(self) -> Store:
+        """The record store; a dry run only reads it, and where there is none needs none."""
+        path = self.settings.records_path
+        if not self.settings.dry_run:
+            return Store(path)
+        if path.exists():
+            return Store(path, readonly=True)
+        return Store(self.host.scratch / path.name)
+
+    def _know_tasks(self, model: ModelRun) -> Iterator[Event]:
+        """Keep a model's tasks in the store; of two different kernels with one hash only the first."""
         from gpu_aware_tune.database import args_json, is_same_task
         from gpu_aware_tune.traces import module_to_json
 
-        settings = self.settings
-        # Two different kernels with one hash: the one the store does not know stays untuned.
-        self.store = self._stack.enter_context(Store(settings.records_path))
-        self.tasks = [task for task in self.tasks if is_same_task(self.store, task.module)]
-        if not settings.dry_run:
-            for task in self.tasks:
+        for task in list(model.tasks):
+            if not is_same_task(self.store, task.module):
+                model.tasks.remove(task)
+                yield Note(f"{task.name} stays untuned: another kernel has its hash", "warning")
+            elif not self.settings.dry_run:
                 module_json, args = module_to_json(task.module), args_json(task.module)
                 self.store.add_task(task.hash, task.name, module_json, args)
-        budget = Budget(settings.trials, settings.time_s, settings.patience or 0)
-        self.search = Search(
-            settings, self.tasks, self._units, self._keys(), self.store, self._backend, budget
-        )
-        self.search.recall()
 
-    def plan(self) -> Planned:
-        """What is known and what is left to do."""
-        settings = self.settings
-        forecast = self.search.allocation.planned(self.search.budget.left())
-        return Planned(
-            model=self.model.name,
-            device=self.device.name,
-            shares=tuple(share.describe() for share in self.shares),
-            units=tuple(self._units),
-            backend=self._backend,
-            tasks=tuple(
-                TaskPlan(
-                    name=task.name,
-                    hash=task.hash,
-                    weight=task.weight,
-                    flops=task.flops,
-                    planned_trials=forecast[task.hash] if settings.trials else 0,
-                    known=self.search.allocation.trials(task.hash),
-                )
-                for task in self.tasks
-            ),
-            trials=settings.trials or 0,
-            time_s=settings.time_s,
-            dry_run=settings.dry_run,
-        )
+    @property
+    def tasks(self) -> list[Task]:
+        """Every task of every model, each once, heaviest first."""
+        tasks = {task.hash: task for model in reversed(self.models) for task in model.tasks}
+        return sorted(tasks.values(), key=lambda task: -task.flops * task.weight)
+
+    def plan(self) -> list[Planned]:
+        """What is known and what is left to do, for each model."""
+        return [model.plan(self.search) for model in self.models]
 
     def interrupt(self) -> None:
         """End the search after what is under way (Ctrl-C)."""
         self.search.interrupted = True
 
     def start_workers(self) -> Iterator[Event]:
-        """Start measuring, build and search workers; the run's row is opened here."""
-        from gpu_aware_tune.builder import BuildPool
-        from gpu_aware_tune.candidates import Searcher, SearchSettings
-        from gpu_aware_tune.measure import Measurer
-        from gpu_aware_tune.pipeline import Pipeline
+        """Start measuring, build and search workers; the runs' rows are opened here."""
+        from gpu_aware_tune.pipeline import TaskSpec
         from gpu_aware_tune.traces import module_to_json
 
-        settings, cores = self.settings, available_cores()
-        memory = settings.memory_limit_mb << 20
-        self._measurers: list[Measurer] = []
-        for partition in self.partitions:
-            measurer = Measurer(self._host, partition, settings.run_timeout_s, memory)
-            self._stack.callback(measurer.close)
-            measurer.open()
-            self._measurers.append(measurer)
-        searchers, builders = worker_counts(cores)
-        how = SearchSettings(
-            settings.population, settings.generations, settings.trials_per_iteration, settings.seed
+        units_of = self.search.allocation.units_of
+        self.pools = self._stack.enter_context(Pools(self.host, self._pool_settings()))
+        text = self.pools.start(
+            {task.hash: TaskSpec(task.args, units_of(task.hash)) for task in self.tasks},
+            {task.hash: module_to_json(task.module) for task in self.tasks},
         )
-        self._searchers = [
-            Searcher(self._host, self._target, how, number) for number in range(searchers)
-        ]
-        self._builders: BuildPool = BuildPool(
-            self._host, self._target, builders, settings.build_timeout_s, memory, self._build_env()
-        )
-        for task in self.tasks:
-            self._builders.add_task(task.hash, module_to_json(task.module))
-        self._pipeline: Pipeline = Pipeline(
-            self.tasks,
-            self._searchers,
-            self._builders,
-            self._measurers,
-            cores,
-            low_water=max(2 * builders, settings.trials_per_iteration // 2),
-        )
-        self._run_id = self.store.start_run(settings.as_dict(), self._machine())
-        self.search.start(self._pipeline, self._run_id, self._default_traces())
-        yield Note(
-            f"{builders} build workers, {searchers} search workers, partition {self._backend}"
+        for model in self.models:
+            row = self.store.start_run(model.settings.as_dict(), self._machine(model))
+            self._run_ids[model.name] = row
+        self.search.start(self.pools.pipeline, self._run_ids, self._default_traces())
+        yield Note(text)
+
+    def _pool_settings(self) -> PoolSettings:
+        from gpu_aware_tune.candidates import SearchSettings
+        from gpu_aware_tune.partition import NESTED, SIDE_BY_SIDE
+
+        settings, models = self.settings, self.models
+        shares = [share for model in models for share in model.shares]
+        nested = self._backend in NESTED
+        most = settings.slices or len(models)
+        if self._backend not in SIDE_BY_SIDE:
+            most = 1
+        return PoolSettings(
+            device=self.device,
+            backend=self._backend,
+            slices=plan_slices(shares, self.device, nested, most),
+            target=self.target,
+            search=SearchSettings(
+                settings.population,
+                settings.generations,
+                settings.trials_per_iteration,
+                settings.seed,
+            ),
+            build_timeout_s=settings.build_timeout_s,
+            run_timeout_s=settings.run_timeout_s,
+            memory_bytes=settings.memory_limit_mb << 20,
         )
 
     def _default_traces(self) -> dict[str, list[str]]:
@@ -209,7 +205,7 @@ class Run:
         from gpu_aware_tune.schedules import default_schedules
         from gpu_aware_tune.traces import trace_to_json
 
-        target, traces = self._tvm_target(), {}
+        target, traces = self.tvm_target(), {}
         for task in self.tasks:
             found = [trace_to_json(s.trace) for s in default_schedules(task.module, target)]
             plain = [""] if task.flops < _LIGHT_FLOPS or not found else []
@@ -217,170 +213,87 @@ class Run:
         return traces
 
     def choose(self) -> Iterator[Event]:
-        """Pick each task's kernel for each share."""
-        keys, units = self._keys(), self._units
-        yield from retime(self.tasks, units, keys, self.store, self._pipeline, self.settings.top_k)
-        self._drift = self.search.drift()
-        for item in choose(
-            self.tasks,
-            units,
-            keys,
-            self.store,
-            self._builders,
-            self.settings.verify,
-            self._target,
-            self.settings.seed,
-        ):
-            if isinstance(item, Choice):
-                self._choices.append(item)
-            else:
-                yield item
+        """Measure the best kernels again, alone, and pick each task's for each share."""
+        self._reorders = yield from retime(self.search, self.settings.top_k)
+        self._drift = {model.name: self.search.drift(model.name) for model in self.models}
+        for model in self.models:
+            yield from model.choose(self.search, self.pools, self.target)
 
     def compile(self) -> None:
-        """Compile each share's library, and the untuned one to compare with."""
-        wanted = []
-        for units in self._units:
-            target = self.device.target(units)
-            wanted.append(Wanted("tuned", units, target, traces_of(self._choices, units)))
-            wanted.append(Wanted("untuned", units, target, self.search.untuned_traces(units)))
-        self._libraries = compile_all(self.model, wanted, self._builders, self._host.scratch)
-        self._builders.close()
+        """Compile every model's libraries side by side."""
+        wanted = [item for model in self.models for item in model.wanted(self.search)]
+        paths = compile_all(wanted, self.pools.builders, self.host.scratch)
+        for model in self.models:
+            mine = {key[1:]: path for key, path in paths.items() if key[0] == model.name}
+            model.libraries = mine
+        self.pools.builders.close()
 
     def time(self) -> Iterator[Event]:
-        """Time the libraries before and after, each on its own partition; the faster one is kept.
+        """Time every library on its own partition, before and after, one at a time."""
+        for model in self.models:
+            yield from model.time(self.host, self.pools, self.search)
 
-        Kernels that are faster alone need not be so behind one another, in each other's caches.
-        """
-        from gpu_aware_tune.library import save_weights
+    def export(self) -> Iterator[Event]:
+        """Verify and write the folders."""
+        for model in self.models:
+            yield from model.export()
 
-        weights = self._host.scratch / "weights.bin"
-        save_weights(self.model.weights, weights)
-        for partition in self.partitions:
-            units = partition.share.units
-            pair = {n: path for (n, u), path in self._libraries.items() if u == units}
-            spent = time_on(self._host, partition, pair, weights, self.model)
-            if spent["untuned"] < spent["tuned"]:
-                self._libraries["tuned", units] = pair["untuned"]
-                self._choices = [
-                    self._as_untuned(choice) if choice.units == units else choice
-                    for choice in self._choices
-                ]
-                yield Note(
-                    f"{units} units: the whole model is faster untuned"
-                    f" ({1e3 * spent['untuned']:.2f} ms) than tuned ({1e3 * spent['tuned']:.2f} ms);"
-                    " the untuned kernels are kept",
-                    "warning",
-                )
-                spent["tuned"] = spent["untuned"]
-            for name, seconds in spent.items():
-                self._latency_s[name, units] = seconds
-
-    def verify(self) -> Iterator[Event]:
-        """Export the libraries and check the whole model's numbers on each share."""
-        from gpu_aware_tune.library import export
-
-        folder = self.settings.output_folder(self._path)
-        tuned = {units: self._libraries["tuned", units] for units in self._units}
-        if self.settings.verify:
-            for units, path in tuned.items():
-                yield from self._verify(units, path)
-        facts = manifest(self.device, self._backend, self.settings.seed, self.shares, self._choices)
-        for share, result in zip(
-            facts["shares"],
-            share_results(self.shares, self._latency_s, self._errors),
-            strict=True,
-        ):
-            share.update(
-                untuned_s=result.untuned_s, tuned_s=result.tuned_s, max_error=result.max_error
-            )
-        self._output = export(folder, self.model, tuned, facts)
-
-    def finish(self) -> Finished:
-        """Close the run's row and say what came of it."""
-        assert self._run_id is not None
+    def finish(self) -> Iterator[Finished]:
+        """Close the runs' rows and say what came of each model."""
         core_s = self.core_seconds()
-        finished = Finished(
-            output=self._output,
-            tasks=task_results(self._choices, self.search),
-            shares=share_results(self.shares, self._latency_s, self._errors),
-            trials=self.search.budget.done,
-            elapsed_s=time.monotonic() - self._started,
-            interrupted=self.search.interrupted,
-            failures=dict(self.search.failures),
-            core_seconds=core_s,
-            stopped_by=self.search.stopped_by,
-        )
-        self.store.finish_run(
-            self._run_id,
-            "interrupted" if finished.interrupted else "finished",
-            drift=self._drift,
-            core_seconds=core_s,
-            trials=finished.trials,
-            latency_s={f"{name}-{units}": s for (name, units), s in self._latency_s.items()},
-        )
-        self._run_id = None
-        return finished
+        elapsed_s = time.monotonic() - self._started
+        for model in self.models:
+            finished = model.finish(self.search, self._reorders, elapsed_s, core_s)
+            self.store.finish_run(
+                self._run_ids.pop(model.name),
+                "interrupted" if finished.interrupted else "finished",
+                drift=self._drift[model.name],
+                core_seconds=core_s,
+                trials=finished.trials,
+                latency_s=model.facts(),
+            )
+            yield finished
 
-    def _as_untuned(self, choice: Choice) -> Choice:
-        seconds = self.search.untuned_s(choice.task, choice.units)
-        trace = self.search.untuned_trace(choice.task, choice.units)
-        return dataclasses.replace(
-            choice,
-            trace=trace or "",
-            seconds=seconds or 0.0,
-            origin="default" if trace else "plain",
-        )
-
-    def _build_env(self) -> dict[str, str]:
-        from gpu_aware_tune.cuda_toolchain import environment
-
-        return environment() if self.device.kind == "cuda" else {}
-
-    def _tvm_target(self) -> Any:
+    def tvm_target(self) -> Any:
+        """What kernels are compiled for during the search."""
         import tvm
 
-        return tvm.target.Target(self._target)
+        return tvm.target.Target(dict(self.target))
 
-    def _keys(self) -> dict[tuple[str, int], RecordKey]:
+    def _keys(self) -> Mapping[tuple[str, int], RecordKey]:
         import tvm
 
         from gpu_aware_tune.database import target_text
 
-        text = target_text(self._tvm_target())
+        text, device = target_text(self.tvm_target()), self.device.key
         return {
-            (task.hash, units): RecordKey(task.hash, self.device.key, units, text, tvm.__version__)
-            for task in self.tasks
-            for units in self._units
+            (task.hash, units): RecordKey(task.hash, device, units, text, tvm.__version__)
+            for model in self.models
+            for task in model.tasks
+            for units in model.units
         }
 
-    def _machine(self) -> dict[str, Any]:
+    def _machine(self, model: ModelRun) -> dict[str, Any]:
         import platform
 
         import tvm
 
         return {
             "device": self.device.key,
-            "units": self._units,
+            "units": model.units,
             "backend": self._backend,
             "cores": available_cores(),
             "python": platform.python_version(),
             "tvm": tvm.__version__,
             "platform": platform.platform(),
-            "model": self.model.name,
-            "model_hash": self.model.hash,
+            "model": model.name,
+            "model_hash": model.model.hash,
+            "models": [other.name for other in self.models],
+            "tasks": [
+                {"hash": task.hash, "name": task.name, "weight": task.weight}
+                for task in model.tasks
+            ],
         }
-
-    def _verify(self, units: int, path: Path) -> Iterator[Event]:
-        from gpu_aware_tune.verify import verify_library
-
-        report = verify_library(self.model, path, self.settings.seed)
-        if not report.ok:
-            raise TuneError(
-                f"the library for {units} units computes wrong numbers ({report.text}): not exported;"
-                " its records are kept, run again with --no-verify to look at it"
-            )
-        self._errors[units] = report.max_error
-        yield Note(f"{units} units: {report.text}")
 
     def restart_clock(self) -> None:
         """Count the run's time, and this process's share of the cores, from now."""
@@ -389,11 +302,7 @@ class Run:
     def core_seconds(self) -> dict[str, float]:
         """Where the cores' time went since the clock was started, in core seconds."""
         elapsed = time.monotonic() - self._started
-        spent = {
-            "search": sum(searcher.cpu_s() for searcher in self._searchers),
-            "build": self._builders.cpu_s(),
-            "measure": self._pipeline.measure_core_s,
-            "main": time.process_time() - self._main_from_s,
-        }
+        main = time.process_time() - self._main_from_s
+        spent = {**self.pools.pipeline.core_seconds(), "main": main}
         total = elapsed * available_cores()
         return {**spent, "idle": max(0.0, total - sum(spent.values())), "total": total}

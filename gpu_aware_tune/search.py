@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpu_aware_tune.allocation import Allocation
+from gpu_aware_tune.allocation import Allocation, Goal
 from gpu_aware_tune.budget import Budget
 from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.events import Event, Note, Progress, Trial
 from gpu_aware_tune.measure import SEARCH, Effort
-from gpu_aware_tune.partition import usable_cores
 from gpu_aware_tune.pipeline import Demand, Outcome, Pipeline
 from gpu_aware_tune.records import Record, RecordKey, Store
 from gpu_aware_tune.settings import Settings
@@ -24,44 +23,53 @@ from gpu_aware_tune.tasks import Task
 _PROGRESS_S = 0.5
 _FLUSH_S = 0.8  # a finished trial is on disk within a second
 _KNOWN = 64  # measured schedules that a search starts from
-_DRIFT_TASKS = 3  # the heaviest tasks, for the drift of the machine
+_DRIFT_TASKS = 3  # the heaviest tasks of a model, for the drift of the machine
 _SEEDS = 4  # schedules of other units or devices that are tried first
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What the records hold of a task: schedules with a number on each of its units, and tries."""
+
+    known: Sequence[tuple[str, Mapping[int, float], str]]  # trace, seconds by units, origin
+    tried: Sequence[str]  # traces that a search measured or failed to measure on each of its units
 
 
 @dataclass
 class Search:
-    """One run's search over all tasks.
+    """One run's search over all tasks of all models; a task that several models have is searched once.
 
     Args:
         settings: of the run.
-        tasks: heaviest first.
-        units: the units of each share.
+        tasks: each once, heaviest first.
+        goals: each model on each of its shares.
         keys: (task hash, units) -> the key of its records.
         store: where records go.
         backend: the partition backend, kept with each record.
-        budget: when to stop.
+        budgets: when to stop, by model.
     """
 
     settings: Settings
     tasks: Sequence[Task]
-    units: Sequence[int]
+    goals: Sequence[Goal]
     keys: Mapping[tuple[str, int], RecordKey]
     store: Store
     backend: str
-    budget: Budget
+    budgets: Mapping[str, Budget]
     allocation: Allocation = field(init=False)
-    _effort: Effort = field(init=False)
     failures: Counter[str] = field(default_factory=Counter, init=False)
     interrupted: bool = field(default=False, init=False)
+    _effort: Effort = field(init=False)
+    _past: dict[str, _Past] = field(default_factory=dict, init=False)
     _pipeline: Pipeline | None = field(default=None, init=False)
-    _run_id: int = field(default=0, init=False)
+    _run_ids: Mapping[str, int] = field(default_factory=dict, init=False)
     _defaults: Mapping[str, Sequence[str]] = field(default_factory=dict, init=False)
     _names: dict[str, str] = field(init=False)
     _notes: list[Note] = field(default_factory=list, init=False)
     _unsaved: list[Record] = field(default_factory=list, init=False)
     _saved_at: float = field(default=0.0, init=False)
     _told_at: float = field(default=0.0, init=False)
-    _resumed: int = field(default=0, init=False)
+    _resumed: dict[str, int] = field(default_factory=dict, init=False)
     _search_from_s: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -69,51 +77,51 @@ class Search:
         self._effort = dataclasses.replace(SEARCH, budget_s=self.settings.measure_s)
         self.allocation = Allocation(
             self.tasks,
-            self.units,
+            self.goals,
             self.settings.trials_per_iteration,
             self.settings.max_trials_per_task,
         )
 
     def recall(self) -> None:
         """Take in what the records hold for these units; it counts as trials already spent."""
+        spent: Counter[str] = Counter()
         for task in self.tasks:
-            known = self._known(task) if self.settings.resume else []
-            searched = len(self._tried(task)) if self.settings.resume else 0
-            for _, seconds, origin in known:
+            past = self._past[task.hash] = self._recalled(task)
+            for _, seconds, origin in past.known:
                 for units, value in seconds.items():
                     self.allocation.note(task.hash, units, value, origin)
-            self.allocation.resume(task.hash, searched)
-            self._resumed += searched
-        if self.budget.trials is not None:
-            self.budget.done = min(self._resumed, self.budget.trials)
-        self._resumed = self.budget.done
+            self.allocation.resume(task.hash, len(past.tried))
+            spent.update(dict.fromkeys(self.allocation.models_of(task.hash), len(past.tried)))
+        for model, budget in self.budgets.items():
+            limit = spent[model] if budget.trials is None else budget.trials
+            budget.done = self._resumed[model] = min(spent[model], limit)
 
-    def start(self, pipeline: Pipeline, run_id: int, defaults: Mapping[str, Sequence[str]]) -> None:
+    def start(
+        self,
+        pipeline: Pipeline,
+        run_ids: Mapping[str, int],
+        defaults: Mapping[str, Sequence[str]],
+    ) -> None:
         """Take the workers, and give every task with its best known schedules to its searcher.
 
         Args:
             pipeline: the workers.
-            run_id: the run's row.
+            run_ids: each model's run row.
             defaults: traces of each task's default schedules; "" stands for the plain loops.
         """
         from gpu_aware_tune.traces import module_to_json
 
-        self._pipeline, self._run_id, self._defaults = pipeline, run_id, defaults
-        self.budget.start()
+        self._pipeline, self._run_ids, self._defaults = pipeline, run_ids, defaults
+        for budget in self.budgets.values():
+            budget.start()
         for task in self.tasks:
-            known = self._known(task) if self.settings.resume else []
+            past = self._past[task.hash]
             scored = sorted(
-                (self._objective(task.hash, s), trace) for trace, s, _ in known if trace
+                (self._objective(task.hash, s), trace) for trace, s, _ in past.known if trace
             )
             pairs = tuple((trace, score) for score, trace in scored[:_KNOWN])
-            pipeline.searcher_of(task.hash).add(
-                NewTask(
-                    task.hash,
-                    module_to_json(task.module),
-                    pairs,
-                    (*defaults[task.hash], *(self._tried(task) if self.settings.resume else ())),
-                )
-            )
+            tried = (*defaults[task.hash], *past.tried)
+            pipeline.add_task(NewTask(task.hash, module_to_json(task.module), pairs, tried))
 
     @property
     def pipeline(self) -> Pipeline:
@@ -121,19 +129,19 @@ class Search:
         assert self._pipeline is not None
         return self._pipeline
 
-    @property
-    def stopped_by(self) -> str:
-        """Why the search ended."""
+    def stopped_by(self, model: str) -> str:
+        """Why the search of a model ended."""
         if self.interrupted:
             return "interrupt"
-        return self.budget.stopped_by() or "space"
+        return self.budgets[model].stopped_by() or "space"
 
-    def drift(self) -> dict[str, float]:
-        """Measure the heaviest tasks' untuned schedules once more: last over first, by task and units."""
+    def drift(self, model: str) -> dict[str, float]:
+        """Measure a model's heaviest untuned schedules once more: last over first, by task and units."""
         first = {}
         candidates = []
-        for task in self.tasks[:_DRIFT_TASKS]:
-            trace = self.untuned_trace(task, self.units[0])
+        tasks = [task for task in self.tasks if model in self.allocation.models_of(task.hash)]
+        for task in tasks[:_DRIFT_TASKS]:
+            trace = self.untuned_trace(task, self.allocation.units_of(task.hash)[0])
             if trace is not None:
                 candidates.append(Candidate(task.hash, trace, "default"))
                 first[task.hash] = dict(self.allocation.untuned_s(task.hash))
@@ -146,73 +154,81 @@ class Search:
                     found[f"{self._names[task_hash]}-{units}"] = measurement.seconds / before
         return found
 
-    def _untuned(self, task: Task, units: int) -> Record | None:
-        ran = [r for r in self.store.all(self.keys[task.hash, units]) if is_untuned(r)]
-        return min(ran, key=lambda r: r.best_s or 0.0, default=None)
-
     def untuned_trace(self, task: Task, units: int) -> str | None:
         """The fastest default schedule of a task, "" for the plain loops; None where none ran."""
-        record = self._untuned(task, units)
+        record = self.store.untuned(self.keys[task.hash, units])
         return record.trace if record else None
 
     def untuned_s(self, task: Task, units: int) -> float | None:
         """Seconds of a task's fastest default schedule; None where none ran."""
-        record = self._untuned(task, units)
+        record = self.store.untuned(self.keys[task.hash, units])
         return record.best_s if record else None
 
-    def untuned_traces(self, units: int) -> dict[str, str]:
-        """The untuned library's kernels: each task's fastest default schedule."""
-        pairs = ((task.hash, self.untuned_trace(task, units)) for task in self.tasks)
+    def untuned_traces(self, tasks: Sequence[Task], units: int) -> dict[str, str]:
+        """The kernels of an untuned library: each task's fastest default schedule."""
+        pairs = ((task.hash, self.untuned_trace(task, units)) for task in tasks)
         return {task: trace for task, trace in pairs if trace}
 
     def baseline(self) -> Iterator[Event]:
         """Measure the default schedules that no record holds yet, and seeds from other units."""
         candidates = []
         for task in self.tasks:
-            known = {trace for trace, _, _ in self._known(task)} if self.settings.resume else set()
+            known = {trace for trace, _, _ in self._past[task.hash].known}
             for trace in self._defaults[task.hash]:
                 if trace not in known:
                     candidates.append(Candidate(task.hash, trace, "default"))
             candidates.extend(self._seeds(task, known))
         demand = Demand(stop=lambda: self.interrupted)
-        for outcome in self.pipeline.run(candidates, demand, self._effort):
-            yield from self._keep(outcome)
-        yield from self._flush(force=True)
-        yield self.progress()
+        yield from self._run(candidates, demand)
 
     def trials(self) -> Iterator[Event]:
-        """Spend the budget."""
-        self._search_from_s = self.budget.elapsed_s()
+        """Spend the budgets."""
+        self._search_from_s = next(iter(self.budgets.values())).elapsed_s()
         demand = Demand(
-            next_task=lambda: self.allocation.next(self.budget.left()),
+            next_task=lambda: self.allocation.next(self._left()),
             accept=self._accept,
             exhausted=self.allocation.exhaust,
             lost=self._lost,
             best_s=self.allocation.best_s,
-            stop=lambda: self.interrupted or self.budget.stopped_by() is not None,
+            stop=lambda: self.interrupted or not self._left(),
         )
-        for outcome in self.pipeline.run((), demand, self._effort):
+        yield from self._run((), demand)
+
+    def progress(self, model: str) -> Progress:
+        """Where the run of a model stands."""
+        budget, resumed = self.budgets[model], self._resumed[model]
+        elapsed = budget.elapsed_s()
+        searched_s = elapsed - self._search_from_s if self._search_from_s is not None else 0.0
+        pipeline = self._pipeline
+        slices = pipeline.slices if pipeline else ()
+        return Progress(
+            model=model,
+            elapsed_s=elapsed,
+            trials_done=budget.done,
+            trials_total=budget.trials or 0,
+            trials_per_min=60 * (budget.done - resumed) / searched_s if searched_s > 0 else 0.0,
+            untuned_s=self.allocation.latency_s(model, untuned=True),
+            best_s=self.allocation.latency_s(model),
+            failures=dict(self.failures),
+            eta_s=budget.eta_s(resumed, self._search_from_s or 0.0),
+            builds_in_flight=pipeline.builds_in_flight if pipeline else 0,
+            waiting_to_measure=pipeline.waiting_to_measure if pipeline else 0,
+            slices=tuple((name, self._names.get(task or "")) for name, task in slices),
+        )
+
+    def _run(self, candidates: Sequence[Candidate], demand: Demand) -> Iterator[Event]:
+        alone = self.settings.exclusive
+        for outcome in self.pipeline.run(candidates, demand, self._effort, alone=alone):
             yield from self._keep(outcome)
         yield from self._flush(force=True)
-        yield self.progress()
 
-    def progress(self) -> Progress:
-        """Where the run stands."""
-        elapsed = self.budget.elapsed_s()
-        done = self.budget.done - self._resumed
-        searched_s = elapsed - self._search_from_s if self._search_from_s is not None else 0.0
-        return Progress(
-            elapsed_s=elapsed,
-            trials_done=self.budget.done,
-            trials_total=self.budget.trials or 0,
-            trials_per_min=60 * done / searched_s if searched_s > 0 else 0.0,
-            untuned_s=self.allocation.latency_s(untuned=True),
-            best_s=self.allocation.latency_s(),
-            failures=dict(self.failures),
-            eta_s=self.budget.eta_s(self._resumed, self._search_from_s or 0.0),
-            builds_in_flight=self._pipeline.builds_in_flight if self._pipeline else 0,
-            waiting_to_measure=self._pipeline.waiting_to_measure if self._pipeline else 0,
-        )
+    def _left(self) -> dict[str, int]:
+        """Trials left by model, of those whose search has not ended."""
+        return {
+            model: budget.left()
+            for model, budget in self.budgets.items()
+            if budget.stopped_by() is None
+        }
 
     def _lost(self, task: str, text: str) -> None:
         """The search died on a task: leave the task, and say so with the next event."""
@@ -220,9 +236,10 @@ class Search:
         self._notes.append(Note(f"search of {self._names[task]} ended: {text}", "warning"))
 
     def _accept(self, task: str, count: int) -> int:
-        return self.allocation.start(
-            task, min(count, self.budget.left() - self.allocation.in_flight())
-        )
+        left = self._left()
+        models = [model for model in self.allocation.models_of(task) if model in left]
+        most = max((left[m] - self.allocation.in_flight(m) for m in models), default=0)
+        return self.allocation.start(task, min(count, most))
 
     def _keep(self, outcome: Outcome) -> Iterator[Event]:
         """Record one outcome and pass it on to the allocation, the search and the caller."""
@@ -236,21 +253,24 @@ class Search:
             self.failures[outcome.failure] += 1
         if candidate.origin == "search":
             self.allocation.finish(candidate.task)
-            self.budget.spend(statistics.fmean(self.allocation.latency_s().values()))
+            for model in self.allocation.models_of(candidate.task):
+                latency_s = statistics.fmean(self.allocation.latency_s(model).values())
+                self.budgets[model].spend(latency_s)
             whole = {u: s for u, s in seconds.items() if s is not None}
             score = self._objective(candidate.task, whole) if len(whole) == len(seconds) else None
-            self.pipeline.searcher_of(candidate.task).tell(candidate, score)
+            self.pipeline.tell(candidate, score)
         yield Trial(self._names[candidate.task], candidate.origin, seconds, outcome.failure)
         yield from self._flush()
 
     def _objective(self, task: str, seconds: Mapping[int, float]) -> float:
-        """What the search minimises: the mean over the shares of latency relative to the best there.
+        """What the search minimises: the mean over the units of latency relative to the best there.
 
         Scaled by the best latency, so that with one share it is simply the seconds.
         """
         best = self.allocation.best_s(task)
         ratios = [value / best.get(units, value) for units, value in seconds.items()]
-        scale = best.get(self.units[0], seconds.get(self.units[0], 1.0))
+        first = self.allocation.units_of(task)[0]
+        scale = best.get(first, seconds.get(first, 1.0))
         return statistics.fmean(ratios) * scale if ratios else float("inf")
 
     def _record(self, candidate: Candidate, units: int, measurement: Any) -> Record:
@@ -264,7 +284,7 @@ class Search:
             origin=candidate.origin,
             spread=measurement.spread if measurement.seconds is not None else None,
             repeats=measurement.repeats or None,
-            run_id=self._run_id,
+            run_id=self._run_ids.get(self.allocation.models_of(candidate.task)[0]),
             created=time.time(),
             partition=self.backend,
             flags="coarse" if measurement.coarse else "",
@@ -280,50 +300,33 @@ class Search:
             self._saved_at = now
         if force or now - self._told_at > _PROGRESS_S:
             self._told_at = now
-            yield self.progress()
+            for model in self.budgets:
+                yield self.progress(model)
 
-    def _known(self, task: Task) -> list[tuple[str, dict[int, float], str]]:
-        """Schedules that have a number on every one of this run's units: (trace, seconds, origin)."""
+    def _recalled(self, task: Task) -> _Past:
+        if not self.settings.resume:
+            return _Past((), ())
+        units = self.allocation.units_of(task.hash)
         found: dict[str, dict[int, float]] = {}
         origins: dict[str, str] = {}
-        for units in self.units:
-            for record in self.store.all(self.keys[task.hash, units]):
-                if record.seconds is not None and not record.wrong:
-                    found.setdefault(record.trace, {})[units] = record.retimed or record.seconds
+        tried = []
+        for count in units:
+            records = self.store.all(self.keys[task.hash, count])
+            tried.append({r.trace for r in records if r.origin == "search"})
+            for record in records:
+                if record.best_s is not None and not record.wrong:
+                    found.setdefault(record.trace, {})[count] = record.best_s
                     origins[record.trace] = record.origin
-        whole = {t: s for t, s in found.items() if len(s) == len(self.units)}
-        return [(trace, seconds, origins[trace]) for trace, seconds in whole.items()]
-
-    def _tried(self, task: Task) -> list[str]:
-        """Schedules that a search measured or failed to measure on every one of this run's units."""
-        per_units = [
-            {r.trace for r in self.store.all(self.keys[task.hash, units]) if r.origin == "search"}
-            for units in self.units
-        ]
-        return sorted(set.intersection(*per_units))
+        known = [(t, s, origins[t]) for t, s in found.items() if len(s) == len(units)]
+        return _Past(known, sorted(set.intersection(*tried)))
 
     def _seeds(self, task: Task, known: set[str]) -> list[Candidate]:
         """The best schedules that other units or devices of the same kind have for this task."""
         if not self.settings.resume:
             return []
         traces: dict[str, None] = {}
-        for units in self.units:
+        for units in self.allocation.units_of(task.hash):
             for record in self.store.seeds(self.keys[task.hash, units], _SEEDS):
                 if record.origin != "default" and record.trace not in known:
                     traces[record.trace] = None
         return [Candidate(task.hash, trace, "seed") for trace in list(traces)[:_SEEDS]]
-
-
-def is_untuned(record: Record) -> bool:
-    """Whether a record is a default schedule that ran and is right."""
-    return record.origin == "default" and record.best_s is not None and not record.wrong
-
-
-def worker_counts(cores: int) -> tuple[int, int]:
-    """How many searchers and builders to start: every core can build, a quarter can search."""
-    return max(1, cores // 4), max(1, cores)
-
-
-def available_cores() -> int:
-    """The cores this process may run on: its affinity and its group's quota."""
-    return len(usable_cores())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpu_aware_tune.builder import CALL_FAILED, BuildPool, Built
@@ -10,13 +10,20 @@ from gpu_aware_tune.candidates import Candidate
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.events import Event, Note
 from gpu_aware_tune.measure import RETIME
-from gpu_aware_tune.pipeline import Pipeline
 from gpu_aware_tune.records import Record, RecordKey, Store
-from gpu_aware_tune.search import is_untuned
+from gpu_aware_tune.search import Search
 from gpu_aware_tune.tasks import Task
 
 _LOOK = 8  # fastest records looked at for a choice
 _WORTH = 0.002  # tasks below this part of the model's latency are not measured again
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """Whether measuring again made another kernel the best, and what the first pick would cost."""
+
+    changed: bool
+    regret: float
 
 
 @dataclass(frozen=True)
@@ -30,57 +37,57 @@ class Choice:
     origin: str
 
 
-def retime(
-    tasks: Sequence[Task],
-    units: Sequence[int],
-    keys: Mapping[tuple[str, int], RecordKey],
-    store: Store,
-    pipeline: Pipeline,
-    top_k: int,
-) -> Iterator[Event]:
+def retime(search: Search, top_k: int) -> Generator[Event, None, dict[tuple[str, int], Reorder]]:
     """Measure each task's `top_k` schedules again, longer and with nothing else running.
 
-    The fast measurement of the search may rank two close schedules the wrong way round; this decides.
+    The fast measurement of the search, next to builds and to other slices, may rank two close
+    schedules the wrong way round; this decides.
+
+    Returns:
+        What the second look changed, by task hash and units.
     """
     candidates: list[Candidate] = []
-    for task in tasks:
+    before: dict[tuple[str, int], str] = {}  # the best by the first measurement
+    for task in search.tasks:
+        units = [u for u in search.allocation.units_of(task.hash) if _worth(search, task, u)]
         wanted: dict[str, Record] = {}
         for count in units:
-            for record in store.best(keys[task.hash, count], top_k):
-                wanted[record.trace] = record
-            untuned = [r for r in store.all(keys[task.hash, count]) if is_untuned(r)]
-            if untuned:  # so that before and after are told by the same measurement
-                first = min(untuned, key=lambda r: r.best_s or 0.0)
-                wanted[first.trace] = first
-        wanted = {trace: record for trace, record in wanted.items() if record.retimed is None}
-        if wanted and _worth(task, tasks, units, keys, store):
-            candidates.extend(Candidate(task.hash, t, r.origin) for t, r in wanted.items())
-    for outcome in pipeline.run(candidates, effort=RETIME):
+            key = search.keys[task.hash, count]
+            best = search.store.best(key, top_k)
+            # With the untuned one, so that before and after are told by the same measurement.
+            untuned = search.store.untuned(key)
+            wanted |= {r.trace: r for r in (*best, *([untuned] if untuned else []))}
+            if best:
+                before[task.hash, count] = best[0].trace
+        fresh = {trace: record for trace, record in wanted.items() if record.retimed is None}
+        candidates.extend(Candidate(task.hash, t, r.origin) for t, r in fresh.items())
+    again: dict[tuple[str, int], dict[str, float]] = {}
+    for outcome in search.pipeline.run(candidates, effort=RETIME, alone=True):
         for count, measurement in outcome.measurements.items():
             if measurement.seconds is not None:
-                key = keys[outcome.candidate.task, count]
-                store.set_retimed(key, outcome.candidate.trace, measurement.seconds)
+                place = outcome.candidate.task, count
+                again.setdefault(place, {})[outcome.candidate.trace] = measurement.seconds
+                key = search.keys[place]
+                search.store.set_retimed(key, outcome.candidate.trace, measurement.seconds)
     if candidates:
         yield Note(f"measured the best {len(candidates)} kernels again, alone")
+    return {
+        place: Reorder(before[place] != min(seconds, key=lambda t: seconds[t]),
+                       seconds[before[place]] / min(seconds.values()) - 1)
+        for place, seconds in again.items()
+        if before.get(place) in seconds
+    }  # fmt: skip
 
 
-def _worth(
-    task: Task,
-    tasks: Sequence[Task],
-    units: Sequence[int],
-    keys: Mapping[tuple[str, int], RecordKey],
-    store: Store,
-) -> bool:
-    for count in units:
-        cost = {t.hash: _cost(t, keys[t.hash, count], store) for t in tasks}
-        if cost[task.hash] > _WORTH * sum(cost.values()):
-            return True
+def _worth(search: Search, task: Task, units: int) -> bool:
+    """Whether a task is a part of some model's latency that one can notice."""
+    best_s = search.allocation.best_s(task.hash).get(units, 0.0)
+    for goal in search.goals:
+        if goal.units == units and task.hash in goal.weights:
+            latency_s = search.allocation.latency_s(goal.model)[units]
+            if goal.weights[task.hash] * best_s > _WORTH * latency_s:
+                return True
     return False
-
-
-def _cost(task: Task, key: RecordKey, store: Store) -> float:
-    best = store.best(key, 1)
-    return task.weight * (best[0].best_s or 0.0) if best else 0.0
 
 
 def choose(

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ TARGETS = ("auto", "cuda", "llvm")
 NULL_TARGET = "null"  # the fake device of the tests; not offered to users
 DTYPES = ("float16", "float32")
 PARTITIONS = ("auto", "cores", "full", "green", "mps", "mig", "null")
+SHARES = ("equal", "auto")  # how several models divide a device
 RECORDS_FILE = "records.sqlite"
 
 
@@ -52,9 +53,15 @@ class Settings:
     Fields left at None or 0 that `Effort` knows are filled from `effort`, so a finished `Settings`
     always shows the numbers used. `trials` stays None only where `time_s` alone limits the run.
     To change the effort of existing settings make new ones: `replace` keeps the filled numbers.
+
+    `share` says where a model's `gpu_pct` comes from if it is not given: "equal" parts for several
+    models, "auto" by their work. `slices` is how many measure side
+    by side, 0: one for each model. `exclusive` measures one candidate at a time with nothing else
+    running.
     """
 
     gpu_pct: tuple[int, ...] = (100,)
+    share: str | None = None
     target: str = "auto"
     arch: str | None = None
     device: int = 0
@@ -80,6 +87,8 @@ class Settings:
     build_timeout_s: float = 30.0
     run_timeout_s: float = 10.0
     memory_limit_mb: int = 4096
+    slices: int = 0
+    exclusive: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("--effort", self.effort, tuple(EFFORTS))
@@ -89,6 +98,8 @@ class Settings:
         _check_choice("--partition", self.partition, PARTITIONS)
         if self.dtype is not None:
             _check_choice("--dtype", self.dtype, DTYPES)
+        if self.share is not None:
+            _check_choice("--share", self.share, SHARES)
         if not self.gpu_pct:
             raise UserError(
                 "--gpu-pct is empty: give one or more whole percentages, such as 30 or 30,50,100"
@@ -125,6 +136,7 @@ class Settings:
             ("build_timeout_s", self.build_timeout_s, 0.1),
             ("run_timeout_s", self.run_timeout_s, 0.1),
             ("memory_limit_mb", self.memory_limit_mb, 256),
+            ("--slices", self.slices, 0),
         )
 
     @property
@@ -175,8 +187,58 @@ def make_settings(**options: Any) -> Settings:
     return Settings(**{name: convert.get(name, _same)(value) for name, value in given.items()})
 
 
+Job = tuple[Path, Settings]  # a model's file, and what to do with it
+
+
+def make_jobs(models: Sequence[str | Path], **options: Any) -> list[Job]:
+    """Builds the settings of each of several models; see `make_settings` for the options.
+
+    With one model, all of `gpu_pct` are its shares. With several, `gpu_pct` is one percentage for
+    all of them or one for each; without it they get equal parts.
+
+    Raises:
+        UserError: an option is wrong, or does not fit the models.
+    """
+    if len(models) > 1 and options.get("gpu_pct") is None and options.get("share") is None:
+        options["share"] = "equal"
+    return divide([Path(model) for model in models], make_settings(**options))
+
+
+def divide(models: Sequence[Path], settings: Settings) -> list[Job]:
+    """Gives each model its part of the settings: its share and its output folder."""
+    if not models:
+        raise UserError("no model is named: give the path of one .onnx file or of several")
+    if len(models) == 1:
+        if settings.share in SHARES:
+            raise UserError(
+                f"--share {settings.share} divides a device between several models: give --gpu-pct"
+            )
+        unique = tuple(dict.fromkeys(settings.gpu_pct))
+        return [(models[0], dataclasses.replace(settings, gpu_pct=unique))]
+    stems = [model.stem for model in models]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise UserError(
+                f"several models are called {stem!r}, and so would their folders be: rename one"
+            )
+    percents = settings.gpu_pct
+    if settings.share == "equal":
+        percents = (max(1, 100 // len(models)),)
+    if len(percents) not in (1, len(models)):
+        raise UserError(
+            f"--gpu-pct gives {len(percents)} shares for {len(models)} models:"
+            " give one for all of them, or one for each"
+        )
+    each = percents * len(models) if len(percents) == 1 else percents
+    jobs = []
+    for model, percent in zip(models, each, strict=True):
+        output = settings.output and settings.output / f"{model.stem}.tuned"
+        jobs.append((model, dataclasses.replace(settings, gpu_pct=(percent,), output=output)))
+    return jobs
+
+
 def parse_percents(text: str) -> tuple[int, ...]:
-    """Reads "30" or "30,50,100" as percentages, duplicates dropped, order kept."""
+    """Reads "30" or "30,50,100" as percentages, in their order."""
     percents = []
     for part in text.split(","):
         if not re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*%?\s*", part):
@@ -185,7 +247,7 @@ def parse_percents(text: str) -> tuple[int, ...]:
                 "give whole numbers from 1 to 100, such as 30 or 30,50,100"
             )
         percents.append(check_percent(int(part.strip(" %"))))
-    return tuple(dict.fromkeys(percents))
+    return tuple(percents)
 
 
 def check_percent(percent: int | float) -> int:
@@ -269,7 +331,7 @@ def _percents(value: Any) -> tuple[int, ...]:
         return parse_percents(value)
     if isinstance(value, int | float):
         return (check_percent(value),)  # a float is refused there
-    return tuple(dict.fromkeys(value))
+    return tuple(value)
 
 
 def _seconds(value: float | str) -> float:

@@ -25,45 +25,49 @@ _ROUND_S = 0.6
 
 @dataclass(frozen=True)
 class Wanted:
-    """One library to compile: kernels (traces by task hash) for some units; `name` tells them apart."""
+    """One library to compile: a model with kernels (traces by task hash) for some units.
 
+    `name` tells several of one model and units apart, such as "tuned" and "untuned".
+    """
+
+    model: Model
     name: str
     units: int
-    target: dict[str, Any]
+    target: Mapping[str, Any]
     traces: Mapping[str, str]
 
 
 def compile_all(
-    model: Model, wanted: Sequence[Wanted], builders: BuildPool, folder: Path
-) -> dict[tuple[str, int], Path]:
+    wanted: Sequence[Wanted], builders: BuildPool, folder: Path
+) -> dict[tuple[str, str, int], Path]:
     """Compile libraries side by side in the build workers.
 
     Returns:
-        The path of each, by (name, units).
+        The path of each, by (the model's name, name, units).
 
     Raises:
         TuneError: a library did not compile, with what TVM said.
     """
     from gpu_aware_tune.traces import module_to_json
 
-    module_json = module_to_json(model.module)
-    waiting = list(wanted)
-    done: dict[tuple[str, int], Path] = {}
+    texts = {id(item.model): module_to_json(item.model.module) for item in wanted}
+    waiting = list(enumerate(wanted))
+    done: dict[tuple[str, str, int], Path] = {}
     while waiting or builders.busy:
         while waiting and builders.idle:
-            item = waiting.pop()
-            path = folder / f"{item.name}-{item.units}.so"
-            args = (module_json, item.target, dict(item.traces), str(path))
-            builders.call((item.name, item.units, path), _COMPILE, *args)
-        for (name, units, path), answer in builders.collect(
-            select.select(builders.busy, [], [], 0.1)[0]
-        ):
+            number, item = waiting.pop()
+            path = folder / f"library-{number}.so"
+            module_json, target = texts[id(item.model)], dict(item.target)
+            builders.call((item, path), _COMPILE, module_json, target, dict(item.traces), str(path))
+        ready = select.select(builders.busy, [], [], 0.1)[0]
+        for (item, path), answer in builders.collect(ready):
             if isinstance(answer, Built) or answer is not None:
-                text = (
-                    answer.failure.text if isinstance(answer, Built) and answer.failure else answer
+                failure = answer.failure if isinstance(answer, Built) else None
+                raise TuneError(
+                    f"{item.model.name}: the {item.name} library for {item.units} units did not"
+                    f" compile: {failure.text if failure else answer}"
                 )
-                raise TuneError(f"the {name} library for {units} units did not compile: {text}")
-            done[name, units] = path
+            done[item.model.name, item.name, item.units] = path
     return done
 
 

@@ -1,14 +1,13 @@
-"""THE MAIN PATH: an ONNX file and shares of a device in, a verified library out.
+"""THE MAIN PATH: ONNX files and shares of a device in, verified libraries out.
 
 Stages, in this order, each one call that gives one noun to the next:
 
-    device, partitions   what the shares come to on this machine          partition/
-    model                ONNX -> fused Relax module                       model.py
-    tasks                unique kernels                                   tasks.py
-    records              what is known already                            records.py
-    baseline, trials     search, build and measure at the same time       search.py, pipeline.py
-    choices              re-measured alone, checked for their numbers     selection.py
-    library              compiled, timed, verified, exported              shipping.py, library.py
+    device               what there is, and how shares of it are made real   partition/
+    models, tasks        ONNX -> fused Relax module -> unique kernels        model.py, tasks.py
+    records              what is known already                               records.py
+    baseline, trials     search, build and measure at the same time          search.py, pipeline.py
+    choices              re-measured alone, checked for their numbers        selection.py
+    libraries            compiled, timed, verified, exported                 shipping.py, library/
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_aware_tune.events import Event, Finished, Note, Planned, Stage
-from gpu_aware_tune.settings import Settings, check_files, make_settings
+from gpu_aware_tune.events import Event, Finished, Stage
+from gpu_aware_tune.settings import Job, Settings, check_files, divide, make_jobs
 
 if TYPE_CHECKING:
     from gpu_aware_tune.library import Library
@@ -41,19 +40,42 @@ def tune(model: str | Path, **options: Any) -> Library:
         UserError: an option or the model cannot be used.
         SetupError: the machine lacks something.
     """
+    return tune_many([model], **options)[0]
+
+
+def tune_many(models: Sequence[str | Path], **options: Any) -> list[Library]:
+    """Tune several models at the same time, each for its share of one device, and load them.
+
+    Args:
+        models: paths of ONNX files.
+        **options: as for `tune`; `gpu_pct` is one percentage for all models or one for each, and
+            equal parts of the device without it. `output` is a folder for all of the libraries.
+
+    Returns:
+        A library for each model, in their order.
+
+    Raises:
+        UserError: an option or a model cannot be used.
+        SetupError: the machine lacks something.
+    """
     from gpu_aware_tune.library import load
 
-    settings = make_settings(**options)
-    finished: Finished | None = None
-    for event in tune_events(model, settings):
-        if isinstance(event, Finished):
-            finished = event
-    assert finished is not None and finished.output is not None
-    return load(finished.output, units=finished.shares[0].units)
+    finished = [e for e in tune_jobs(make_jobs(models, **options)) if isinstance(e, Finished)]
+    libraries = []
+    for outcome in finished:
+        assert outcome.output is not None
+        libraries.append(load(outcome.output, units=outcome.shares[0].units))
+    return libraries
 
 
-def tune_events(model: str | Path, settings: Settings) -> Iterator[Event]:
-    """Tune a model, telling what happens: a generator of `events`, the last one `Finished`.
+def tune_events(model: str | Path | Sequence[Path], settings: Settings) -> Iterator[Event]:
+    """Tune one model or several, telling what happens; see `tune_jobs`."""
+    models = [Path(model)] if isinstance(model, str | Path) else list(model)
+    return tune_jobs(divide(models, settings))
+
+
+def tune_jobs(jobs: Sequence[Job]) -> Iterator[Event]:
+    """Tune models, telling what happens: a generator of `events` that ends with one `Finished` each.
 
     Closing it early, Ctrl-C and errors all end every worker; what was measured is on disk by then.
     The first Ctrl-C ends the search and exports the best so far; a second one raises
@@ -61,19 +83,16 @@ def tune_events(model: str | Path, settings: Settings) -> Iterator[Event]:
     """
     from gpu_aware_tune.run import Run
 
-    path = Path(model)
-    check_files(path, settings)
+    for path, settings in jobs:
+        check_files(path, settings)
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(Run(path, settings))
+        run = stack.enter_context(Run(jobs))
         yield from run.open_device()
-        yield Stage("model", f"importing {path.name}")
-        run.load_model()
-        yield Stage("tasks", "extracting tasks")
-        run.extract_tasks()
-        run.open_records()
-        plan = run.plan()
-        yield plan
-        if settings.dry_run:
+        yield from run.load_models()
+        yield Stage("records", "reading what is known")
+        yield from run.open_records()
+        yield from run.plan()
+        if run.settings.dry_run:
             return
         stack.enter_context(_interrupt(run.interrupt))
         yield Stage("search", "measuring the untuned schedules")
@@ -88,8 +107,8 @@ def tune_events(model: str | Path, settings: Settings) -> Iterator[Event]:
         run.compile()
         yield from run.time()
         yield Stage("verify", "checking the library's numbers")
-        yield from run.verify()
-        yield run.finish()
+        yield from run.export()
+        yield from run.finish()
 
 
 @contextlib.contextmanager
@@ -109,6 +128,3 @@ def _interrupt(handler: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-__all__ = ["Note", "Planned", "tune", "tune_events"]

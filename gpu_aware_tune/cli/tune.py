@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -21,10 +21,12 @@ from gpu_aware_tune.settings import (
     DTYPES,
     EFFORTS,
     PARTITIONS,
+    SHARES,
     TARGETS,
+    Job,
     Settings,
     check_files,
-    make_settings,
+    make_jobs,
 )
 
 if TYPE_CHECKING:
@@ -35,14 +37,27 @@ NOISE_SHOWN = 4000  # bytes
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument(
+    "models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
 @click.option(
     "--gpu-pct",
     metavar="PCT[,PCT...]",
-    default="100",
-    show_default=True,
-    help="Share of the device in percent, 1 to 100, or several: 30,50,100.",
+    help="Share of the device in percent, 1 to 100, or several: 30,50,100; of several models one for"
+    " each [default: 100, equal parts for several models].",
 )
+@click.option(
+    "--share",
+    metavar="|".join(SHARES),
+    help="Instead of --gpu-pct, how several models divide the device: equally, or by their work.",
+)
+@click.option(
+    "--slices",
+    type=int,
+    default=0,
+    help="How many parts of the device measure side by side [default: one for each model].",
+)
+@click.option("--exclusive", is_flag=True, help="Measure one candidate at a time, always alone.")
 @click.option(
     "--target",
     metavar="|".join(TARGETS),
@@ -74,7 +89,10 @@ NOISE_SHOWN = 4000  # bytes
 )
 @click.option("--patience", type=int, help="Stop after this many trials without a gain; 0 = never.")
 @click.option(
-    "-o", "--output", metavar="FOLDER", help="Where the library goes [default: MODEL.tuned]."
+    "-o",
+    "--output",
+    metavar="FOLDER",
+    help="Where the library goes, of several models a folder for all [default: MODEL.tuned].",
 )
 @click.option(
     "--db",
@@ -106,25 +124,30 @@ NOISE_SHOWN = 4000  # bytes
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Print more: every task, where time went.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
-def tune(model: Path, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
-    """Tune MODEL (an ONNX file) for a share of a device and write a library.
+def tune(
+    models: tuple[Path, ...], as_json: bool, quiet: bool, verbose: bool, **options: Any
+) -> int:
+    """Tune each MODEL (an ONNX file) for a share of a device and write a library.
 
-    Ctrl-C stops the search and exports the best so far; a second Ctrl-C aborts.
+    Several models are tuned at the same time, each on its own slice of the device. Ctrl-C stops the
+    search and exports the best so far; a second Ctrl-C aborts.
     """
-    settings = make_settings(**options)
-    check_files(model, settings)
-    if not settings.dry_run:
+    jobs = make_jobs(models, **options)
+    for model, settings in jobs:
+        check_files(model, settings)
+    if not jobs[0][1].dry_run:
         check_compiler()
     if not verbose:
         warnings.simplefilter("ignore")  # the libraries' warnings are not for users
     with _own_output(verbose) as (results, messages):
-        _check_model(model, settings)
-        planned, finished = _run(model, settings, results, messages, quiet, as_json, verbose)
+        for model, settings in jobs:
+            _check_model(model, settings)
+        planned, finished = _run(jobs, results, messages, quiet, as_json, verbose)
         if as_json:
-            outcome = finished if finished is not None else planned
-            assert outcome is not None
-            print(json.dumps(_plain(outcome)), file=results, flush=True)
-    if finished is not None and finished.interrupted and finished.output is None:
+            outcomes = [_plain(outcome) for outcome in finished or planned]
+            answer = outcomes[0] if len(jobs) == 1 else {"models": outcomes}
+            print(json.dumps(answer), file=results, flush=True)
+    if any(outcome.interrupted and outcome.output is None for outcome in finished):
         return INTERRUPTED
     return 0
 
@@ -143,23 +166,22 @@ def _check_model(path: Path, settings: Settings) -> None:
 
 
 def _run(
-    model: Path,
-    settings: Settings,
+    jobs: Sequence[Job],
     results: TextIO,
     messages: TextIO,
     quiet: bool,
     as_json: bool,
     verbose: bool,
-) -> tuple[Planned | None, Finished | None]:
-    """Follows the run to its end and returns the plan and the outcome (None for a dry run)."""
+) -> tuple[list[Planned], list[Finished]]:
+    """Follows the run to its end and returns each model's plan and outcome (none for a dry run)."""
     from gpu_aware_tune.events import Finished, Planned
     from gpu_aware_tune.progress import Display
-    from gpu_aware_tune.tuning import tune_events
+    from gpu_aware_tune.tuning import tune_jobs
 
-    planned: Planned | None = None
-    finished: Finished | None = None
+    planned: list[Planned] = []
+    finished: list[Finished] = []
     # A generator, so that the run ends at once when drawing fails.
-    stream = cast("Generator[Event, None, None]", tune_events(model, settings))
+    stream = cast("Generator[Event, None, None]", tune_jobs(jobs))
     show_results = None if quiet or as_json else results
     with (
         Display(None if quiet else messages, show_results, verbose) as display,
@@ -168,9 +190,9 @@ def _run(
         for event in events:
             display.show(event)
             if isinstance(event, Planned):
-                planned = event
+                planned.append(event)
             elif isinstance(event, Finished):
-                finished = event
+                finished.append(event)
     return planned, finished
 
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from gpu_aware_tune.measure.measurer import Measurer
+from gpu_aware_tune.measure.measurer import Measurer, Slice
 from gpu_aware_tune.measure.timing import LONG, RETIME, SEARCH, Effort
 from gpu_aware_tune.measure.worker import Job
 from gpu_aware_tune.measurement import Failure, Measurement
 
-__all__ = ["LONG", "RETIME", "SEARCH", "Effort", "Failure", "Job", "Measurement", "Measurer"]
+__all__ = [
+    "LONG",
+    "RETIME",
+    "SEARCH",
+    "Effort",
+    "Failure",
+    "Job",
+    "Measurement",
+    "Measurer",
+    "Slice",
+]

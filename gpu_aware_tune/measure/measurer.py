@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gpu_aware_tune.errors import SetupError
@@ -119,3 +120,24 @@ class Measurer:
         text = self._worker.kill().text
         self._worker = None
         return text
+
+
+class Slice:
+    """A part of the device that shares nothing with the other slices; one measurement at a time.
+
+    Args:
+        measurers: one for each number of units that can be had inside the slice.
+    """
+
+    def __init__(self, measurers: Sequence[Measurer]) -> None:
+        self._of = {measurer.units: measurer for measurer in measurers}
+        widest = max(measurers, key=lambda measurer: measurer.units)
+        self.name = widest.partition.share.describe()
+
+    def serves(self, units: int) -> bool:
+        """Whether a share of so many units can be measured here."""
+        return units in self._of
+
+    def of(self, units: int) -> Measurer:
+        """The worker that measures on so many units."""
+        return self._of[units]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from gpu_aware_tune.partition.backends import (
     BACKENDS,
     GPU_BACKENDS,
+    NESTED,
+    SIDE_BY_SIDE,
     choose_backend,
     open_partitions,
+    open_slices,
     probe_backends,
     share_of,
 )
@@ -24,6 +27,8 @@ from gpu_aware_tune.partition.topology import spare_cpus, usable_cores
 __all__ = [
     "BACKENDS",
     "GPU_BACKENDS",
+    "NESTED",
+    "SIDE_BY_SIDE",
     "Availability",
     "CoresPartition",
     "Device",
@@ -38,6 +43,7 @@ __all__ = [
     "find_device",
     "host_mcpu",
     "open_partitions",
+    "open_slices",
     "probe_backends",
     "share_of",
     "spare_cpus",

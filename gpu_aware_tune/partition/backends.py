@@ -24,6 +24,10 @@ from gpu_aware_tune.partition.topology import usable_cores
 GPU_BACKENDS = ("mig", "green", "mps", "full")  # in the order in which `auto` prefers them
 BACKENDS = ("cores", *GPU_BACKENDS)
 _OF_KIND = {"llvm": ("cores",), "cuda": GPU_BACKENDS, "null": ("null",)}
+# Backends whose partitions work at the same time in processes of their own. Without MPS the contexts
+# of two processes take turns on a GPU, so green contexts are measured one at a time.
+SIDE_BY_SIDE = ("cores", "mps", "mig", "null")
+NESTED = ("cores", "mps", "green", "full", "null")  # smaller shares fit inside a larger one's place
 
 
 def probe_backends(index: int = 0) -> list[Availability]:
@@ -32,9 +36,19 @@ def probe_backends(index: int = 0) -> list[Availability]:
 
 
 def choose_backend(
-    device: Device, wanted: str = "auto", percents: Sequence[int] = (100,)
+    device: Device,
+    wanted: str = "auto",
+    percents: Sequence[int] = (100,),
+    side_by_side: bool = False,
 ) -> tuple[str, str]:
-    """The backend to use on `device` and one phrase saying why; raises when it cannot be had."""
+    """The backend to use on `device` and one phrase saying why; raises when it cannot be had.
+
+    Args:
+        device: where the shares are.
+        wanted: one of `BACKENDS`, or "auto".
+        percents: the shares.
+        side_by_side: `auto` prefers a backend whose shares can be measured at the same time.
+    """
     allowed = _OF_KIND[device.kind]
     if wanted != "auto":
         if wanted not in allowed:
@@ -57,6 +71,8 @@ def choose_backend(
     if not usable:
         reasons = "; ".join(f"{check.backend}: {check.reason}" for check in found if not check.ok)
         raise SetupError(f"no partition backend works on {device.name}: {reasons}")
+    if side_by_side:
+        usable.sort(key=lambda check: check.backend not in SIDE_BY_SIDE)  # stable
     return usable[0].backend, f"the best one available: {usable[0].reason}"
 
 
@@ -119,6 +135,36 @@ def open_partitions(
     if disjoint and len(shares) > 1:
         raise SetupError("backend full is one share: it cannot hold several side by side")
     return [FullPartition(share) for share in shares]
+
+
+def open_slices(
+    slices: Sequence[Sequence[Share]], device: Device, backend: str
+) -> list[list[Partition]]:
+    """Open disjoint slices of a device, and in each of them a partition for each of its shares.
+
+    Args:
+        slices: the shares of each slice, the largest first.
+        device: the device of all of them.
+        backend: one of `BACKENDS`, already chosen.
+
+    Raises:
+        SetupError: the slices do not fit, or cannot be had here.
+    """
+    if len(slices) == 1:
+        return [open_partitions(slices[0], device, backend)]
+    if backend not in SIDE_BY_SIDE:
+        raise SetupError(f"backend {backend} cannot measure several slices at the same time")
+    if backend == "cores":
+        device.require_measurable()
+        places = cores.choose_cores([shares[0].units for shares in slices], disjoint=True)
+        return [
+            [cores.CoresPartition(share, own[: share.units]) for share in shares]
+            for shares, own in zip(slices, places, strict=True)
+        ]
+    disjoint = backend == "mig"
+    flat = [share for shares in slices for share in shares]
+    opened = iter(open_partitions(flat, device, backend, disjoint=disjoint))
+    return [[next(opened) for _ in shares] for shares in slices]
 
 
 def _require(backend: str, index: int) -> None:

@@ -19,13 +19,13 @@ from onnx import TensorProto, helper
 from gpu_aware_tune.cli import main as cli_main
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, ShareResult
-from gpu_aware_tune.settings import Settings
+from gpu_aware_tune.settings import Job, Settings
 
 PLANNED = Planned("net", "CPU", ("100 % of 2 cores = 2 cores",), (2,), "cores", (), 4, None)
-PROGRESS = Progress(1.0, 2, 4, 120.0, {2: 0.02}, {2: 0.01}, {"crash": 1}, 1.0)
+PROGRESS = Progress("net", 1.0, 2, 4, 120.0, {2: 0.02}, {2: 0.01}, {"crash": 1}, 1.0)
 SHARE = ShareResult("100 % of 2 cores = 2 cores", 2, 0.02, 0.01, True, 1e-7)
-FINISHED = Finished(Path("net.tuned"), (), (SHARE,), 4, 2.0, interrupted=False)
-NO_RESULT = Finished(None, (), (), 0, 2.0, interrupted=True, stopped_by="interrupt")
+FINISHED = Finished("net", Path("net.tuned"), (), (SHARE,), 4, 2.0, interrupted=False)
+NO_RESULT = Finished("net", None, (), (), 0, 2.0, interrupted=True, stopped_by="interrupt")
 
 Capture = pytest.CaptureFixture[str]
 Steps = Callable[[], Iterator[Event]]
@@ -57,13 +57,13 @@ def fake_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
         calls = []
         kept = []  # so that a run ends by being closed, not by being collected
 
-        def tune_events(model: Path, settings: Settings) -> Iterator[Event]:
-            calls.append((model, settings))
+        def tune_jobs(jobs: list[Job]) -> Iterator[Event]:
+            calls.extend(jobs)
             kept.append(steps())
             return kept[-1]
 
         module = types.ModuleType("gpu_aware_tune.tuning")
-        module.tune_events = tune_events  # type: ignore[attr-defined]
+        module.tune_jobs = tune_jobs  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "gpu_aware_tune.tuning", module)
         return calls
 
@@ -197,7 +197,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(fake_tuning: Fake, capfd: 
 def test_interrupted_without_result_is_130_and_with_result_0(fake_tuning: Fake) -> None:
     fake_tuning(lambda: (event for event in (PLANNED, NO_RESULT)))
     assert cli_main.main(["net.onnx"]) == 130
-    stopped = Finished(Path("x"), (), (), 1, 1.0, interrupted=True)
+    stopped = Finished("net", Path("x"), (), (), 1, 1.0, interrupted=True)
     fake_tuning(lambda: (event for event in (PLANNED, stopped)))
     assert cli_main.main(["net.onnx"]) == 0
 

@@ -20,9 +20,8 @@ from gpu_aware_tune.events import (
     TaskResult,
     Trial,
 )
-from gpu_aware_tune.progress import (
-    ROWS_SHOWN,
-    Display,
+from gpu_aware_tune.progress import ROWS_SHOWN, Display
+from gpu_aware_tune.tables import (
     format_clock,
     format_failures,
     format_gain,
@@ -52,6 +51,7 @@ def planned(dry_run: bool = False, time_s: float | None = None) -> Planned:
 
 def progress(done: int, failures: dict[str, int] | None = None) -> Progress:
     return Progress(
+        model="net",
         elapsed_s=10.0,
         trials_done=done,
         trials_total=100,
@@ -70,6 +70,7 @@ def finished(output: Path | None = Path("net.tuned"), tasks: int = 1) -> Finishe
         for units in (32, 132)
     ]
     return Finished(
+        model="net",
         output=output,
         tasks=tuple(rows),
         shares=(

@@ -17,6 +17,7 @@ from gpu_aware_tune.settings import (
     QUICK,
     Settings,
     check_files,
+    make_jobs,
     make_settings,
     parse_duration,
     parse_input,
@@ -68,7 +69,7 @@ def test_paths_of_a_run() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("30", (30,)), ("30,50,100", (30, 50, 100)), (" 5 %, 7%", (5, 7)), ("30,30,1", (30, 1))],
+    [("30", (30,)), ("30,50,100", (30, 50, 100)), (" 5 %, 7%", (5, 7)), ("30,30,1", (30, 30, 1))],
 )
 def test_percents(text: str, expected: tuple[int, ...]) -> None:
     assert parse_percents(text) == expected
@@ -173,3 +174,39 @@ def test_a_folder_that_cannot_be_written_is_a_setup_error(tmp_path: Path, field:
     for folder in (model / "inside", Path("/proc/inside")):
         with pytest.raises(SetupError, match=str(folder)):
             check_files(model, make_settings(**{**good, field: str(folder)}))
+
+
+def test_one_model_has_all_the_shares_and_each_once() -> None:
+    assert make_jobs(["a.onnx"], gpu_pct="30,50,30")[0][1].gpu_pct == (30, 50)
+    assert make_jobs(["a.onnx"])[0][1].gpu_pct == (100,)
+
+
+def test_several_models_have_a_share_and_a_folder_each() -> None:
+    models = ["x/a.onnx", "b.onnx", "c.onnx"]
+    jobs = make_jobs(models, gpu_pct="30,30,40", output="out")
+    assert [settings.gpu_pct for _, settings in jobs] == [(30,), (30,), (40,)]
+    assert [str(settings.output) for _, settings in jobs] == [
+        "out/a.tuned",
+        "out/b.tuned",
+        "out/c.tuned",
+    ]
+    assert [settings.gpu_pct for _, settings in make_jobs(models)] == [(33,)] * 3
+    assert [settings.gpu_pct for _, settings in make_jobs(models, gpu_pct=100)] == [(100,)] * 3
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        (["a.onnx", "b.onnx", "c.onnx"], {"gpu_pct": "30,40"}, "2 shares for 3 models"),
+        (["a.onnx", "x/a.onnx"], {}, "several models are called 'a'"),
+        (["a.onnx"], {"share": "equal"}, "between several models"),
+        (["a.onnx", "b.onnx"], {"share": "half"}, "--share 'half' is unknown"),
+        (["a.onnx"], {"slices": -1}, "--slices -1 is out of range"),
+        ([], {}, "no model is named"),
+    ],
+)
+def test_shares_that_do_not_fit_the_models(
+    models: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_jobs(models, **options)

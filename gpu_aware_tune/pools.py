@@ -1,0 +1,180 @@
+"""Every worker that one machine gives to a run: searchers, build workers, measuring workers.
+
+What a machine needs to know to start them is `PoolSettings`, which can be sent to another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from gpu_aware_tune.builder import BuildPool
+from gpu_aware_tune.candidates import Searcher, SearchSettings
+from gpu_aware_tune.cuda_toolchain import environment
+from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.measure import Measurer, Slice
+from gpu_aware_tune.partition import Device, Partition, Share, open_slices, usable_cores
+from gpu_aware_tune.pipeline import Pipeline, TaskSpec
+from gpu_aware_tune.workers import WorkerHost
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """What the workers of one machine are started with.
+
+    Args:
+        device: what is tuned on.
+        backend: of the partitions.
+        slices: for each slice the shares that are measured in it, the largest first.
+        target: JSON of TVM's target.
+        search: how TVM's search is run.
+        build_timeout_s, run_timeout_s: limits of one build and one measurement.
+        memory_bytes: limit of one worker.
+    """
+
+    device: Device
+    backend: str
+    slices: tuple[tuple[Share, ...], ...]
+    target: Mapping[str, Any]
+    search: SearchSettings
+    build_timeout_s: float
+    run_timeout_s: float
+    memory_bytes: int
+
+
+class Pools:
+    """The workers, started; a context manager that ends them."""
+
+    partitions: list[Partition]
+    builders: BuildPool
+    pipeline: Pipeline
+
+    def __init__(self, host: WorkerHost, settings: PoolSettings) -> None:
+        self._host = host
+        self._settings = settings
+        self._stack = contextlib.ExitStack()
+        self._measurers: list[Measurer] = []
+
+    def __enter__(self) -> Pools:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def start(self, tasks: Mapping[str, TaskSpec], modules: Mapping[str, str]) -> str:
+        """Start every worker.
+
+        Args:
+            tasks: what is going to be measured, by hash.
+            modules: JSON of each task's unscheduled module.
+
+        Returns:
+            One line for people: how many workers of which kind.
+
+        Raises:
+            SetupError: a partition cannot be had, or is not what it should be.
+        """
+        settings = self._settings
+        opened = open_slices(settings.slices, settings.device, settings.backend)
+        self.partitions = [partition for group in opened for partition in group]
+        for partition in self.partitions:
+            self._stack.callback(partition.close)
+        slices = [Slice([self._measurer(partition) for partition in group]) for group in opened]
+        cores = available_cores()
+        searchers, builders = worker_counts(cores)
+        target = dict(settings.target)
+        self.builders = BuildPool(
+            self._host,
+            target,
+            builders,
+            settings.build_timeout_s,
+            settings.memory_bytes,
+            environment() if settings.device.kind == "cuda" else {},
+        )
+        self._stack.callback(self.builders.close)
+        for task, module_json in modules.items():
+            self.builders.add_task(task, module_json)
+        self.pipeline = Pipeline(
+            tasks,
+            [Searcher(self._host, target, settings.search, n) for n in range(searchers)],
+            self.builders,
+            slices,
+            cores,
+            low_water=max(2 * builders, settings.search.per_draft // 2),
+        )
+        sliced = f", {len(slices)} slices" if len(slices) > 1 else ""
+        return (
+            f"{builders} build workers, {searchers} search workers,"
+            f" partition {settings.backend}{sliced}"
+        )
+
+    def partition_of(self, units: int) -> Partition:
+        """A partition with so many units."""
+        return next(p for p in self.partitions if p.share.units == units)
+
+    def _measurer(self, partition: Partition) -> Measurer:
+        settings = self._settings
+        measurer = Measurer(self._host, partition, settings.run_timeout_s, settings.memory_bytes)
+        self._stack.callback(measurer.close)
+        measurer.open()
+        return measurer
+
+
+def plan_slices(
+    shares: Sequence[Share], device: Device, nested: bool, most: int
+) -> tuple[tuple[Share, ...], ...]:
+    """Divide a device into slices that measure side by side.
+
+    The largest shares come first; a share that finds no room of its own is measured in a slice that
+    is at least as large. Where room is left, more slices of the smallest share follow.
+
+    Args:
+        shares: one for each model; equal ones may be given several times.
+        device: what is divided.
+        nested: whether a slice can also measure shares smaller than itself.
+        most: how many slices at most.
+
+    Returns:
+        For each slice the shares that can be measured in it, the largest first.
+
+    Raises:
+        UserError: the shares do not fit on the device side by side, and the backend cannot nest.
+    """
+    ordered = sorted(shares, key=lambda share: -share.units)
+    widest: list[Share] = []
+    free = device.units_total
+    for share in ordered:
+        if share.units <= free and len(widest) < most:
+            widest.append(share)
+            free -= share.units
+    while widest and len(widest) < most and ordered[-1].units <= free:
+        widest.append(ordered[-1])
+        free -= ordered[-1].units
+    distinct = list({share.units: share for share in ordered}.values())
+    if nested:
+        return tuple(tuple(s for s in distinct if s.units <= own.units) for own in widest)
+    left_out = {share.units for share in ordered} - {share.units for share in widest}
+    if left_out:
+        raise UserError(
+            f"shares of {', '.join(str(s.units) for s in ordered)} units do not fit side by side on"
+            f" {device.units_total}: lower --gpu-pct, or tune the models one after the other"
+        )
+    return tuple((share,) for share in widest)
+
+
+def worker_counts(cores: int) -> tuple[int, int]:
+    """How many searchers and builders to start: every core can build, a quarter can search."""
+    return max(1, cores // 4), max(1, cores)
+
+
+def available_cores() -> int:
+    """The cores this process may run on: its affinity and its group's quota."""
+    return len(usable_cores())

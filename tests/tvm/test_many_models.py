@@ -1,0 +1,121 @@
+"""Several models in one run: slices side by side, shared kernels searched once, a folder each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from gpu_aware_tune import load
+from gpu_aware_tune.events import Event, Finished, Planned, Progress, Trial
+from gpu_aware_tune.partition import usable_cores
+from gpu_aware_tune.records import Store
+from gpu_aware_tune.settings import make_jobs
+from gpu_aware_tune.tuning import tune_jobs
+
+HALF = 50  # percent: one core of two
+
+
+def network(path: Path, classes: int, channels: int = 16) -> Path:
+    """Two convolutions and a classifier; models differ by their heads or by all of their kernels."""
+    rng = np.random.default_rng(classes)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        scale = np.sqrt(2 / np.prod(shape[1:]))
+        return numpy_helper.from_array((rng.standard_normal(shape) * scale).astype("float32"), name)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "w2"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["c"], ["e"]),
+        helper.make_node("Flatten", ["e"], ["f"]),
+        helper.make_node("Gemm", ["f", "w3"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 28, 28])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, classes])],
+        [
+            weight("w1", channels, 8, 3, 3),
+            weight("w2", channels, channels, 3, 3),
+            weight("w3", classes, channels),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return path
+
+
+def tuned(folder: Path, models: list[Path], **options: object) -> list[Event]:
+    jobs = make_jobs(
+        models,
+        target="llvm",
+        effort="quick",
+        output=folder / "out",
+        db=folder / "db",
+        **options,
+    )
+    return list(tune_jobs(jobs))
+
+
+def check_numbers(model: Path, output: Path | None) -> None:
+    inputs = {"x": np.random.default_rng(1).random((1, 8, 28, 28), dtype="float32")}
+    assert output is not None
+    library = load(output)
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(library(inputs)["y"], session.run(None, inputs)[0], atol=1e-4)
+    library.close()
+
+
+@pytest.mark.skipif(len(usable_cores()) < 2, reason="two slices need two cores")
+def test_models_with_the_same_kernels_are_searched_once_and_side_by_side(tmp_path: Path) -> None:
+    models = [network(tmp_path / "ten.onnx", 10), network(tmp_path / "twenty.onnx", 20)]
+    events = tuned(tmp_path, models, gpu_pct=HALF, trials=24)
+    planned = [event for event in events if isinstance(event, Planned)]
+    finished = [event for event in events if isinstance(event, Finished)]
+    assert [event.model for event in finished] == ["ten", "twenty"]
+    shared = {task.hash for task in planned[0].tasks} & {task.hash for task in planned[1].tasks}
+    assert len(shared) >= 2, "both models have the same convolutions"
+    searched = [e for e in events if isinstance(e, Trial) and e.origin == "search"]
+    assert len(searched) < 2 * 24, "trials of a shared kernel count for both models"
+    assert all(event.trials >= 24 or event.stopped_by == "space" for event in finished)
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert {len(event.slices) for event in progress} == {2}
+    for model, event in zip(models, finished, strict=True):
+        assert event.output == tmp_path / "out" / f"{model.stem}.tuned"
+        assert event.shares[0].units == max(1, len(usable_cores()) * HALF // 100)
+        assert event.reordered is not None and event.reordered.tasks > 0
+        check_numbers(model, event.output)
+    with Store(tmp_path / "db" / "records.sqlite", readonly=True) as store:
+        rows = [(run.machine["model"], run.status) for run in store.runs()]
+    assert rows == [("ten", "finished"), ("twenty", "finished")]
+
+
+def test_a_second_model_with_another_head_only_searches_the_head(tmp_path: Path) -> None:
+    first, second = network(tmp_path / "ten.onnx", 10), network(tmp_path / "twenty.onnx", 20)
+    tuned(tmp_path, [first], trials=16)
+    events = tuned(tmp_path, [second], trials=16)
+    plan = next(event for event in events if isinstance(event, Planned))
+    known = {task.name: task.known for task in plan.tasks}
+    assert sum(known.values()) > 8, known
+    assert sum(isinstance(e, Trial) and e.origin == "search" for e in events) < 8
+
+
+@pytest.mark.skipif(len(usable_cores()) < 2, reason="two different shares need two cores")
+def test_models_on_shares_that_overlap_take_turns(tmp_path: Path) -> None:
+    models = [network(tmp_path / "a.onnx", 10), network(tmp_path / "b.onnx", 10, channels=24)]
+    events = tuned(tmp_path, models, gpu_pct=(HALF, 100), trials=8)
+    finished = [event for event in events if isinstance(event, Finished)]
+    assert [event.shares[0].units for event in finished] == [
+        max(1, len(usable_cores()) * HALF // 100),
+        len(usable_cores()),
+    ]
+    assert {len(e.slices) for e in events if isinstance(e, Progress)} == {1}
+    for model, event in zip(models, finished, strict=True):
+        check_numbers(model, event.output)
