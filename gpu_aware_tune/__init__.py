@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpu_aware_tune.errors import SetupError, TuneError, UserError
+    from gpu_aware_tune.jobs import make_jobs
     from gpu_aware_tune.library import Library, load
     from gpu_aware_tune.settings import (
         DEFAULT,
         FULL,
         QUICK,
         Settings,
-        make_jobs,
         make_settings,
     )
     from gpu_aware_tune.tuning import tune, tune_events, tune_jobs, tune_many
@@ -33,7 +33,7 @@ _HOME = {
     "TuneError": "errors",
     "UserError": "errors",
     "load": "library",
-    "make_jobs": "settings",
+    "make_jobs": "jobs",
     "make_settings": "settings",
     "tune": "tuning",
     "tune_events": "tuning",

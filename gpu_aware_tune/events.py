@@ -103,7 +103,11 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class ShareResult:
-    """Model latency on one share, before and after, measured as a whole library."""
+    """Model latency on one share, before and after, measured as a whole library.
+
+    `loss` is what one set of kernels for all shares costs here, as a part of the summed latency of
+    the share's own kernels; None where each share has its own.
+    """
 
     share: str
     units: int
@@ -111,6 +115,7 @@ class ShareResult:
     tuned_s: float | None
     verified: bool
     max_error: float | None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)

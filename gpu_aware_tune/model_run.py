@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.allocation import Goal
 from gpu_aware_tune.errors import TuneError
-from gpu_aware_tune.events import Event, Finished, Note, Planned, TaskPlan
-from gpu_aware_tune.results import manifest, reordered, share_results, task_results
+from gpu_aware_tune.events import Event, Finished, Note, Planned, ShareResult, TaskPlan
+from gpu_aware_tune.objectives import ONE_SET, most_throughput
+from gpu_aware_tune.results import losses, manifest, reordered, share_results, task_results
+from gpu_aware_tune.retiming import Reorder
 from gpu_aware_tune.search import Search
-from gpu_aware_tune.selection import Choice, Reorder, choose
+from gpu_aware_tune.selection import Choice, choose
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.shipping import Wanted, time_on, traces_of
 
@@ -41,6 +43,7 @@ class ModelRun:
         self._choices: list[Choice] = []
         self._latency_s: dict[tuple[str, int], float] = {}
         self._errors: dict[int, float | None] = {}
+        self._losses: dict[int, float] = {}
 
     @property
     def units(self) -> list[int]:
@@ -98,9 +101,8 @@ class ModelRun:
             search.keys,
             search.store,
             pools.builders,
-            self.settings.verify,
+            self.settings,
             target,
-            self.settings.seed,
         ):
             if isinstance(item, Choice):
                 self._choices.append(item)
@@ -142,6 +144,22 @@ class ModelRun:
                 spent["tuned"] = spent["untuned"]
             for name, seconds in spent.items():
                 self._latency_s[name, units] = seconds
+        if self.settings.objective in ONE_SET:
+            self._losses = losses(self._choices, search)
+        if self.settings.objective == "throughput":
+            yield self._keep_most_throughput()
+
+    def _keep_most_throughput(self) -> Note:
+        """Ship only the share with which the device serves most requests a second."""
+        total = self.device.units_total
+        latency_s = {units: self._latency_s["tuned", units] for units in self.units}
+        best, rates = most_throughput(latency_s, total)
+        told = ", ".join(
+            f"{total // units} x {units} units: {rate:.0f}/s" for units, rate in rates.items()
+        )
+        self.shares = [share for share in self.shares if share.units == best]
+        self._choices = [choice for choice in self._choices if choice.units == best]
+        return Note(f"{self.name}: throughput by share: {told}; kept {best} units")
 
     def export(self) -> Iterator[Event]:
         """Check the whole model's numbers on each share, then write the folder."""
@@ -154,9 +172,9 @@ class ModelRun:
         facts = manifest(
             self.device,
             self.backend,
-            self.settings.seed,
+            self.settings,
             self.shares,
-            share_results(self.shares, self._latency_s, self._errors),
+            self._share_results(),
             self._choices,
         )
         export(self.settings.output_folder(self.path), self.model, tuned, facts)
@@ -174,7 +192,7 @@ class ModelRun:
             model=self.name,
             output=self.settings.output_folder(self.path),
             tasks=task_results(self._choices, search),
-            shares=share_results(self.shares, self._latency_s, self._errors),
+            shares=self._share_results(),
             trials=search.budgets[self.name].done,
             elapsed_s=elapsed_s,
             interrupted=search.interrupted,
@@ -187,6 +205,9 @@ class ModelRun:
     def facts(self) -> dict[str, Any]:
         """What the run's row says of the model's latency."""
         return {f"{name}-{units}": s for (name, units), s in self._latency_s.items()}
+
+    def _share_results(self) -> tuple[ShareResult, ...]:
+        return share_results(self.shares, self._latency_s, self._errors, self._losses)
 
     def _hashes(self) -> set[str]:
         return {task.hash for task in self.tasks}

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.events import Reordered, ShareResult, TaskResult
+from gpu_aware_tune.retiming import Reorder
 from gpu_aware_tune.search import Search
-from gpu_aware_tune.selection import Choice, Reorder
+from gpu_aware_tune.selection import Choice, fastest_s
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Device, Share
+    from gpu_aware_tune.settings import Settings
 
 
 def task_results(choices: Sequence[Choice], search: Search) -> tuple[TaskResult, ...]:
@@ -33,6 +35,7 @@ def share_results(
     shares: Sequence[Share],
     latency_s: Mapping[tuple[str, int], float],
     errors: Mapping[int, float | None],
+    losses: Mapping[int, float],
 ) -> tuple[ShareResult, ...]:
     """The model's latency on each share, before ("untuned") and after ("tuned")."""
     return tuple(
@@ -43,15 +46,28 @@ def share_results(
             tuned_s=latency_s.get(("tuned", share.units)),
             verified=share.units in errors,
             max_error=errors.get(share.units),
+            loss=losses.get(share.units),
         )
         for share in shares
     )
 
 
+def losses(choices: Sequence[Choice], search: Search) -> dict[int, float]:
+    """What the chosen kernels cost on each share on top of the fastest ones there, as a part of these."""
+    chosen: dict[int, float] = {}
+    own: dict[int, float] = {}
+    for choice in choices:
+        key = search.keys[choice.task.hash, choice.units]
+        fastest = fastest_s(key, search.store) or choice.seconds
+        chosen[choice.units] = chosen.get(choice.units, 0.0) + choice.task.weight * choice.seconds
+        own[choice.units] = own.get(choice.units, 0.0) + choice.task.weight * fastest
+    return {units: chosen[units] / seconds - 1 for units, seconds in own.items() if seconds}
+
+
 def manifest(
     device: Device,
     backend: str,
-    seed: int,
+    settings: Settings,
     shares: Sequence[Share],
     results: Sequence[ShareResult],
     choices: Sequence[Choice],
@@ -63,7 +79,8 @@ def manifest(
     return {
         "device": device.key,
         "backend": backend,
-        "seed": seed,
+        "seed": settings.seed,
+        "objective": settings.objective,
         "shares": [
             {
                 "percent": share.percent,
@@ -73,6 +90,7 @@ def manifest(
                 "untuned_s": result.untuned_s,
                 "tuned_s": result.tuned_s,
                 "max_error": result.max_error,
+                "loss": result.loss,
             }
             for share, result in zip(shares, results, strict=True)
         ],

@@ -12,8 +12,8 @@ from gpu_aware_tune.events import Event, Finished, Note, Planned, Stage
 from gpu_aware_tune.model_run import ModelRun
 from gpu_aware_tune.pools import Pools, PoolSettings, available_cores, plan_slices
 from gpu_aware_tune.records import RecordKey, Store
+from gpu_aware_tune.retiming import Reorder, retime
 from gpu_aware_tune.search import Search
-from gpu_aware_tune.selection import Reorder, retime
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.shipping import compile_all
 from gpu_aware_tune.workers import WorkerHost

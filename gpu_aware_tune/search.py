@@ -15,6 +15,7 @@ from gpu_aware_tune.budget import Budget
 from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.events import Event, Note, Progress, Trial
 from gpu_aware_tune.measure import SEARCH, Effort
+from gpu_aware_tune.objectives import combined
 from gpu_aware_tune.pipeline import Demand, Outcome, Pipeline
 from gpu_aware_tune.records import Record, RecordKey, Store
 from gpu_aware_tune.settings import Settings
@@ -263,7 +264,7 @@ class Search:
         yield from self._flush()
 
     def _objective(self, task: str, seconds: Mapping[int, float]) -> float:
-        """What the search minimises: the mean over the units of latency relative to the best there.
+        """What the search minimises: latency relative to the best there, over the units (`combined`).
 
         Scaled by the best latency, so that with one share it is simply the seconds.
         """
@@ -271,7 +272,7 @@ class Search:
         ratios = [value / best.get(units, value) for units, value in seconds.items()]
         first = self.allocation.units_of(task)[0]
         scale = best.get(first, seconds.get(first, 1.0))
-        return statistics.fmean(ratios) * scale if ratios else float("inf")
+        return combined(ratios, self.settings.objective) * scale if ratios else float("inf")
 
     def _record(self, candidate: Candidate, units: int, measurement: Any) -> Record:
         failure = measurement.failure

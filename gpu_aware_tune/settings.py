@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ TARGETS = ("auto", "cuda", "llvm")
 NULL_TARGET = "null"  # the fake device of the tests; not offered to users
 DTYPES = ("float16", "float32")
 PARTITIONS = ("auto", "cores", "full", "green", "mps", "mig", "null")
+OBJECTIVES = ("share", "robust", "mean", "throughput")  # see objectives.py
 SHARES = ("equal", "auto")  # how several models divide a device
 RECORDS_FILE = "records.sqlite"
 
@@ -62,6 +63,7 @@ class Settings:
 
     gpu_pct: tuple[int, ...] = (100,)
     share: str | None = None
+    objective: str = "share"
     target: str = "auto"
     arch: str | None = None
     device: int = 0
@@ -98,6 +100,7 @@ class Settings:
         _check_choice("--partition", self.partition, PARTITIONS)
         if self.dtype is not None:
             _check_choice("--dtype", self.dtype, DTYPES)
+        _check_choice("--objective", self.objective, OBJECTIVES)
         if self.share is not None:
             _check_choice("--share", self.share, SHARES)
         if not self.gpu_pct:
@@ -185,56 +188,6 @@ def make_settings(**options: Any) -> Settings:
         "db": Path,
     }
     return Settings(**{name: convert.get(name, _same)(value) for name, value in given.items()})
-
-
-Job = tuple[Path, Settings]  # a model's file, and what to do with it
-
-
-def make_jobs(models: Sequence[str | Path], **options: Any) -> list[Job]:
-    """Builds the settings of each of several models; see `make_settings` for the options.
-
-    With one model, all of `gpu_pct` are its shares. With several, `gpu_pct` is one percentage for
-    all of them or one for each; without it they get equal parts.
-
-    Raises:
-        UserError: an option is wrong, or does not fit the models.
-    """
-    if len(models) > 1 and options.get("gpu_pct") is None and options.get("share") is None:
-        options["share"] = "equal"
-    return divide([Path(model) for model in models], make_settings(**options))
-
-
-def divide(models: Sequence[Path], settings: Settings) -> list[Job]:
-    """Gives each model its part of the settings: its share and its output folder."""
-    if not models:
-        raise UserError("no model is named: give the path of one .onnx file or of several")
-    if len(models) == 1:
-        if settings.share in SHARES:
-            raise UserError(
-                f"--share {settings.share} divides a device between several models: give --gpu-pct"
-            )
-        unique = tuple(dict.fromkeys(settings.gpu_pct))
-        return [(models[0], dataclasses.replace(settings, gpu_pct=unique))]
-    stems = [model.stem for model in models]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise UserError(
-                f"several models are called {stem!r}, and so would their folders be: rename one"
-            )
-    percents = settings.gpu_pct
-    if settings.share == "equal":
-        percents = (max(1, 100 // len(models)),)
-    if len(percents) not in (1, len(models)):
-        raise UserError(
-            f"--gpu-pct gives {len(percents)} shares for {len(models)} models:"
-            " give one for all of them, or one for each"
-        )
-    each = percents * len(models) if len(percents) == 1 else percents
-    jobs = []
-    for model, percent in zip(models, each, strict=True):
-        output = settings.output and settings.output / f"{model.stem}.tuned"
-        jobs.append((model, dataclasses.replace(settings, gpu_pct=(percent,), output=output)))
-    return jobs
 
 
 def parse_percents(text: str) -> tuple[int, ...]:

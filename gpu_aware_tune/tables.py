@@ -154,7 +154,8 @@ def share_line(share: ShareResult) -> str:
     error = "" if share.max_error is None else f", largest error {share.max_error:.1e}"
     checked = f"verified{error}" if share.verified else "not verified"
     before, after = format_seconds(share.untuned_s), format_seconds(share.tuned_s)
-    return f"{share.share}: {before} untuned -> {after} tuned ({gain}), {checked}"
+    loss = "" if share.loss is None else f", {100 * share.loss:.1f} % above kernels of its own"
+    return f"{share.share}: {before} untuned -> {after} tuned ({gain}){loss}, {checked}"
 
 
 def _shorten(name: str, width: int = 48) -> str:

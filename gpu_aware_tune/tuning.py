@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.events import Event, Finished, Stage
-from gpu_aware_tune.settings import Job, Settings, check_files, divide, make_jobs
+from gpu_aware_tune.jobs import Job, divide, make_jobs
+from gpu_aware_tune.settings import Settings, check_files
 
 if TYPE_CHECKING:
     from gpu_aware_tune.library import Library

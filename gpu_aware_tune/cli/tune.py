@@ -17,16 +17,16 @@ import click
 
 from gpu_aware_tune.cli.machine import check_compiler
 from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.jobs import Job, make_jobs
 from gpu_aware_tune.settings import (
     DTYPES,
     EFFORTS,
+    OBJECTIVES,
     PARTITIONS,
     SHARES,
     TARGETS,
-    Job,
     Settings,
     check_files,
-    make_jobs,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +50,14 @@ NOISE_SHOWN = 4000  # bytes
     "--share",
     metavar="|".join(SHARES),
     help="Instead of --gpu-pct, how several models divide the device: equally, or by their work.",
+)
+@click.option(
+    "--objective",
+    metavar="|".join(OBJECTIVES),
+    default="share",
+    show_default=True,
+    help="With several shares: kernels of its own for each; one set of kernels that loses least on"
+    " any of them (robust) or on average (mean); the share that serves most requests (throughput).",
 )
 @click.option(
     "--slices",

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper
 from gpu_aware_tune.cli import main as cli_main
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, ShareResult
-from gpu_aware_tune.settings import Job, Settings
+from gpu_aware_tune.jobs import Job
+from gpu_aware_tune.settings import Settings
 
 PLANNED = Planned("net", "CPU", ("100 % of 2 cores = 2 cores",), (2,), "cores", (), 4, None)
 PROGRESS = Progress("net", 1.0, 2, 4, 120.0, {2: 0.02}, {2: 0.01}, {"crash": 1}, 1.0)

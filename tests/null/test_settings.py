@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.jobs import make_jobs
 from gpu_aware_tune.settings import (
     DEFAULT,
     EFFORTS,
@@ -17,7 +18,6 @@ from gpu_aware_tune.settings import (
     QUICK,
     Settings,
     check_files,
-    make_jobs,
     make_settings,
     parse_duration,
     parse_input,

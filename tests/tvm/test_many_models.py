@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gpu_aware_tune import load
 from gpu_aware_tune.events import Event, Finished, Planned, Progress, Trial
+from gpu_aware_tune.jobs import make_jobs
 from gpu_aware_tune.partition import usable_cores
 from gpu_aware_tune.records import Store
-from gpu_aware_tune.settings import make_jobs
 from gpu_aware_tune.tuning import tune_jobs
 
 HALF = 50  # percent: one core of two

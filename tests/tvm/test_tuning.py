@@ -18,7 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import gpu_aware_tune
-from gpu_aware_tune.events import Event, Finished, Planned, Trial
+from gpu_aware_tune.events import Event, Finished, Note, Planned, Trial
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.tuning import tune_events
 
@@ -207,3 +207,40 @@ def leftovers(folder: Path) -> list[str]:
             except OSError:
                 continue  # it ended, or is not ours
     return found
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two shares need two cores")
+@pytest.mark.parametrize("objective", ["robust", "throughput"])
+def test_objectives_over_two_shares(network: Path, tmp_path: Path, objective: str) -> None:
+    half = 50 if len(os.sched_getaffinity(0)) == 2 else 51
+    done = last(
+        run(network, settings(tmp_path, gpu_pct=(half, 100), trials=8, objective=objective))
+    )
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    chosen: dict[str, set[str]] = {}
+    for task in done.tasks:
+        chosen.setdefault(task.name, set()).add(task.origin)
+    if objective == "robust":
+        assert len(done.shares) == 2
+        assert all(len(origins) == 1 for origins in chosen.values())
+        assert all(share.loss is not None and share.loss > -0.5 for share in done.shares)
+    else:
+        assert len(done.shares) == len(manifest["libraries"]) == 1
+    assert manifest["objective"] == objective
+
+
+def test_untuned_kernels_are_kept_where_the_whole_model_is_faster_with_them(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_when_tuned(*args: object) -> dict[str, float]:
+        return {"tuned": 2e-3, "untuned": 1e-3}
+
+    monkeypatch.setattr("gpu_aware_tune.model_run.time_on", slow_when_tuned)
+    events = run(network, settings(tmp_path, trials=8))
+    done = last(events)
+    assert done.shares[0].tuned_s == done.shares[0].untuned_s == 1e-3
+    assert {task.origin for task in done.tasks} <= {"default", "plain"}
+    assert any(isinstance(e, Note) and "faster untuned" in e.text for e in events)
+    library = gpu_aware_tune.load(tmp_path / "out")
+    inputs = {"x": np.ones((1, 8, 28, 28), "float32")}
+    np.testing.assert_allclose(library(inputs)["y"], reference(network, inputs), rtol=1e-4)
