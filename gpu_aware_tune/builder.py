@@ -7,6 +7,7 @@ linker (4 ms); TVM's own tarball route costs 180 ms a candidate.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import shutil
@@ -42,11 +43,15 @@ class Build:
 
 @dataclass(frozen=True)
 class Built:
-    """The answer: the artifact's path, or why there is none; `seconds` is the worker's CPU time."""
+    """The answer: the artifact's path, or why there is none; `seconds` is the worker's CPU time.
+
+    Artifacts of one `digest` are the same, byte for byte.
+    """
 
     path: str
     seconds: float
     failure: Failure | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,8 @@ def _build(job: Build, module: Any, target: Any) -> Built:
         lines = [line for line in str(error).splitlines() if line.strip()]
         text = f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"
         return Built(job.path, time.process_time() - start, Failure("build", text))
-    return Built(job.path, time.process_time() - start)
+    digest = hashlib.blake2b(Path(job.path).read_bytes(), digest_size=16).hexdigest()
+    return Built(job.path, time.process_time() - start, digest=digest)
 
 
 def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> None:

@@ -51,6 +51,7 @@ class _Artifact:
     todo: list[int]
     wanted: int
     done: dict[int, Measurement] = field(default_factory=dict)
+    twins: list[Candidate] = field(default_factory=list)  # other schedules, the same machine code
 
 
 @dataclass
@@ -114,6 +115,7 @@ class Pipeline:
         self._ready: deque[_Artifact] = deque()
         self._under_way: dict[int, tuple[_Artifact, int, float]] = {}  # by the slice's number
         self._alone = False
+        self._seen: dict[tuple[str, str], _Artifact] = {}  # by task and digest
         self.measure_core_s = 0.0
 
     @property
@@ -159,6 +161,7 @@ class Pipeline:
         """
         demand = demand or Demand()
         self._alone = alone
+        self._seen.clear()
         self._to_build.extend(candidates)
         try:
             while not demand.stop():
@@ -220,7 +223,8 @@ class Pipeline:
                     self._ready.remove(artifact)
             if len(artifact.done) == artifact.wanted:
                 remove(artifact.path)
-                yield Outcome(artifact.candidate, artifact.done)
+                for candidate in (artifact.candidate, *artifact.twins):
+                    yield Outcome(candidate, artifact.done)
 
     def _start_measurements(self, demand: Demand, effort: Effort) -> None:
         """Give every free slice an artifact, once enough have gathered for a measuring window."""
@@ -298,12 +302,22 @@ class Pipeline:
 
     def _built(self, candidate: Candidate, built: Built) -> Iterator[Outcome]:
         units = self._tasks[candidate.task].units
-        if built.failure is None:
-            self._ready.append(_Artifact(candidate, built.path, list(units), len(units)))
+        if built.failure is not None:
+            remove(built.path)
+            failed = Measurement(None, failure=built.failure)
+            yield Outcome(candidate, dict.fromkeys(units, failed))
+            return
+        code = candidate.task, built.digest
+        seen = self._seen.get(code)
+        if seen is None:
+            seen = self._seen[code] = _Artifact(candidate, built.path, list(units), len(units))
+            self._ready.append(seen)
             return
         remove(built.path)
-        failed = Measurement(None, failure=built.failure)
-        yield Outcome(candidate, dict.fromkeys(units, failed))
+        if len(seen.done) == seen.wanted:
+            yield Outcome(candidate, seen.done)
+        else:
+            seen.twins.append(candidate)
 
     def _drafted(self, searcher: Searcher, demand: Demand) -> None:
         task = searcher.worker.job

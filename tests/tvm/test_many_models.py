@@ -11,10 +11,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from gpu_aware_tune import load
+from gpu_aware_tune.candidates import Candidate
 from gpu_aware_tune.events import Event, Finished, Planned, Progress, Trial
 from gpu_aware_tune.jobs import make_jobs
 from gpu_aware_tune.partition import usable_cores
 from gpu_aware_tune.records import Store
+from gpu_aware_tune.run import Run
 from gpu_aware_tune.tuning import tune_jobs
 
 HALF = 50  # percent: one core of two
@@ -119,3 +121,20 @@ def test_models_on_shares_that_overlap_take_turns(tmp_path: Path) -> None:
     assert {len(e.slices) for e in events if isinstance(e, Progress)} == {1}
     for model, event in zip(models, finished, strict=True):
         check_numbers(model, event.output)
+
+
+def test_the_same_machine_code_is_measured_once(tmp_path: Path) -> None:
+    jobs = make_jobs([network(tmp_path / "a.onnx", 10)], target="llvm", db=tmp_path / "db")
+    with Run(jobs) as run:
+        for stage in (run.open_device, run.load_models, run.open_records, run.start_workers):
+            list(stage())
+        task = run.tasks[0].hash
+        traces = run.search._defaults[task][:2]
+        wanted = [Candidate(task, trace, "default") for trace in (*traces, *traces, traces[0])]
+        outcomes = list(run.pools.pipeline.run(wanted))
+    assert len(outcomes) == 5
+    measured = {}
+    for outcome in outcomes:
+        measured.setdefault(outcome.candidate.trace, set()).add(id(outcome.measurements))
+    assert len(measured) == 2
+    assert all(len(ones) == 1 for ones in measured.values()), "one measurement for each code"
