@@ -10,10 +10,9 @@ seconds of this process. Needs no GPU, only the wheels of `pip install "gpu-awar
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,12 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_aware_tune import cuda_toolchain
-from gpu_aware_tune.partition import device as devices
-from gpu_aware_tune.workers.warm import load_tvm
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.environment import environment, write_results  # noqa: E402
+from gpu_aware_tune import cuda_toolchain  # noqa: E402
+from gpu_aware_tune.partition import device as devices  # noqa: E402
+from gpu_aware_tune.workers.warm import load_tvm  # noqa: E402
 
 ARCH = "sm_90a"
-RESULT = Path(__file__).parent / "results" / "cuda-build.json"
+RESULT = ROOT / "benchmarks" / "results" / "cuda-build.json"
 # What TVM's callback puts in front of every source it compiles.
 HEADERS = "".join(f"#include <cuda/std/{name}>\n" for name in ("cstdint", "limits", "type_traits"))
 PHASES = {
@@ -274,8 +277,7 @@ def main() -> None:
     options = parser.parse_args()
     toolchain = cuda_toolchain.find_toolchain()
     load_tvm()
-    import tvm
-
+    about = environment()
     tasks = {
         "conv2d 64x56x56 float32": conv2d(64, 56),
         "conv2d 256x14x14 float32": conv2d(256, 14),
@@ -295,17 +297,13 @@ def main() -> None:
     facts = {
         "what": "CPU seconds to build sm_90a candidates, by stage and way of compiling",
         "arch": ARCH,
-        "machine": devices.cpu_name(),
-        "python": platform.python_version(),
-        "tvm": tvm.__version__,
         "nvrtc": ".".join(map(str, toolchain.version)),
         "candidates_drawn": options.candidates,
         "repeats": options.repeats,
         "seed": options.seed,
         "tasks": results,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(facts, indent=1) + "\n")
+    write_results(options.out, about, facts)
     print(f"\nwritten to {options.out}")
 
 

@@ -5,6 +5,7 @@
 Runs `tune` on a light model and kills the parent at a random moment, each time on the same record
 store. What the run had reported (its `-v` lines name every record on disk) must be there afterwards,
 no process and no temporary file may be left, and the last run must go on from all of it to the end.
+What was seen goes to benchmarks/results/kills.json, whether it was as it should be or not.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.environment import environment, write_results  # noqa: E402
 from benchmarks.light_models import light_models  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "kills.json"
 
 GRACE_S = 10.0
 SESSION = ".ses"  # a file of ONNX Runtime's own, which it also leaves after a normal end
@@ -36,33 +41,61 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     moment = random.Random(args.seed)
+    about, kills, last = environment(), [], None
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = Path(name)
-        known = 0
         for number in range(args.times):
-            process = start(folder)
-            time.sleep(moment.uniform(1, 25))
-            before = count(folder)
-            process.kill()
-            process.wait()
-            left = wait_until_gone(folder)
-            after = count(folder)
-            ok = after >= before >= known and not left
-            print(
-                f"kill {number + 1}: {before} records seen, {after} kept, left behind: {left or 'nothing'}"
-            )
-            if not ok:
-                raise SystemExit("FAILED: a record was lost or something was left behind")
-            known = after
-        process = start(folder, "--trials", str(max(1, searched(folder)) + 8), "--json")
-        output, _ = process.communicate()
-        finished = json.loads(output)
-        print(f"last run: exit code {process.returncode}, {finished['trials']} trials in all,")
-        print(f"          {count(folder)} records, verified: {finished['shares'][0]['verified']}")
-        if process.returncode or count(folder) < known:
-            raise SystemExit("FAILED: the last run did not go on from the records")
+            known = kills[-1]["kept"] if kills else 0
+            kills.append(kill_one(folder, known, moment.uniform(1, 25)))
+            print(f"kill {number + 1}: {kills[-1]}", flush=True)
+            if not kills[-1]["ok"]:
+                break
+        else:
+            last = last_run(folder, kills[-1]["kept"] if kills else 0)
+            print(f"last run: {last}")
+    write_results(args.results, about, {"seed": args.seed, "kills": kills, "last_run": last})
+    if last is None:
+        raise SystemExit("FAILED: a record was lost or something was left behind")
+    if not last["ok"]:
+        raise SystemExit("FAILED: the last run did not go on from the records")
+
+
+def kill_one(folder: Path, known: int, after_s: float) -> dict[str, Any]:
+    """Start a run, kill it after a while, and tell what is left of it."""
+    process = start(folder)
+    time.sleep(after_s)
+    seen = count(folder)
+    ended = process.poll()  # not None: it came to its end before it could be killed
+    process.kill()
+    process.wait()
+    left = wait_until_gone(folder)
+    kept = count(folder)
+    return {
+        "after_s": round(after_s, 1),
+        "ended_before": ended is not None,
+        "seen": seen,
+        "kept": kept,
+        "left_behind": left,
+        "ok": kept >= seen >= known and not left,
+    }
+
+
+def last_run(folder: Path, known: int) -> dict[str, Any]:
+    """Let a run go on from the records to its end."""
+    process = start(folder, "--trials", str(max(1, searched(folder)) + 8), "--json")
+    output, _ = process.communicate()
+    finished = json.loads(output) if process.returncode == 0 else None
+    kept = count(folder)
+    return {
+        "exit_code": process.returncode,
+        "trials": finished and finished["trials"],
+        "verified": finished and finished["shares"][0]["verified"],
+        "kept": kept,
+        "ok": bool(finished) and finished["shares"][0]["verified"] and kept >= known,
+    }
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
 import select
 import statistics
 import sys
@@ -26,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.environment import environment, write_results  # noqa: E402
 from benchmarks.light_models import seeded  # noqa: E402
 from benchmarks.vs_metaschedule import opened  # noqa: E402
 from gpu_aware_tune.measure import RETIME, SEARCH, Effort, Job, Measurer  # noqa: E402
@@ -45,6 +44,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=30, help="of each task")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    about = environment()
     rows = [
         row
         for model in args.models.split(",")
@@ -66,9 +66,7 @@ def main() -> None:
         "regret_retimed": max(row["regret_retimed"] for row in rows),
     }
     print(f"all: {pooled}")
-    about = {"platform": platform.platform(), "date": time.strftime("%Y-%m-%d")}
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps({"about": about, "all": pooled, "tasks": rows}, indent=1))
+    write_results(args.results, about, {"all": pooled, "tasks": rows})
 
 
 def compare(model: str, tasks: int, count: int) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,6 +31,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.environment import environment, write_results  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "model-latency.json"
 SLIM = ROOT.parent / "shared" / "models" / "version-slim-320.onnx"
@@ -57,6 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     folders = {name: Path(folder) for name, _, folder in (t.partition("=") for t in args.tuned)}
     rows = {}
+    about = environment()
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models.split(","):
             path = model_file(name, args.slim, Path(scratch))
@@ -67,9 +69,7 @@ def main() -> None:
                 folders[name] = tuned(path, name, args, Path(scratch))
             rows[name] = measure(name, path, folders.get(name), args, Path(scratch))
             print(line(name, rows[name]), flush=True)
-    result = {"machine": machine(args.threads), "models": rows}
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(args.results, about, {"threads": args.threads, "models": rows})
     print(f"written to {args.results}")
 
 
@@ -217,22 +217,6 @@ def ratios(medians: dict[str, float]) -> dict[str, float]:
         f"{slow}/{fast}": medians[slow] / medians[fast]
         for slow, fast in pairs
         if slow in medians and fast in medians
-    }
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
-    import onnxruntime
-    import tvm
-
-    return {
-        "cpu": str(tvm.target.codegen.llvm_get_system_cpu()),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": threads,
-        "load": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "tvm": tvm.__version__,
-        "onnxruntime": onnxruntime.__version__,
     }
 
 

@@ -14,13 +14,13 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.environment import environment, stamp, write_results  # noqa: E402
 from benchmarks.light_models import light_models, seeded  # noqa: E402
 from benchmarks.model_latency import SLIM, compiled  # noqa: E402
 from gpu_aware_tune.events import Finished  # noqa: E402
@@ -38,17 +38,18 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=48)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    done = json.loads(args.results.read_text()) if args.results.exists() else {"models": {}}
-    done["date"] = time.strftime("%Y-%m-%d")
+    done = json.loads(args.results.read_text())["models"] if args.results.exists() else {}
     for name in args.models.split(","):
-        if name not in done["models"]:
-            done["models"][name] = check(name, args.slim, args.trials)
-            args.results.write_text(json.dumps(done, indent=1) + "\n")
-            show(name, done["models"][name])
+        if name not in done:
+            about = environment()
+            row = check(name, args.slim, args.trials)
+            done[name] = {**row, "measured": stamp(about)}
+            write_results(args.results, about, {"models": done})
+            show(name, row)
     print("\nmodel           untuned    tuned      allowed")
-    for name, row in done["models"].items():
+    for name, row in done.items():
         show(name, row)
-    if any(not row["ok"] for row in done["models"].values()):
+    if any(not row["ok"] for row in done.values()):
         raise SystemExit("FAILED: an error is above what is allowed")
 
 

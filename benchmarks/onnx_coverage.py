@@ -21,7 +21,6 @@ import collections
 import contextlib
 import json
 import os
-import platform
 import select
 import signal
 import sys
@@ -37,7 +36,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-RESULTS = Path(__file__).parent / "results" / "onnx-coverage.json"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.environment import environment, write_results  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "onnx-coverage.json"
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 INTEGERS = {
     TensorProto.BOOL,
@@ -347,11 +351,12 @@ def main() -> None:
     if options.per_family:
         cases = [case for case in cases if case.first]
     cases = cases[: options.limit]
-    import onnxruntime
-    import tvm.relax.frontend.onnx
+    import onnxruntime  # noqa: F401  all of these once, before forking
+    import tvm.relax.frontend.onnx  # noqa: F401
 
-    import gpu_aware_tune.onnx_prepare  # noqa: F401  all of them once, before forking
+    import gpu_aware_tune.onnx_prepare  # noqa: F401
 
+    about = environment()
     started = time.time()
     results: dict[str, list[Outcome]] = {}
     for route in options.routes.split(","):
@@ -370,14 +375,6 @@ def main() -> None:
         print("\na sample: no results file written (use -o)")
         return
     facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {
-            "python": platform.python_version(),
-            "tvm": tvm.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "numpy": np.__version__,
-        },
         "population": " ".join((__doc__ or "").split("Population: ")[1].split("\n\n")[0].split()),
         "seconds": round(time.time() - started),
         "summary": summary,
@@ -386,8 +383,7 @@ def main() -> None:
             for route, outcomes in results.items()
         },
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(facts, indent=1) + "\n")
+    write_results(output, about, facts)
     print(f"\nwritten: {output}")
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.environment import environment, stamp, write_results  # noqa: E402
 from benchmarks.light_models import seeded  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "vs-metaschedule.json"
@@ -70,8 +70,9 @@ def main() -> None:
     known = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
     for cell in cells:
         if not any(run["cell"] == cell for run in known):
-            known.append(measured(cell))
-            save(args.results, known)
+            about = environment()
+            known.append({**measured(cell), "measured": stamp(about)})
+            write_results(args.results, about, {"runs": known})
     show([run for run in known if run["cell"] in cells])
 
 
@@ -245,19 +246,6 @@ def retimed(run: Any, history: list[tuple[float, str, float, str, str]]) -> dict
             for task, seconds in current.items()
         },
     }
-
-
-def save(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Write all runs so far."""
-    from gpu_aware_tune.partition import find_device
-
-    device, _ = find_device("llvm", 0, None)
-    import tvm
-
-    about = {"device": device.key, "cores": device.units_total, "tvm": tvm.__version__,
-             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
 
 
 def show(runs: list[dict[str, Any]]) -> None:
