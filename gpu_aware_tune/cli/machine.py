@@ -14,9 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 from gpu_aware_tune.errors import SetupError, TuneError
+from gpu_aware_tune.linking import find_compiler
 from gpu_aware_tune.partition.device import cpu_name
 
-COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")  # in the order TVM tries them
 IMPORT_TIMEOUT_S = 120.0
 MIN_SHM_MB = 64
 MIN_DISK_MB = 1024
@@ -30,21 +30,6 @@ class Check:
     status: str
     value: str
     fix: str = ""
-
-
-def check_compiler() -> str:
-    """Returns the compiler that TVM will link libraries with.
-
-    Raises:
-        SetupError: there is none.
-    """
-    named = os.environ.get("CXX") or os.environ.get("CC")
-    for name in (named,) if named else COMPILERS:
-        found = shutil.which(name)
-        if found:
-            return found
-    looked = f"CXX or CC is {named}" if named else f"looked for {', '.join(COMPILERS)} on PATH"
-    raise SetupError(f"no C compiler ({looked}): install gcc, on Debian with `apt-get install g++`")
 
 
 def checks(db: Path) -> Iterator[Check]:
@@ -86,7 +71,7 @@ def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
 
 def _toolchain() -> Iterator[Check]:
     try:
-        name = check_compiler()
+        name = find_compiler()
         yield Check("compiler", "ok", f"{name}: {_first_line(name, '--version')}")
     except SetupError as error:
         what, _, fix = str(error).partition(": ")

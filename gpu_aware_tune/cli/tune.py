@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
-from gpu_aware_tune.cli.machine import check_compiler
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.jobs import Job, make_jobs
+from gpu_aware_tune.linking import find_compiler
 from gpu_aware_tune.settings import (
     DTYPES,
     EFFORTS,
@@ -144,7 +144,7 @@ def tune(
     for model, settings in jobs:
         check_files(model, settings)
     if not jobs[0][1].dry_run:
-        check_compiler()
+        find_compiler()
     if not verbose:
         warnings.simplefilter("ignore")  # the libraries' warnings are not for users
     with _own_output(verbose) as (results, messages):
@@ -163,14 +163,9 @@ def tune(
 def _check_model(path: Path, settings: Settings) -> None:
     """Reads the model once before TVM is loaded: what the file alone tells is told in a second."""
     from gpu_aware_tune.onnx_prepare import read_model
-    from gpu_aware_tune.onnx_prepare.shapes import fix_shapes
+    from gpu_aware_tune.onnx_prepare.shapes import fix_inputs
 
-    model = read_model(path)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    fix_shapes(model, settings.input_shapes, zero_is_unknown=model.ir_version < 4)
+    fix_inputs(read_model(path), settings.input_shapes)
 
 
 def _run(

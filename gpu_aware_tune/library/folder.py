@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.linking import find_compiler
 
 if TYPE_CHECKING:
     from gpu_aware_tune.model import Model
 
 FORMAT = 1
 MANIFEST, WEIGHTS = "manifest.json", "weights.bin"
-
-_COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")  # in TVM's own order
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,6 @@ class Part:
     file: str
     bytes: int
     sha256: str
-
-
-def find_compiler() -> str:
-    """Give the compiler that TVM links libraries with.
-
-    Raises:
-        SetupError: there is none.
-    """
-    named = os.environ.get("CXX") or os.environ.get("CC")
-    for name in [named] if named else _COMPILERS:
-        found = shutil.which(name)
-        if found:
-            return found
-    looked = f"CXX or CC is {named}" if named else f"looked for {', '.join(_COMPILERS)} on PATH"
-    raise SetupError(f"no C compiler ({looked}): install gcc, such as `apt-get install g++`")
 
 
 def save_weights(weights: Mapping[str, np.ndarray], path: Path) -> None:

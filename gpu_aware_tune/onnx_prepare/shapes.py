@@ -1,4 +1,4 @@
-"""Makes the inputs of an ONNX graph static, with the shapes that the user gives."""
+"""Makes the inputs of an ONNX graph real inputs, static, with the shapes that the user gives."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from gpu_aware_tune.errors import UserError
 
 
-def fix_shapes(
-    model: ModelProto,
-    input_shapes: Mapping[str, tuple[int, ...]],
-    zero_is_unknown: bool = False,
-) -> None:
-    """Make every graph input static, with the shapes given, or say what is missing."""
+def drop_weight_inputs(model: ModelProto) -> None:
+    """Leave only real inputs: up to IR version 3 the initializers are listed as inputs too."""
+    graph = model.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in weights]
+    del graph.input[:]
+    graph.input.extend(inputs)
+
+
+def fix_inputs(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Leave only real inputs, static, with the shapes given, or say what is missing."""
+    drop_weight_inputs(model)
     inputs = {value.name: value for value in model.graph.input}
     for name in input_shapes:
         if name not in inputs:
@@ -36,7 +42,8 @@ def fix_shapes(
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in symbols:
                 dim.dim_value = symbols[dim.dim_param]
-    _refuse_dynamic(list(inputs.values()), 1 if zero_is_unknown else 0)
+    # Exporters of old wrote 0 for a dimension that they did not know.
+    _refuse_dynamic(list(inputs.values()), smallest=1 if model.ir_version < 4 else 0)
     for value in model.graph.output:  # a stale batch size there contradicts the one just set
         if input_shapes and value.type.HasField("tensor_type"):
             value.type.tensor_type.ClearField("shape")

@@ -21,7 +21,7 @@ from gpu_aware_tune.onnx_prepare.expand import expand
 from gpu_aware_tune.onnx_prepare.facts import opset_of, uses_types, walk
 from gpu_aware_tune.onnx_prepare.fold import fold
 from gpu_aware_tune.onnx_prepare.refuse import refuse_unsupported
-from gpu_aware_tune.onnx_prepare.shapes import fix_shapes
+from gpu_aware_tune.onnx_prepare.shapes import drop_weight_inputs, fix_inputs
 
 DTYPES = ("float16", "float32")
 HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
@@ -44,10 +44,8 @@ def prepare(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    # Exporters of old wrote 0 for a dimension that they did not know.
-    zero_is_unknown = model.ir_version < 4
+    fix_inputs(model, input_shapes)  # looks at the IR version, which is raised next
     _tidy(model)
-    fix_shapes(model, input_shapes, zero_is_unknown)
     model, weights = detach_weights(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
@@ -86,10 +84,7 @@ def _sums_of_two(model: ModelProto) -> None:
 def _tidy(model: ModelProto) -> None:
     """Drop what says nothing about the computation, so that equal graphs hash alike."""
     graph = model.graph
-    names = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in names]
-    del graph.input[:]
-    graph.input.extend(inputs)
+    drop_weight_inputs(model)
     # ONNX Runtime folds an initializer only where no graph input may override it: IR version 4 on.
     model.ir_version = max(model.ir_version, 8)
     model.ClearField("doc_string")

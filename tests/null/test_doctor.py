@@ -10,6 +10,7 @@ from gpu_aware_tune.cli import machine
 from gpu_aware_tune.cli.doctor import lines
 from gpu_aware_tune.cli.machine import Check
 from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.linking import find_compiler
 
 PINS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 
@@ -49,12 +50,26 @@ def test_the_two_distributions_of_xgboost(full: str | None, cpu: str | None, sta
     assert bool(check.fix) == (status != "ok" or full is not None)
 
 
+def test_no_compiler_is_a_set_up_error_that_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SetupError, match="install gcc"):
+        find_compiler()
+    for name in ("cc", "gcc"):
+        (tmp_path / name).touch(0o755)
+    assert find_compiler() == str(tmp_path / "gcc"), "the first that TVM would try"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SetupError, match="no-such-compiler"):
+        find_compiler()
+
+
 def test_no_compiler_is_a_failure_and_no_linker_only_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(SetupError, match="install gcc"):
-        machine.check_compiler()
     found = {check.name: check.status for check in machine._toolchain()}
     assert found == {"compiler": "fail", "linker": "warn"}
 

@@ -20,6 +20,7 @@ ORDER = [
     ["events"],
     ["measurement"],
     ["budget"],
+    ["linking"],
     ["partition"],
     ["workers"],
     ["traces"],

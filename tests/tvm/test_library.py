@@ -24,7 +24,7 @@ from gpu_aware_tune import library as library_package
 from gpu_aware_tune import verify as verify_module
 from gpu_aware_tune.compile import compile_model, is_scheduled, schedule_module
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
-from gpu_aware_tune.library import Library, export, find_compiler, load, open_vm, save_weights
+from gpu_aware_tune.library import Library, export, load, open_vm, save_weights
 from gpu_aware_tune.library.folder import _exchange
 from gpu_aware_tune.library.loaded import nearest
 from gpu_aware_tune.model import Model, load_model, random_inputs
@@ -266,20 +266,6 @@ def test_remains_of_a_killed_export_are_removed(tiny: tuple[Model, Path], copy: 
     export(copy, tiny[0], {2: tiny[1] / "lib-2.so"}, {"device": "llvm/test/cpu"})
     assert not remains.exists()
     assert alive.exists()
-
-
-def test_no_compiler_is_a_set_up_error_that_names_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.delenv("CC", raising=False)
-    assert find_compiler()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SetupError, match="install gcc"):
-        find_compiler()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(SetupError, match="no-such-compiler"):
-        find_compiler()
 
 
 # -- load and run ----------------------------------------------------------------------------------
