@@ -36,7 +36,7 @@ from gpu_aware_tune.records_rows import (
     row_of,
     unpacked,
 )
-from gpu_aware_tune.records_schema import open_file, plain_errors, transaction
+from gpu_aware_tune.records_schema import open_empty, open_file, plain_errors, transaction
 
 __all__ = ["FILE_NAME", "Counts", "Record", "RecordKey", "Run", "Store", "StoredTask"]
 
@@ -49,15 +49,22 @@ class Store:
     Args:
         path: the folder (the file is `records.sqlite` in it), or a file ending in `.sqlite`.
         readonly: open for queries only; never blocked by a writer and never blocks one.
+        missing_ok: with `readonly`, where there is no such file: an empty store, in memory.
         busy_timeout_s: how long to wait for another program's lock on the file.
 
     Raises:
         SetupError: the file is damaged, locked, read-only, of a newer version or no record store;
             it is left as it is.
-        UserError: `readonly` and there is no such file.
+        UserError: `readonly` without `missing_ok`, and there is no such file.
     """
 
-    def __init__(self, path: Path, readonly: bool = False, busy_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        readonly: bool = False,
+        busy_timeout_s: float = 10.0,
+        missing_ok: bool = False,
+    ) -> None:
         path = Path(path)
         self.path = path if path.suffix == ".sqlite" else path / FILE_NAME
         self.readonly = readonly
@@ -76,7 +83,12 @@ class Store:
             self._lock = WriterLock(self.path)
         try:
             with plain_errors(self.path):
-                self._db = open_file(self.path, readonly=readonly, busy_timeout_s=busy_timeout_s)
+                if readonly and missing_ok and not self.path.exists():
+                    self._db = open_empty()
+                else:
+                    self._db = open_file(
+                        self.path, readonly=readonly, busy_timeout_s=busy_timeout_s
+                    )
         except BaseException:
             if self._lock:
                 self._lock.release()

@@ -83,6 +83,14 @@ def open_file(path: Path, *, readonly: bool, busy_timeout_s: float) -> sqlite3.C
     return db
 
 
+def open_empty() -> sqlite3.Connection:
+    """Open a store without records that is on no disk, for queries only."""
+    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    _migrate(db)
+    db.execute("PRAGMA query_only = ON")
+    return db
+
+
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
     """Run a block as one write transaction: all of it is in the file afterwards, or nothing."""

@@ -106,7 +106,8 @@ class Run:
         from gpu_aware_tune.budget import Budget
 
         settings = self.settings
-        self.store = self._stack.enter_context(self._open_store())
+        look = settings.dry_run
+        self.store = self._stack.enter_context(Store(settings.records_path, look, missing_ok=look))
         for model in self.models:
             yield from self._know_tasks(model)
         self.search = Search(
@@ -120,15 +121,6 @@ class Run:
              for m in self.models},
         )  # fmt: skip
         self.search.recall()
-
-    def _open_store(self) -> Store:
-        """The record store; a dry run only reads it, and where there is none needs none."""
-        path = self.settings.records_path
-        if not self.settings.dry_run:
-            return Store(path)
-        if path.exists():
-            return Store(path, readonly=True)
-        return Store(self.host.scratch / path.name)
 
     def _know_tasks(self, model: ModelRun) -> Iterator[Event]:
         """Keep a model's tasks in the store; of two different kernels with one hash only the first."""

@@ -300,6 +300,8 @@ def _input_shapes(value: Mapping[str, Iterable[int]] | Iterable[str]) -> dict[st
 def check_files(model: Path, settings: Settings) -> None:
     """Checks, before anything costs time, that the model can be read and the results written.
 
+    A dry run writes nothing, not even to see whether it could.
+
     Raises:
         UserError: `model` is not a readable file.
         SetupError: the output or the record store's folder cannot be written.
@@ -315,8 +317,9 @@ def check_files(model: Path, settings: Settings) -> None:
         ) from error
     if empty:
         raise UserError(f"model {str(model)!r} is empty: give the path of a .onnx file")
-    _check_writable("-o", settings.output_folder(model))
-    _check_writable("--db", settings.db)
+    if not settings.dry_run:
+        _check_writable("-o", settings.output_folder(model))
+        _check_writable("--db", settings.db)
 
 
 def _check_writable(flag: str, folder: Path) -> None:

@@ -347,6 +347,18 @@ def test_no_records_yet(tmp_path: Path) -> None:
     Store(tmp_path, readonly=True).close()
 
 
+def test_a_store_that_is_not_there_can_be_looked_at_as_an_empty_one(tmp_path: Path) -> None:
+    with Store(tmp_path / "none", readonly=True, missing_ok=True) as store:
+        assert store.best(KEY) == [] and store.counts() == [] and store.task("1") is None
+        with pytest.raises(SetupError, match="cannot be written"):
+            store.add([record(1, 0.1)])
+    assert list(tmp_path.iterdir()) == []
+    with Store(tmp_path) as store:
+        store.add([record(1, 0.1)])
+        with Store(tmp_path, readonly=True, missing_ok=True) as reader:
+            assert numbers(reader.best(KEY)) == [1], "a store that is there is the one looked at"
+
+
 def test_a_folder_in_the_place_of_the_file(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).mkdir()
     with pytest.raises(SetupError, match="is a folder"):

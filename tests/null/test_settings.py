@@ -210,3 +210,15 @@ def test_shares_that_do_not_fit_the_models(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make_jobs(models, **options)
+
+
+def test_a_dry_run_looks_at_the_model_and_writes_nothing(tmp_path: Path) -> None:
+    model = tmp_path / "net.onnx"
+    settings = make_settings(output="/proc/out", db=str(tmp_path), dry_run=True)
+    with pytest.raises(UserError, match=r"net\.onnx"):
+        check_files(model, settings)
+    model.write_bytes(b"x")
+    tmp_path.chmod(0o555)
+    before = tmp_path.stat().st_mtime_ns
+    check_files(model, settings)
+    assert tmp_path.stat().st_mtime_ns == before, "not even for a moment"

@@ -106,6 +106,13 @@ def test_a_run_gives_a_right_library_and_the_next_one_continues(
         library(inputs)["y"], reference(network, inputs), rtol=1e-4, atol=1e-5
     )
 
+    there = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    plan = run(network, settings(tmp_path, dry_run=True))[-1]
+    assert isinstance(plan, Planned)
+    assert sum(task.known for task in plan.tasks) == 16, "a dry run sees what is known"
+    stays = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert stays.items() <= there.items(), "and changes nothing"
+
     again = run(network, settings(tmp_path))
     plan = next(event for event in again if isinstance(event, Planned))
     assert searched(again) == 0, "everything asked for was measured by the first run"
@@ -140,7 +147,7 @@ def test_a_dry_run_measures_nothing(network: Path, tmp_path: Path) -> None:
     events = run(network, settings(tmp_path, dry_run=True))
     assert any(isinstance(event, Planned) for event in events)
     assert not any(isinstance(event, (Trial, Finished)) for event in events)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [], "and writes nothing"
 
 
 def start(network: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
