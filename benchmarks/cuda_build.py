@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import struct
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cubin import machine_code  # noqa: E402
 from benchmarks.environment import environment, write_results  # noqa: E402
 from gpu_aware_tune import cuda_toolchain  # noqa: E402
 from gpu_aware_tune.partition import device as devices  # noqa: E402
@@ -182,20 +182,6 @@ def read_phases(table: str) -> dict[str, float]:
     """NVRTC's --time table: milliseconds by phase."""
     rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines()[1:] if line]
     return {PHASES[row[1]]: float(row[2]) for row in rows if row[1] in PHASES}
-
-
-def machine_code(cubin: bytes) -> dict[str, bytes]:
-    """The kernels' instructions in a cubin, by section."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)
-    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    found = {}
-    for name, _kind, _flags, _address, offset, length in headers:
-        start = headers[names][4] + name
-        label = cubin[start : cubin.index(b"\0", start)].decode()
-        if label.startswith(".text"):
-            found[label] = cubin[offset : offset + length]
-    return found
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +11,16 @@ from typing import Any
 
 import pytest
 import tvm
+from conftest import ROOT
 from tvm import te
 
 from gpu_aware_tune import cuda_toolchain
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition import find_device
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.cubin import machine_code
 
 try:
     cuda_toolchain.find_toolchain()
@@ -47,27 +51,13 @@ def no_gpu() -> bool:
     return not os.path.exists("/dev/nvidia0")
 
 
-def text_of(cubin: bytes) -> dict[str, bytes]:
-    """The machine code of each kernel in a cubin."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)
-    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    found = {}
-    for name, _kind, _flags, _address, offset, length in headers:
-        start = headers[names][4] + name
-        label = cubin[start : cubin.index(b"\0", start)].decode()
-        if label.startswith(".text"):
-            found[label] = cubin[offset : offset + length]
-    return found
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_machine_code_is_the_one_tvm_would_have_made(dtype: str) -> None:
     (source,) = cuda_toolchain.cuda_sources(build(dtype))
     assert cuda_toolchain.lean_source(source) is not None, "TVM's head has changed"
     ours = cuda_toolchain.compile_cubin(source, ARCH)
     theirs = cuda_toolchain._compile_as_tvm(source, ARCH)
-    assert text_of(ours) == text_of(theirs)
+    assert machine_code(ours) == machine_code(theirs)
     assert len(ours) < len(theirs)
 
 
