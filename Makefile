@@ -1,4 +1,4 @@
-# make demo   tune a real model on this machine's CPU, show before and after (about two minutes)
+# make demo   tune SqueezeNet on this machine's CPU (random weights, two minutes): before and after
 # make test   everything that needs no GPU: ruff, mypy, tests
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,8 +12,8 @@ DEMO := build/demo
 .PHONY: demo test clean
 
 demo: $(VENV)/.installed
-	model=$$($(BIN)/python -c "import onnx, pathlib; print(next(pathlib.Path(onnx.__file__).parent.rglob('light_squeezenet.onnx')))")
-	$(BIN)/tune "$$model" --time 60s --db $(DEMO)/tuning_logs -o $(DEMO)/squeezenet.tuned
+	$(BIN)/python benchmarks/light_models.py squeezenet $(DEMO)/squeezenet.onnx
+	$(BIN)/tune $(DEMO)/squeezenet.onnx --time 60s --db $(DEMO)/tuning_logs -o $(DEMO)/squeezenet.tuned
 	$(BIN)/tune run $(DEMO)/squeezenet.tuned
 
 test: $(VENV)/.installed-dev

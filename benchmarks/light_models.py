@@ -1,10 +1,13 @@
 """The light models of the onnx wheel with seeded random weights in place of their constant fills.
 
 As shipped, every weight is 0.02 and every output 0.001, which hides wrong numerics.
+
+    python benchmarks/light_models.py squeezenet squeezenet.onnx    # writes one; --seed 0
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +109,19 @@ def _weights(
     if is_norm and position == 4:
         return generator.uniform(0.8, 1.2, shape)
     return generator.standard_normal(shape) * 0.1  # biases and means
+
+
+def main() -> None:
+    """Write one seeded model."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", choices=sorted(light_models()), metavar="MODEL",
+                        help=", ".join(light_models()))  # fmt: skip
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(seeded(args.model, args.seed), args.path)
+
+
+if __name__ == "__main__":
+    main()
