@@ -100,21 +100,18 @@ def run_one(
     return result
 
 
-def opened(path: Path, tasks: int, trials: int, per_iter: int, repeat: int) -> Any:
-    """A run of ours up to the list of tasks, cut to the heaviest ones."""
+def opened(paths: list[Path], tasks: int, **settings: Any) -> Any:
+    """A run of ours up to the lists of tasks, cut to each model's heaviest ones."""
+    from gpu_aware_tune.jobs import make_jobs
     from gpu_aware_tune.run import Run
-    from gpu_aware_tune.settings import Settings
 
-    settings = Settings(
-        target="llvm", trials=tasks * trials, max_trials_per_task=trials, trials_per_iteration=per_iter,
-        patience=0, seed=repeat, db=path.parent / "records", resume=False,
-    )  # fmt: skip
-    run = Run(path, settings)
+    db = paths[0].parent / "records"
+    run = Run(make_jobs(paths, target="llvm", patience=0, db=db, resume=False, **settings))
     run.__enter__()
     list(run.open_device())
-    run.load_model()
-    run.extract_tasks()
-    run.tasks = run.tasks[:tasks]
+    list(run.load_models())
+    for model in run.models:
+        model.tasks = model.tasks[:tasks]
     return run
 
 
@@ -122,11 +119,20 @@ def run_ours(
     path: Path, tasks: int, trials: int, per_iter: int, repeat: int, started: float
 ) -> dict[str, Any]:
     """Our search; the untuned schedules that it measures first are part of its time."""
+    run = opened(
+        [path], tasks, trials=tasks * trials, max_trials_per_task=trials,
+        trials_per_iteration=per_iter, seed=repeat,
+    )  # fmt: skip
+    result = searched(run, started)
+    run.__exit__(None)
+    return {**result, **result.pop("models")[path.stem]}
+
+
+def searched(run: Any, started: float) -> dict[str, Any]:
+    """Search with an opened run of ours, then measure what was once best again."""
     from gpu_aware_tune.events import Trial
 
-    run = opened(path, tasks, trials, per_iter, repeat)
-    units = run._units[0]
-    run.open_records()
+    list(run.open_records())
     import_s = time.monotonic() - started
     begun, begun_at = time.monotonic(), time.time()
     run.restart_clock()
@@ -139,16 +145,17 @@ def run_ours(
                 failed += event.failure is not None
     elapsed = time.monotonic() - begun
     cores = run.core_seconds()
-    history = []
-    for task in run.tasks:
-        for record in run.store.all(run._keys()[task.hash, units]):
-            if record.seconds is not None:
-                at = record.created - begun_at
-                history.append((at, task.hash, record.seconds, record.trace, record.origin))
-    kernels = retimed(run, history)
-    run.__exit__(None)
+    history: dict[str, list[tuple[float, str, float, str, str]]] = {}
+    for model in run.models:
+        for task in model.tasks:
+            for record in run.store.all(run.search.keys[task.hash, model.units[0]]):
+                if record.seconds is not None:
+                    at = record.created - begun_at
+                    row = (at, task.hash, record.seconds, record.trace, record.origin)
+                    history.setdefault(model.name, []).append(row)
+    models = {model.name: retimed(run, model, history[model.name]) for model in run.models}
     return {"import_s": import_s, "elapsed_s": elapsed, "trials": count, "failed": failed,
-            "core_seconds": cores, **kernels}  # fmt: skip
+            "core_seconds": cores, "models": models}  # fmt: skip
 
 
 def run_stock(
@@ -161,14 +168,15 @@ def run_stock(
 
     from gpu_aware_tune.traces import trace_to_json
 
-    run = opened(path, tasks, trials, per_iter, repeat)
-    rng = ms.utils.fork_seed(repeat + 1, n=len(run.tasks))
+    run = opened([path], tasks, trials=tasks * trials, max_trials_per_task=trials)
+    (model,) = run.models
+    rng = ms.utils.fork_seed(repeat + 1, n=len(model.tasks))
     contexts = [
         ms.TuneContext(
-            mod=task.module, target=run._tvm_target(), space_generator="post-order-apply",
+            mod=task.module, target=run.tvm_target(), space_generator="post-order-apply",
             search_strategy="evolutionary", task_name=task.name, rand_state=seed,
         ).clone()
-        for task, seed in zip(run.tasks, rng, strict=True)
+        for task, seed in zip(model.tasks, rng, strict=True)
     ]  # fmt: skip
     history: list[tuple[float, str, float, str, str]] = []
     failed = 0
@@ -185,20 +193,20 @@ def run_stock(
                     continue
                 seconds = statistics.fmean(float(value) for value in result.run_secs)
                 trace = trace_to_json(candidate.sch.trace)
-                history.append((now, run.tasks[task_id].hash, seconds, trace, "search"))
+                history.append((now, model.tasks[task_id].hash, seconds, trace, "search"))
 
     import_s = time.monotonic() - started
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vs-metaschedule-") as folder:
         ms.tune.tune_tasks(
-            tasks=contexts, task_weights=[float(task.weight) for task in run.tasks], work_dir=folder,
+            tasks=contexts, task_weights=[float(task.weight) for task in model.tasks], work_dir=folder,
             max_trials_global=tasks * trials, max_trials_per_task=trials, num_trials_per_iter=per_iter,
             measure_callbacks=[Clock(), *ms.measure_callback.MeasureCallback.create("default")],
         )  # fmt: skip
     elapsed = time.monotonic() - begun
-    run.open_records()
+    list(run.open_records())
     list(run.start_workers())
-    kernels = retimed(run, history)
+    kernels = retimed(run, model, history)
     run.__exit__(None)
     return {
         "import_s": import_s,
@@ -209,8 +217,13 @@ def run_stock(
     }
 
 
-def retimed(run: Any, history: list[tuple[float, str, float, str, str]]) -> dict[str, Any]:
-    """Measure every kernel that was once its task's best again; gives the latency over time."""
+def retimed(
+    run: Any, model: Any, history: list[tuple[float, str, float, str, str]]
+) -> dict[str, Any]:
+    """Measure every kernel of a model that was once its task's best again, alone.
+
+    Gives the latency over time.
+    """
     from gpu_aware_tune.candidates import Candidate
     from gpu_aware_tune.measure import RETIME
 
@@ -220,14 +233,14 @@ def retimed(run: Any, history: list[tuple[float, str, float, str, str]]) -> dict
         if seconds < best.get(task, float("inf")):
             best[task] = seconds
             steps.append((at, task, trace, origin))
-    units = run._units[0]
+    units = model.units[0]
     again: dict[tuple[str, str], float] = {}
     wanted = [Candidate(task, trace, "default") for _, task, trace, _ in steps]
-    for outcome in run._pipeline.run(wanted, effort=RETIME):
+    for outcome in run.pools.pipeline.run(wanted, effort=RETIME, alone=True):
         seconds = outcome.measurements[units].seconds
         if seconds is not None:
             again[outcome.candidate.task, outcome.candidate.trace] = seconds
-    weights = {task.hash: task.weight for task in run.tasks}
+    weights = {task.hash: task.weight for task in model.tasks}
     current: dict[str, float] = {}
     curve: list[tuple[float, float]] = []
     origins: dict[str, str] = {}
@@ -237,7 +250,7 @@ def retimed(run: Any, history: list[tuple[float, str, float, str, str]]) -> dict
             current[task], origins[task] = seconds, origin
         if len(current) == len(weights):
             curve.append((at, sum(weights[name] * value for name, value in current.items())))
-    names = {task.hash: task.name for task in run.tasks}
+    names = {task.hash: task.name for task in model.tasks}
     return {
         "latency_s": curve[-1][1] if curve else None,
         "curve": curve,

@@ -1,0 +1,167 @@
+"""Several models at the same time against one after another, ours and TVM's own tuner.
+
+    python benchmarks/many_models.py            # about half an hour; run it again to resume
+
+Every side gets the same models, tasks, trials per task and trials per iteration:
+
+    stock     TVM's tune_tasks, one model after another, on all cores
+    turns     our tuner, one model after another, on all cores
+    together  our tuner, all models in one run, on all cores
+    ray       the same through a Ray cluster of one node
+    turns-1, slices
+              our tuner for one core each: one model after another, and all at once on slices of a
+              core each
+
+Each is a process (or one for each model) of its own, the sides take turns, and finished ones are
+kept in the results file. Wall time runs from the start of the first process to the end of the last
+search, imports included. At the end each model's best kernels are measured again, alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.environment import environment, stamp, write_results  # noqa: E402
+from benchmarks.light_models import seeded  # noqa: E402
+from benchmarks.vs_metaschedule import opened, run_stock, searched  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "many-models.json"
+MODELS = "squeezenet,shufflenet,inception_v1,resnet50"
+SIDES = ("stock", "turns", "together", "ray", "turns-1", "slices")
+
+
+def main() -> None:
+    """Run what is missing from the results file, then print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--models", default=MODELS)
+    parser.add_argument("--tasks", type=int, default=4, help="heaviest tasks of each model")
+    parser.add_argument("--trials", type=int, default=16, help="trials per task")
+    parser.add_argument("--per-iter", type=int, default=16, help="candidates an iteration")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(run_side(**json.loads(args.one))))
+        return
+    cells = [
+        {"side": side, "models": args.models, "tasks": args.tasks, "trials": args.trials,
+         "per_iter": args.per_iter, "repeat": repeat}
+        for repeat in range(args.repeats)
+        for side in args.sides.split(",")
+    ]  # fmt: skip
+    known = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
+    for cell in cells:
+        if not any(run["cell"] == cell for run in known):
+            about = environment()
+            known.append({"cell": cell, **measured(cell), "measured": stamp(about)})
+            write_results(args.results, about, {"runs": known})
+    show([run for run in known if run["cell"] in cells])
+
+
+def measured(cell: dict[str, Any]) -> dict[str, Any]:
+    """One side: a process for all models, or one for each in turn."""
+    print(f"running {cell} ...", flush=True)
+    names = cell["models"].split(",")
+    groups = [names] if cell["side"] in ("together", "ray", "slices") else [[n] for n in names]
+    parts = [one_process({**cell, "models": ",".join(group)}) for group in groups]
+    models = {name: found for part in parts for name, found in part["models"].items()}
+    return {
+        "wall_s": sum(part["wall_s"] for part in parts),
+        "search_s": sum(part["elapsed_s"] for part in parts),
+        "trials": sum(part["trials"] for part in parts),
+        "latency_s": {name: found["latency_s"] for name, found in models.items()},
+    }
+
+
+def one_process(cell: dict[str, Any]) -> dict[str, Any]:
+    """Run some models in a process of their own."""
+    command = [sys.executable, __file__, "--one", json.dumps(cell)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith("RESULT "):
+            result: dict[str, Any] = json.loads(line[7:])
+            return result
+    raise SystemExit(f"{cell} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def run_side(
+    side: str, models: str, tasks: int, trials: int, per_iter: int, repeat: int
+) -> dict[str, Any]:
+    """Tune (in the process); the wall time leaves out the second measurement at the end."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="many-models-") as folder:
+        paths = []
+        for name in models.split(","):
+            paths.append(Path(folder) / f"{name}.onnx")
+            paths[-1].write_bytes(seeded(name, 0).SerializeToString())
+        if side == "stock":
+            result = run_stock(paths[0], tasks, trials, per_iter, repeat, started)
+            result["models"] = {paths[0].stem: {"latency_s": result["latency_s"]}}
+        else:
+            ray = {"ray": "local"} if side == "ray" else {}
+            percent = 50 if side in ("turns-1", "slices") else 100
+            run = opened(
+                paths, tasks, trials=tasks * trials, max_trials_per_task=trials,
+                trials_per_iteration=per_iter, seed=repeat, gpu_pct=percent, **ray,
+            )  # fmt: skip
+            result = searched(run, started)
+            run.__exit__(None)
+    return {**result, "wall_s": result["import_s"] + result["elapsed_s"]}
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    """Print a row for each side: wall time, and latencies against the side it is compared with."""
+    by_side: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        by_side.setdefault(run["cell"]["side"], []).append(run)
+    print("\nside       wall time (spread)    trials  latency of each model in ms")
+    for side, found in by_side.items():
+        walls = [run["wall_s"] for run in found]
+        latencies = {
+            name: statistics.median(1e3 * run["latency_s"][name] for run in found)
+            for name in found[0]["latency_s"]
+        }
+        told = ", ".join(f"{name} {value:.2f}" for name, value in latencies.items())
+        print(
+            f"{side:9} {statistics.median(walls):8.1f} s ({min(walls):.0f}-{max(walls):.0f})"
+            f"  {found[0]['trials']:6}  {told}"
+        )
+    for slow, fast in (("stock", "together"), ("turns", "together"), ("turns-1", "slices"),
+                       ("together", "ray")):  # fmt: skip
+        if slow in by_side and fast in by_side:
+            compare(slow, by_side[slow], fast, by_side[fast])
+
+
+def compare(
+    slow: str, before: list[dict[str, Any]], fast: str, after: list[dict[str, Any]]
+) -> None:
+    """How many times sooner one side is through, and what its latencies are of the other's."""
+    pairs = list(zip(before, after, strict=False))
+    sooner = [b["wall_s"] / a["wall_s"] for b, a in pairs]
+    latency = [
+        statistics.geometric_mean(a["latency_s"][n] / b["latency_s"][n] for n in a["latency_s"])
+        for b, a in pairs
+    ]
+    print(
+        f"{fast} against {slow}: {statistics.median(sooner):.2f}x sooner,"
+        f" latency {statistics.median(latency):.3f} (geometric mean)"
+    )
+
+
+if __name__ == "__main__":
+    main()
