@@ -109,9 +109,7 @@ def verify_library(
     notes = [reference for reference in references.values() if isinstance(reference, str)]
     if not errors:
         raise TuneError(f"the library cannot be verified: {'; '.join(notes)}")
-    half = any(array.dtype == np.float16 for array in model.weights.values())
-    half = half or any(spec.dtype == "float16" for spec in (*model.inputs, *model.outputs))
-    allowed = _MODEL_FLOAT16 if half else _MODEL_FLOAT32
+    allowed = _MODEL_FLOAT16 if _uses_float16(model) else _MODEL_FLOAT32
     worst = max(errors.values())
     parts = [f"error {error:.1e} against {name}" for name, error in errors.items()] + notes
     text = ", ".join(parts) + f" (allowed {allowed:.0e})"
@@ -195,6 +193,19 @@ def _written(module: tvm.IRModule) -> list[int]:
         for number, buffer in enumerate(function.params)
         if any(buffer.same_as(other) for other in written)
     ]
+
+
+def _uses_float16(model: Model) -> bool:
+    """Whether any kernel reads or writes float16; inputs, outputs and small weights do not tell."""
+    types: set[str] = set()
+
+    def visit(block: Any) -> None:
+        types.update(str(region.source.dtype) for region in (*block.reads, *block.writes))
+
+    for function in model.module.functions.values():
+        if isinstance(function, tvm.tirx.PrimFunc):
+            tvm_ffi.structural_walk(function.body, (SBlock, visit))
+    return "float16" in types
 
 
 def _terms(module: tvm.IRModule) -> int:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,57 @@ def test_a_kernel_that_loses_precision_is_found_wrong(tiny: tuple[Model, Path]) 
     wrong = verify_kernel(task.module, trace_to_json(schedule.trace), target(), seed=0)
     assert not wrong.ok
     assert wrong.max_error > wrong.allowed
+
+
+def test_a_float16_kernel_may_differ_by_rounding_but_not_by_a_term() -> None:
+    from test_schedules import kernels
+    from tvm.relax import op
+
+    half = [((32, 64), "float16"), ((64, 48), "float16")]
+    (module,) = kernels(lambda _, a, b: op.matmul(a, b), *half)
+    schedule = tvm.s_tir.Schedule(module)
+    block = schedule.get_sblock("matmul")
+    outer, _ = schedule.split(schedule.get_loops(block)[-1], [None, 4])
+    schedule.rfactor(outer, 0)
+    reordered = verify_kernel(module, trace_to_json(schedule.trace), target(), seed=0)
+    assert reordered.ok
+    assert 0 < reordered.max_error < reordered.allowed / 4, "room, for tensor cores round otherwise"
+
+    a, b, c = kernel_inputs(module, 0)
+    wanted = verify_module._run(module, target(), tvm.cpu(), [a, b, c])[2]
+    missing = wanted - np.outer(a[:, 0], b[0])
+    assert difference(missing, wanted) > reordered.allowed, "one term of 64 is left out"
+
+    truncated = tvm.s_tir.Schedule(module)
+    cache = truncated.cache_read(truncated.get_sblock("matmul"), 0, "global")
+    truncated.unsafe_set_dtype(cache, 0, "int8")
+    wrong = verify_kernel(module, trace_to_json(truncated.trace), target(), seed=0)
+    assert not wrong.ok
+    assert wrong.max_error > wrong.allowed == reordered.allowed
+
+
+def test_a_float16_library_may_be_off_by_more_than_a_float32_one(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "net.onnx")
+    for dtype, allowed in (("float32", 5e-4), ("float16", 5e-2)):
+        model = load_model(path, target(), dtype=dtype)
+        right = plain_outputs(model)
+
+        def off_by(
+            part: float, right: dict[str, np.ndarray] = right
+        ) -> Callable[[object], dict[str, np.ndarray]]:
+            return lambda _: {name: array * (1 + part) for name, array in right.items()}
+
+        good = verify_library(model, off_by(0.5 * allowed), seed=3)
+        assert good.ok and good.allowed == allowed
+        bad = verify_library(model, off_by(1.5 * allowed), seed=3)
+        assert not bad.ok and bad.max_error == pytest.approx(1.5 * allowed, rel=0.2)
+
+
+def plain_outputs(model: Model) -> dict[str, np.ndarray]:
+    """A model's outputs for the inputs that verification with seed 3 uses."""
+    outputs = verify_module._plain_outputs(model, random_inputs(model.inputs, 3))
+    assert not isinstance(outputs, str)
+    return {spec.name: array for spec, array in zip(model.outputs, outputs, strict=True)}
 
 
 def test_difference_sees_shapes_nan_and_single_wrong_elements() -> None:
