@@ -15,11 +15,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tvm
 from onnx import TensorProto, helper, numpy_helper
+from tvm import te
 
 import gpu_aware_tune
 from gpu_aware_tune.events import Event, Finished, Note, Planned, Trial
+from gpu_aware_tune.records import Store
 from gpu_aware_tune.settings import Settings
+from gpu_aware_tune.traces import module_to_json
 from gpu_aware_tune.tuning import tune_events
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,6 +152,22 @@ def test_a_dry_run_measures_nothing(network: Path, tmp_path: Path) -> None:
     assert any(isinstance(event, Planned) for event in events)
     assert not any(isinstance(event, (Trial, Finished)) for event in events)
     assert list(tmp_path.iterdir()) == [], "and writes nothing"
+
+
+def test_a_task_whose_hash_the_store_has_of_another_kernel_is_left_alone(
+    network: Path, tmp_path: Path
+) -> None:
+    def hashes() -> list[str]:
+        plan = run(network, settings(tmp_path, dry_run=True))[-1]
+        assert isinstance(plan, Planned)
+        return [task.hash for task in plan.tasks]
+
+    clash, *others = hashes()
+    x = te.placeholder((4,), name="x")
+    another = tvm.IRModule({"main": te.create_prim_func([x, te.compute((4,), lambda i: x[i] + 1)])})
+    with Store(tmp_path / "db") as store:
+        store.add_task(clash, "another", module_to_json(another))
+    assert hashes() == others
 
 
 def start(network: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
