@@ -228,7 +228,7 @@ def _build(job: Build, module: Any, target: Any) -> Built:
 
 
 def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> None:
-    """Compile one kernel, exported as function "main".
+    """Compile one kernel, exported as function "main"; it takes its weights packed.
 
     Args:
         module: the unscheduled task.
@@ -237,13 +237,11 @@ def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> N
         path: the shared library to write.
     """
     import tvm
-    from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
+    from gpu_aware_tune.packing import without_packing
     from gpu_aware_tune.traces import apply_trace
 
-    scheduled = module if trace is None else apply_trace(trace, module).mod
-    # As TVM's default_build does; its wrapper warns that it is deprecated, hence the direct call.
-    scheduled = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(scheduled)
+    scheduled = module if trace is None else without_packing(apply_trace(trace, module).mod)
     built = tvm.tirx.build(scheduled, target=target)
     if target.kind.name != "llvm":
         from gpu_aware_tune.cuda_toolchain import export_module

@@ -11,6 +11,7 @@ from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
 
 from gpu_aware_tune.database import memory_database
 from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.packing import pack_at_load
 from gpu_aware_tune.traces import task_hash
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def compile_model(
         traces: trace JSON by task hash. A task without one keeps plain loops on a CPU and gets
             TVM's rule-made schedule on a GPU, where plain loops are not valid.
 
+    Returns:
+        An executable whose `main` takes the inputs, then the weights as `packing.packed` gives them.
+
     Raises:
         TuneError: a trace does not fit its task, or a scheduled kernel did not reach the library.
     """
@@ -38,11 +42,8 @@ def compile_module(
     module: tvm.IRModule, target: tvm.target.Target, traces: Mapping[str, str]
 ) -> relax.VMExecutable:
     """Compile a fused Relax module; see `compile_model`."""
-    return relax.build(
-        schedule_module(module, target, traces),
-        target=target,
-        relax_pipeline=_lowering(target),
-    )
+    scheduled = pack_at_load(schedule_module(module, target, traces))
+    return relax.build(scheduled, target=target, relax_pipeline=_lowering(target))
 
 
 def schedule_module(

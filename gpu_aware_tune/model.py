@@ -43,7 +43,8 @@ class Model:
     """A network ready for tuning.
 
     `module` has gone through TVM's `zero` pipeline. Its `main` takes the inputs, then the weights
-    in the order of `weights`, and has the attribute `num_input`. `prepared` is the ONNX graph it
+    in the order of `weights`, and has the attribute `num_input`; for a CPU its kernels are marked
+    with which of their arguments are weights (see `packing`). `prepared` is the ONNX graph it
     was made from, and `hash` identifies that by content.
     """
 
@@ -74,6 +75,7 @@ def load_model(
         UserError: the file, the shapes or an operator cannot be used; one line says which and why.
     """
     from gpu_aware_tune.onnx_prepare import prepare, read_model
+    from gpu_aware_tune.packing import mark_weights
 
     path = Path(path)
     proto = prepare(read_model(path), input_shapes or {}, dtype, supported_operators())
@@ -81,6 +83,8 @@ def load_model(
     with _quiet():
         module = _fused(_imported(proto), target)
     module, weights = _hoist_constants(module)
+    if target.kind.name == "llvm":
+        module = mark_weights(module)
     names = [value.name for value in proto.graph.output]
     return Model(
         name=path.stem,

@@ -27,6 +27,7 @@ from tvm.s_tir import SBlock
 from gpu_aware_tune.compile import compile_model
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.model import Model, random_inputs
+from gpu_aware_tune.packing import packed
 from gpu_aware_tune.traces import apply_trace
 
 # What a loaded library is to this module.
@@ -70,10 +71,8 @@ def verify_kernel(
     """
     if not trace_json:
         return KernelCheck(True, 0.0, 0.0)
-    from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
-
+    # With the packing of weights in it: the copy has to be right, too.
     scheduled = apply_trace(trace_json, module).mod
-    scheduled = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(scheduled)
     arrays = kernel_inputs(module, seed)
     on_device = target.kind.name != "llvm"
     host = tvm.target.Target({"kind": "llvm"}) if on_device else target
@@ -272,9 +271,10 @@ def _plain_outputs(model: Model, inputs: Mapping[str, np.ndarray]) -> list[np.nd
 def _run_main(
     module: Any, device: Any, model: Model, inputs: Mapping[str, np.ndarray]
 ) -> list[np.ndarray]:
-    arrays = [*inputs.values(), *model.weights.values()]
     machine = relax.VirtualMachine(module, device)
-    result = machine["main"](*(tvm.runtime.tensor(array, device) for array in arrays))
+    placed = [tvm.runtime.tensor(array, device) for array in inputs.values()]
+    weights = packed(machine, (tvm.runtime.tensor(w, device) for w in model.weights.values()))
+    result = machine["main"](*placed, *weights)
     outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
     return [output.numpy() for output in outputs]
 

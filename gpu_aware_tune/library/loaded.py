@@ -67,11 +67,13 @@ class Library:
         manifest = json.load(open("model.tuned/manifest.json"))
         device = tvm.cpu()  # or tvm.cuda()
         vm = relax.VirtualMachine(tvm.runtime.load_module("model.tuned/lib-2.so"), device)
-        weights = tvm.runtime.load_param_dict_from_file("model.tuned/weights.bin")
+        weights = tvm.runtime.load_param_dict_from_file("model.tuned/weights.bin").values()
+        packed = vm["main_transform_params"]([weight.copyto(device) for weight in weights])
         x = tvm.runtime.tensor(np.zeros(manifest["inputs"][0]["shape"], "float32"), device)
-        y = vm["main"](x, *(weight.copyto(device) for weight in weights.values()))
+        y = vm["main"](x, *packed)
 
-    (set TVM_NUM_THREADS to the library's units before, or TVM takes half of the machine's cores).
+    (the weights are packed once, into the layouts that this library's kernels want; set
+    TVM_NUM_THREADS to the library's units before, or TVM takes half of the machine's cores).
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], units: int, program: Program) -> None:

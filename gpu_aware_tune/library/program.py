@@ -12,23 +12,25 @@ import tvm
 from tvm import relax
 
 from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.packing import packed
 
 _WARM_UP = 3
 
 
 class Program:
-    """A library's `main`, with the weights already given.
+    """A library's `main`, with the weights already given, in the layout that its kernels want.
 
     Args:
         module: the loaded library.
-        weights: in the order in which `main` takes them.
+        weights: as `save_weights` stored them, in that order.
         device: where it runs.
     """
 
     def __init__(self, module: Any, weights: Iterable[Any], device: Any) -> None:
         self.device = device
-        self._main = relax.VirtualMachine(module, device)["main"]
-        self._weights = [_on(weight, device) for weight in weights]
+        machine = relax.VirtualMachine(module, device)
+        self._main = machine["main"]
+        self._weights = packed(machine, (_on(weight, device) for weight in weights))
 
     def place(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """Copy inputs to the device."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
+from gpu_aware_tune.packing import mark_packing, weight_buffers
 from gpu_aware_tune.schedules.access import Access, Axis, accesses_of, axes_of
 from gpu_aware_tune.schedules.blocks import block_of, is_costly, is_map, loops_of_axes
 from gpu_aware_tune.schedules.maps import PARALLEL_STEPS, parallel
@@ -30,6 +31,12 @@ class Reduction:
         self.operands: list[Access] = accesses_of(block, block.reads) or []
         results = accesses_of(block, block.writes) or []
         self.result: Access | None = results[0] if len(results) == 1 else None
+        weights = weight_buffers(schedule.mod["main"])
+        self.weights = frozenset(
+            number
+            for number, operand in enumerate(self.operands)
+            if any(operand.buffer.same_as(weight) for weight in weights)
+        )
 
     @property
     def steps(self) -> int:
@@ -40,7 +47,7 @@ class Reduction:
         """The tiles worth trying, best first; none where the block has no result to spread."""
         if self.result is None or not self.operands:
             return []
-        return best_tiles(self.axes, self.operands, self.result, self.machine)
+        return best_tiles(self.axes, self.operands, self.result, self.machine, self.weights)
 
     def apply(self, schedule: Schedule, tile: Tile, fuse_consumer: bool) -> None:
         """Schedule the block with a tile; TVM's refusals are for the caller to catch."""
@@ -112,7 +119,8 @@ class Reduction:
         size = tile.size(self.axes[tile.vector])
         if writer is None:
             writer = schedule.cache_read(block, number, "global")
-            self._schedule_packing(schedule, writer, dim, size)
+            at_load = mark_packing(schedule, writer, buffer)
+            self._schedule_packing(schedule, writer, dim, size, at_load)
 
         def blocked(*index: Any) -> list[Any]:
             rest = [value for position, value in enumerate(index) if position != dim]
@@ -120,8 +128,13 @@ class Reduction:
 
         schedule.transform_layout(writer, ("write", 0), blocked)
 
-    def _schedule_packing(self, schedule: Schedule, writer: Any, dim: int, size: int) -> None:
-        """Copy in pieces that fit the nearest cache: read rows, write the columns of a block."""
+    def _schedule_packing(
+        self, schedule: Schedule, writer: Any, dim: int, size: int, at_load: bool
+    ) -> None:
+        """Copy in pieces that fit the nearest cache: read rows, write the columns of a block.
+
+        What is copied when the library is loaded is not shared out: no threads wait there yet.
+        """
         loops = schedule.get_loops(writer)
         extents = [int(schedule.get(loop).extent) for loop in loops]
         part = next((at for at in range(len(loops)) if at != dim and extents[at] > 1), None)
@@ -134,7 +147,7 @@ class Reduction:
         rest = [loop for at, loop in enumerate(loops) if at not in (dim, part)]
         schedule.reorder(blocks, parts, within, inside, *rest)
         count = extents[dim] // size
-        if math.prod(extents) >= PARALLEL_STEPS:
+        if math.prod(extents) >= PARALLEL_STEPS and not at_load:
             if count < 2 * self.machine.units:
                 blocks = schedule.fuse(blocks, parts)
             schedule.parallel(blocks)

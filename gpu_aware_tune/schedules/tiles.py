@@ -74,18 +74,35 @@ def divisors(number: int, most: int) -> list[int]:
 
 
 def best_tiles(
-    axes: Sequence[Axis], operands: Sequence[Access], result: Access, machine: Machine
+    axes: Sequence[Axis],
+    operands: Sequence[Access],
+    result: Access,
+    machine: Machine,
+    weights: frozenset[int] = frozenset(),
 ) -> list[Tile]:
-    """Give the best tile for each axis that could be vectorised, cheapest first, then all others."""
+    """Give the best tile for each axis that could be vectorised, cheapest first, then all others.
+
+    Args:
+        axes: of the block.
+        operands: what it reads.
+        result: what it writes.
+        machine: the CPU.
+        weights: operands (by number) that are packed before the kernel runs.
+    """
     best: dict[int, Tile] = {}
-    ranked = sorted(_tiles(axes, operands, result, machine), key=lambda tile: tile.cycles)
+    every = _tiles(axes, operands, result, machine, weights)
+    ranked = sorted(every, key=lambda tile: tile.cycles)
     for tile in ranked:
         best.setdefault(tile.vector, tile)
     return [*best.values(), *(tile for tile in ranked if best[tile.vector] is not tile)]
 
 
 def _tiles(
-    axes: Sequence[Axis], operands: Sequence[Access], result: Access, machine: Machine
+    axes: Sequence[Axis],
+    operands: Sequence[Access],
+    result: Access,
+    machine: Machine,
+    weights: frozenset[int],
 ) -> Iterator[Tile]:
     spatial = [axis for axis in axes if not axis.reduce and axis.extent > 1]
     registers = machine.registers * 3 // 4
@@ -95,10 +112,10 @@ def _tiles(
             most = min(registers, (STACK_BYTES - 1) // (result.itemsize * lanes))
             for counts in _counts(vector, lanes, spatial, len(axes), most):
                 tile = Tile(vector.position, lanes, counts, packed, 0.0)
-                yield _priced(tile, axes, operands, result, machine)
+                yield _priced(tile, axes, operands, result, machine, weights)
                 if packed:
                     plain = Tile(vector.position, lanes, counts, (), 0.0)
-                    yield _priced(plain, axes, operands, result, machine)
+                    yield _priced(plain, axes, operands, result, machine, weights)
 
 
 def _counts(
@@ -144,6 +161,7 @@ def _priced(
     operands: Sequence[Access],
     result: Access,
     machine: Machine,
+    weights: frozenset[int],
 ) -> Tile:
     registers = math.prod(tile.counts)
     width = _HALF if tile.lanes <= machine.lanes // 2 else 1.0
@@ -155,7 +173,8 @@ def _priced(
         ports += _loads(tile, number, axes, operand) / 2
         misses += _misses(tile, axes, operand, number in tile.packed) / steps
     step = max(registers * width, ports, _LATENCY) + _PORT * ports + misses
-    packing = sum(_PACK * operands[number].elements for number in tile.packed)
+    copied = [operands[number] for number in tile.packed if number not in weights]
+    packing = sum(_PACK * operand.elements for operand in copied)
     contiguous = result.strides[tile.vector] == 1
     store = registers * _STORE * (1 if contiguous else tile.lanes) + _PER_TILE
     compute = count * (steps * step + store) + packing

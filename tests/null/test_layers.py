@@ -24,6 +24,7 @@ ORDER = [
     ["partition"],
     ["workers"],
     ["traces"],
+    ["packing"],
     ["onnx_prepare"],
     ["model"],
     ["schedules"],

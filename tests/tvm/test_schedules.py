@@ -15,6 +15,7 @@ from tvm import relax
 from tvm.relax import op
 from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
 
+from gpu_aware_tune.packing import PACKING, mark_weights, without_packing
 from gpu_aware_tune.schedules import default_schedule, default_schedules
 from gpu_aware_tune.schedules.access import accesses_of, axes_of
 from gpu_aware_tune.schedules.blocks import block_of
@@ -30,16 +31,20 @@ def f32(*shape: int) -> Spec:
     return shape, "float32"
 
 
-def kernels(make: Make, *specs: Spec) -> list[tvm.IRModule]:
-    """The fused kernels of a small Relax function; `make` gets `emit` and the inputs."""
+def kernels(make: Make, *specs: Spec, inputs: int | None = None) -> list[tvm.IRModule]:
+    """The fused kernels of a small Relax function; `make` gets `emit` and the inputs.
+
+    The parameters from number `inputs` on are weights.
+    """
     builder = relax.BlockBuilder()
     variables = [relax.Var(f"p{n}", relax.TensorType(*spec)) for n, spec in enumerate(specs)]
-    with builder.function("main", variables):
+    attrs = {"num_input": len(specs) if inputs is None else inputs}
+    with builder.function("main", variables, attrs=attrs):
         with builder.dataflow():
             result = builder.emit_output(make(builder.emit, *variables))
         builder.emit_func_output(result)
     with target():
-        module = relax.get_pipeline("zero")(builder.get())
+        module = mark_weights(relax.get_pipeline("zero")(builder.get()))
     return [task.dispatched[0] for task in extract_tasks(module, target())]
 
 
@@ -141,6 +146,28 @@ def test_every_schedule_replays_and_computes_the_same(name: str) -> None:
             assert tvm_ffi.structural_equal(apply_trace(trace, module).mod, schedule.mod)
             check = verify_kernel(module, trace, target(), seed=1)
             assert check.ok, check
+
+
+@pytest.mark.parametrize("name", [name for name, (_, specs) in CASES.items() if len(specs) > 1])
+def test_schedules_may_pack_weights(name: str) -> None:
+    make, specs = CASES[name]
+    for module in kernels(make, *specs, inputs=1):
+        for schedule in default_schedules(module, target(), most=2):
+            check = verify_kernel(module, trace_to_json(schedule.trace), target(), seed=1)
+            assert check.ok, check
+            tvm.tirx.build(without_packing(schedule.mod), target=target())
+
+
+def test_a_weight_is_packed_when_the_library_is_loaded_an_input_at_every_call() -> None:
+    shapes = f32(1, 32, 7, 7), f32(64, 32, 1, 1), f32(1, 64, 1, 1)
+    texts = []
+    for inputs in (1, 3):
+        (module,) = kernels(conv(), *shapes, inputs=inputs)
+        schedules = default_schedules(module, target(), most=24)
+        texts.append("\n".join(str(schedule.trace) for schedule in schedules))
+    assert PACKING in texts[0]
+    assert PACKING not in texts[1]
+    assert "cache_read" in texts[1]
 
 
 def test_the_module_itself_is_left_alone() -> None:
