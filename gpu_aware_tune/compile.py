@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
+from tvm.relax.backend.cuda import pipeline as cuda_pipeline
 
 from gpu_aware_tune.database import memory_database
 from gpu_aware_tune.errors import TuneError
@@ -111,19 +112,11 @@ def _gpu_fallback(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModu
 def _lowering(target: tvm.target.Target) -> Any:
     """The passes after fusion only: fusing again would throw the schedules away.
 
-    The CPU's passes are named directly, because `relax.pipeline.dataflow_lower_passes` raises for
-    llvm in TVM 0.27.
+    They are taken from the target's own module, because `relax.pipeline.dataflow_lower_passes`
+    raises for llvm and for cuda in TVM 0.27.
     """
-    if target.kind.name == "llvm":
-        stages = [
-            *cpu_pipeline.dataflow_lower_passes(target),
-            *cpu_pipeline.finalize_passes(target),
-        ]
-    else:
-        stages = [
-            *relax.pipeline.dataflow_lower_passes(target),
-            *relax.pipeline.finalize_passes(target),
-        ]
+    passes = cpu_pipeline if target.kind.name == "llvm" else cuda_pipeline
+    stages = [*passes.dataflow_lower_passes(target), *passes.finalize_passes(target)]
 
     @tvm.transform.module_pass(opt_level=0, name="gpu_aware_tune.lower")
     def lower(module: tvm.IRModule, _context: Any) -> tvm.IRModule:

@@ -47,6 +47,21 @@ def build(dtype: str = "float32") -> Any:
     return tvm.tirx.build(schedule.mod, target=tvm.target.Target(device.target(132)))
 
 
+def test_a_whole_model_compiles(tmp_path: Path) -> None:
+    from tiny_library import write_onnx
+
+    from gpu_aware_tune.compile import compile_model
+    from gpu_aware_tune.model import load_model
+
+    device, _ = find_device("cuda", 0, ARCH if no_gpu() else None)
+    target = tvm.target.Target(device.target(132))
+    model = load_model(write_onnx(tmp_path / "tiny.onnx"), target)
+    executable = compile_model(model, target, {})
+    executable.export_library(str(tmp_path / "tiny.so"))
+    assert b".nv.info" in (tmp_path / "tiny.so").read_bytes(), "no cubin in it"
+    assert "main_transform_params" in executable.stats()
+
+
 def no_gpu() -> bool:
     return not os.path.exists("/dev/nvidia0")
 
