@@ -78,13 +78,14 @@ def compile_to_file(
     import tvm
 
     from gpu_aware_tune.compile import compile_module
+    from gpu_aware_tune.library import link
     from gpu_aware_tune.traces import module_from_json
 
     try:
         executable = compile_module(
             module_from_json(module_json), tvm.target.Target(target), traces
         )
-        executable.export_library(path)
+        link(executable, path)
     except Exception as error:  # sent to the parent, which stops the run with it
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"

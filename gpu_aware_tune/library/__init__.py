@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_aware_tune.library.folder import export, save_weights
+from gpu_aware_tune.library.folder import export, link, save_weights
 from gpu_aware_tune.library.loaded import LatencyStats, Library, load
 from gpu_aware_tune.library.program import Program, open_vm
 
@@ -11,6 +11,7 @@ __all__ = [
     "Library",
     "Program",
     "export",
+    "link",
     "load",
     "open_vm",
     "save_weights",

@@ -49,6 +49,14 @@ def save_weights(weights: Mapping[str, np.ndarray], path: Path) -> None:
         path.write_bytes(tvm.runtime.save_param_dict(tensors))
 
 
+def link(executable: Any, path: Path | str) -> None:
+    """Write a compiled model as a shared library, without symbols that only a debugger reads.
+
+    Those are a third of the file, and every share has one.
+    """
+    executable.export_library(str(path), options=["-s"])
+
+
 def export(
     folder: Path,
     model: Model,
@@ -77,7 +85,9 @@ def export(
     with _writing(folder):
         try:
             fresh.mkdir(parents=True)
-            parts = {units: _library(fresh, units, made) for units, made in libraries.items()}
+            parts = _share_files(
+                fresh, {units: _library(fresh, units, made) for units, made in libraries.items()}
+            )
             save_weights(model.weights, fresh / WEIGHTS)
             text = json.dumps(_manifest(model, parts, part_of(fresh / WEIGHTS), manifest), indent=1)
             (fresh / MANIFEST).write_text(text + "\n")
@@ -133,8 +143,25 @@ def _library(folder: Path, units: int, made: Any) -> Part:
         shutil.copyfile(made, path)
     else:
         find_compiler()
-        made.export_library(str(path))
+        link(made, path)
     return part_of(path)
+
+
+def _share_files(folder: Path, parts: Mapping[int, Part]) -> dict[int, Part]:
+    """Keep libraries of the same content once, in a file that names all of their units."""
+    alike: dict[str, list[int]] = {}
+    for units in sorted(parts):
+        alike.setdefault(parts[units].sha256, []).append(units)
+    shared = dict(parts)
+    for together in alike.values():
+        name = f"lib-{'-'.join(str(units) for units in together)}.so"
+        first = parts[together[0]]
+        (folder / first.file).rename(folder / name)
+        for units in together:
+            shared[units] = Part(name, first.bytes, first.sha256)
+            if units != together[0]:
+                (folder / parts[units].file).unlink()
+    return shared
 
 
 def _check_replaceable(folder: Path) -> None:

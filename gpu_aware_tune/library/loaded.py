@@ -1,9 +1,10 @@
-"""A tuned model, ready to be called: loading the library for the cores or SMs that are there."""
+"""A tuned model, ready to be called: the library for the units that are there, and for others."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import statistics
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,24 +12,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import tvm
-from tvm.target import codegen
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.library.folder import FORMAT, MANIFEST, WEIGHTS, part_of, versions
-from gpu_aware_tune.library.program import Program, open_vm
-from gpu_aware_tune.library.threads import CoreThread
+from gpu_aware_tune.library.folder import WEIGHTS
+from gpu_aware_tune.library.manifest import (
+    check_library,
+    check_versions,
+    check_weights,
+    choose_units,
+    known_units,
+    library_file,
+    nearest,
+    on_cpu,
+    read_manifest,
+    visible_units,
+)
+from gpu_aware_tune.library.program import Program, Weights, open_vm
+from gpu_aware_tune.library.threads import CallerThread, CoreThread
 from gpu_aware_tune.model import TensorSpec, random_inputs
-from gpu_aware_tune.partition.topology import usable_cores
+from gpu_aware_tune.partition.topology import allowed_cpus, usable_cores
 
 Result = TypeVar("Result")
-
-_CPU = 1  # DLPack's kDLCPU
-# Of LLVM's processor features those that code may depend on; the others are advice for tuning.
-_INSTRUCTIONS = (
-    "sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "popcnt", "lzcnt", "movbe", "gfni", "vaes",
-    "vpclmulqdq", "neon", "sve", "dotprod", "fullfp16", "fp16fml", "bf16", "i8mm", "lse",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,21 +56,32 @@ class LatencyStats:
         )
 
 
-class Library:
-    """A tuned model, loaded for some units of its device.
+@dataclass(frozen=True)
+class _Lane:
+    """A program and the thread it runs in; no two lanes share a program, which is not reentrant."""
 
-    Called with one array per input it gives one array per output. On a CPU it runs in a thread of
-    its own on `units` cores (see `CoreThread`), so libraries for different units can be used in one
-    process, and the caller's threads keep their cores. Calls wait for each other. The thread ends
-    with `close`, or with the library.
+    units: int
+    program: Program
+    thread: CoreThread | CallerThread
+
+
+class Library:
+    """A tuned model, with a library for each share it was tuned for.
+
+    Called with one array per input it gives one array per output. It starts with the library that
+    `load` chose; `use` switches to another one, also while calls are under way. On a CPU a library
+    runs in a thread of its own, on as many cores as it is used for (see `CoreThread`), so several
+    can be used in one process, and the caller's threads keep their cores. Calls wait for each
+    other. The threads end with `close`, or with the library.
 
     The folder needs nothing of this package; with TVM alone a library is run like this::
 
         import json, numpy as np, tvm
         from tvm import relax
         manifest = json.load(open("model.tuned/manifest.json"))
+        file = {entry["units"]: entry["file"] for entry in manifest["libraries"]}[2]
         device = tvm.cpu()  # or tvm.cuda()
-        vm = relax.VirtualMachine(tvm.runtime.load_module("model.tuned/lib-2.so"), device)
+        vm = relax.VirtualMachine(tvm.runtime.load_module(f"model.tuned/{file}"), device)
         weights = tvm.runtime.load_param_dict_from_file("model.tuned/weights.bin").values()
         packed = vm["main_transform_params"]([weight.copyto(device) for weight in weights])
         x = tvm.runtime.tensor(np.zeros(manifest["inputs"][0]["shape"], "float32"), device)
@@ -76,21 +91,82 @@ class Library:
     TVM_NUM_THREADS to the library's units before, or TVM takes half of the machine's cores).
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], units: int, program: Program) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], units: int) -> None:
+        """Open the library for `units`, one of those the manifest has; see `load`."""
         self.path = path
         self.manifest = manifest
-        self.units = units
         self.inputs = _specs(manifest["inputs"])
         self.outputs = _specs(manifest["outputs"])
-        self._program = program
+        self._known = known_units(manifest)
+        self._weights = Weights(path / WEIGHTS)
         self._closed = False
-        self._cores: CoreThread | None = None
-        if program.device.dlpack_device_type() == _CPU:
-            self._cores = CoreThread(units)
-            weakref.finalize(self, self._cores.stop)
+        self._switching = threading.Lock()
+        self._lanes: dict[tuple[str, tuple[int, ...]], _Lane] = {}
+        self._threads: dict[tuple[int, ...], CoreThread] = {}
+        self._cores: dict[tuple[frozenset[int], int], tuple[int, ...]] = {}
+        weakref.finalize(self, _stop, self._threads)
+        check_weights(path, manifest)
+        self._lane = self._open(units, self._cores_for(units))
 
     def __repr__(self) -> str:
         return f"Library({str(self.path)!r}, units={self.units})"
+
+    @property
+    def units(self) -> int:
+        """The units that the library in use was tuned for."""
+        return self._lane.units
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        """The cores that the library in use runs on; empty on a GPU."""
+        return self._lane.thread.cores
+
+    def use(self, units: int | None = None) -> Library:
+        """Switch to the library for a share, as when the share has changed.
+
+        A call that is under way finishes on the library it began with, every later one runs on the
+        new one; none waits for the switch, not even while a library is being opened. Once a library
+        is open (see `preload`), switching to it takes microseconds.
+
+        On a CPU the library also runs on that many cores from then on, or on all that are visible
+        where those are fewer. On a GPU the SMs are the business of whoever gives the process its
+        share; only the code changes here.
+
+        Args:
+            units: the cores or SMs of the new share; the library tuned for the nearest number is
+                taken. By default what this process really sees now.
+
+        Returns:
+            The library itself.
+
+        Raises:
+            UserError: `units` is below 1, the library is closed, or its file is damaged.
+        """
+        if units is not None and units < 1:
+            raise UserError(f"use({units}): a share has at least 1 unit")
+        with self._switching:
+            self._check_open()
+            seen = visible_units(self.manifest) if units is None else units
+            chosen = nearest(self._known, seen)
+            self._lane = self._open(chosen, self._cores_for(seen))
+        return self
+
+    def preload(self) -> Library:
+        """Open the libraries of all shares and run each once, so that no later switch has to wait.
+
+        Returns:
+            The library itself; which share is in use does not change.
+
+        Raises:
+            UserError: a library's file is damaged.
+        """
+        inputs = list(random_inputs(self.inputs, seed=0).values())
+        for units in self._known:
+            with self._switching:
+                self._check_open()
+                lane = self._open(units, self._cores_for(units))
+            _run_once(lane, inputs)
+        return self
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model once.
@@ -105,7 +181,7 @@ class Library:
             UserError: an array is missing, unknown, or of another shape or type.
         """
         arrays = check_inputs(self.inputs, inputs)
-        results = self._run(lambda: self._program(self._program.place(arrays)))
+        results = self._run(lambda program: program(program.place(arrays)))
         return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
 
     def benchmark(
@@ -124,31 +200,63 @@ class Library:
         arrays = check_inputs(self.inputs, inputs or random_inputs(self.inputs, seed=0))
         named = {spec.name: array for spec, array in zip(self.inputs, arrays, strict=True)}
 
-        def measure() -> list[float]:
-            timer = self._program.timer(named)
+        def measure(program: Program) -> list[float]:
+            timer = program.timer(named)
             return timer(seconds) if repeat is None else [timer(0.0)[0] for _ in range(repeat)]
 
         return LatencyStats.of(self._run(measure))
 
     def close(self) -> None:
-        """End the library's thread; it cannot be called afterwards."""
-        if self._cores is not None:
-            self._cores.stop()
-        self._closed = True
+        """End the library's threads after what they are doing; it cannot be called afterwards."""
+        with self._switching:
+            self._closed = True
+            _stop(self._threads)
 
-    def _run(self, function: Callable[[], Result]) -> Result:
+    def _run(self, function: Callable[[Program], Result]) -> Result:
+        self._check_open()
+        lane = self._lane  # read once: a switch meanwhile is the next call's business
+        return lane.thread.run(lambda: function(lane.program))
+
+    def _check_open(self) -> None:
         if self._closed:
             raise UserError(f"{self!r} is closed: load it again")
-        return function() if self._cores is None else self._cores.run(function)
+
+    def _open(self, units: int, cores: tuple[int, ...]) -> _Lane:
+        """The lane of a library on some cores, opened when it is first asked for."""
+        file = library_file(self.manifest, units)
+        lane = self._lanes.get((file, cores))
+        if lane is None:
+            check_library(self.path, self.manifest, units)
+            program = open_vm(self.path / file, self._weights)
+            lane = self._lanes[file, cores] = _Lane(units, program, self._thread(cores))
+        return lane if lane.units == units else dataclasses.replace(lane, units=units)
+
+    def _thread(self, cores: tuple[int, ...]) -> CoreThread | CallerThread:
+        if not cores:
+            return CallerThread()
+        if cores not in self._threads:
+            self._threads[cores] = CoreThread(len(cores), cores)
+        return self._threads[cores]
+
+    def _cores_for(self, units: int) -> tuple[int, ...]:
+        """The first cores that may be used; empty on a GPU."""
+        if not on_cpu(self.manifest):
+            return ()
+        key = (allowed_cpus(), units)  # what may be used is looked up anew only where this changes
+        if key not in self._cores:
+            self._cores[key] = usable_cores()[:units]
+        return self._cores[key]
 
 
-def load(path: str | Path, units: int | None = None) -> Library:
+def load(path: str | Path, units: int | None = None, preload: bool = False) -> Library:
     """Load a tuned model from its folder.
 
     Args:
         path: the folder.
         units: which library; by default the one tuned for the number of cores this process may use
             (or SMs this GPU has) that comes nearest.
+        preload: open the libraries of the other shares too, for `Library.use`; the weights are
+            shared, so this costs little memory.
 
     Raises:
         UserError: the folder is missing, damaged, or was made by other versions.
@@ -156,54 +264,9 @@ def load(path: str | Path, units: int | None = None) -> Library:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    _check_versions(path, manifest)
-    libraries = {int(entry["units"]): entry for entry in manifest["libraries"]}
-    if units is not None and units not in libraries:
-        known = ", ".join(str(count) for count in sorted(libraries))
-        raise UserError(f"{path} has no library for {units} units: choose one of {known}")
-    chosen = nearest(sorted(libraries), visible_units(manifest)) if units is None else units
-    _check_cpu(path, manifest, chosen)
-    _check_part(path, libraries[chosen])
-    _check_part(path, manifest["weights"])
-    program = open_vm(path / libraries[chosen]["file"], path / WEIGHTS)
-    return Library(path, manifest, chosen, program)
-
-
-def nearest(known: list[int], visible: int) -> int:
-    """Give the known number of units nearest to what is visible, the smaller of two."""
-    return min(known, key=lambda units: (abs(units - visible), units))
-
-
-def visible_units(manifest: Mapping[str, Any]) -> int:
-    """How many units of the manifest's device this process sees."""
-    if str(manifest.get("device", "llvm")).startswith("cuda"):
-        device = tvm.cuda(0)
-        return int(device.multi_processor_count) if device.exist else 0
-    return len(usable_cores())
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read and check a folder's manifest.
-
-    Raises:
-        UserError: there is none, it is damaged, or of a later format.
-    """
-    if not path.is_dir():
-        raise UserError(f"{path} is no folder: give the folder that `tune MODEL` wrote")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        made = int(manifest["format"])
-    except FileNotFoundError:
-        raise UserError(f"{path} is no tuned model: it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / MANIFEST} is damaged ({error}): tune again") from error
-    if made > FORMAT:
-        raise UserError(f"{path} has format {made}, this version reads up to {FORMAT}: update it")
-    missing = {"model", "inputs", "outputs", "libraries", "weights", "versions"} - set(manifest)
-    if missing or not manifest["libraries"]:
-        named = ", ".join(sorted(missing)) or "libraries"
-        raise UserError(f"{path / MANIFEST} is damaged (no {named}): tune again")
-    return dict(manifest)
+    check_versions(path, manifest)
+    library = Library(path, manifest, choose_units(path, manifest, units))
+    return library.preload() if preload else library
 
 
 def check_inputs(
@@ -240,40 +303,10 @@ def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in entries)
 
 
-def _check_versions(path: Path, manifest: Mapping[str, Any]) -> None:
-    made, here = manifest["versions"], versions()
-    if made.get("tvm") != here["tvm"]:
-        raise UserError(
-            f"{path} was made with TVM {made.get('tvm')}, this is {here['tvm']}: tune again or"
-            f" `pip install apache-tvm=={made.get('tvm')}`"
-        )
+def _stop(threads: Mapping[tuple[int, ...], CoreThread]) -> None:
+    for thread in threads.values():
+        thread.stop()
 
 
-def _check_cpu(path: Path, manifest: Mapping[str, Any], units: int) -> None:
-    """Refuse a library for another processor: an illegal instruction would end this process."""
-    shares = [share for share in manifest.get("shares", ()) if share.get("units") == units]
-    target = dict(shares[0].get("target", {})) if shares else {}
-    wanted, here = target.get("mcpu"), str(codegen.llvm_get_system_cpu())
-    if target.get("kind") != "llvm" or not wanted or wanted == here:
-        return
-    lacking = sorted(_features(wanted) - _features(here))
-    if lacking:
-        raise UserError(
-            f"{path} is compiled for {wanted}; this processor, {here}, lacks"
-            f" {', '.join(lacking[:4])}: tune again here, or with --arch {here}"
-        )
-
-
-def _features(cpu: str) -> set[str]:
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
-    names = {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
-    return {name for name in names if name.startswith(_INSTRUCTIONS)}
-
-
-def _check_part(path: Path, entry: Mapping[str, Any]) -> None:
-    """Refuse a damaged file before it is mapped and run."""
-    file = path / str(entry["file"])
-    if not file.is_file():
-        raise UserError(f"{path} is incomplete ({entry['file']} is missing): tune again")
-    if part_of(file).sha256 != entry["sha256"]:
-        raise UserError(f"{file} is damaged (its content has changed): tune again")
+def _run_once(lane: _Lane, inputs: list[np.ndarray]) -> None:
+    lane.thread.run(lambda: lane.program(lane.program.place(inputs)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,43 @@ from gpu_aware_tune.packing import packed
 _WARM_UP = 3
 
 
+class Weights:
+    """A weights file, read when it is first needed, and once for all programs on a device.
+
+    Args:
+        path: the file that `save_weights` wrote.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = path
+        self._by_device: dict[tuple[int, int], list[Any]] = {}
+        self._reading = threading.Lock()
+
+    def on(self, device: Any) -> list[Any]:
+        """Give the tensors on a device, in the order in which `main` takes them.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        key = (device.dlpack_device_type(), device.index)
+        with self._reading:
+            if key not in self._by_device:
+                try:
+                    tensors = tvm.runtime.load_param_dict_from_file(str(self._path)).values()
+                except Exception as error:  # TVM reports a bad file with errors of several kinds
+                    raise UserError(
+                        f"{self._path} cannot be read ({_last_line(error)}): tune again"
+                    ) from error
+                self._by_device[key] = [_on(tensor, device) for tensor in tensors]
+            return self._by_device[key]
+
+
 class Program:
     """A library's `main`, with the weights already given, in the layout that its kernels want.
 
     Args:
         module: the loaded library.
-        weights: as `save_weights` stored them, in that order.
+        weights: on the device, as `save_weights` stored them, in that order.
         device: where it runs.
     """
 
@@ -30,7 +62,7 @@ class Program:
         self.device = device
         machine = relax.VirtualMachine(module, device)
         self._main = machine["main"]
-        self._weights = packed(machine, (_on(weight, device) for weight in weights))
+        self._weights = packed(machine, weights)
 
     def place(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """Copy inputs to the device."""
@@ -67,12 +99,12 @@ class Program:
         return sample
 
 
-def open_vm(library: Path | str, weights: Path | str, index: int = 0) -> Program:
+def open_vm(library: Path | str, weights: Weights | Path | str, index: int = 0) -> Program:
     """Open a compiled library and its weights; threads are left as they are.
 
     Args:
         library: the `.so` file.
-        weights: the file that `save_weights` wrote.
+        weights: the file that `save_weights` wrote, or `Weights` that several programs share.
         index: which of the devices of the library's kind.
 
     Raises:
@@ -87,11 +119,8 @@ def open_vm(library: Path | str, weights: Path | str, index: int = 0) -> Program
     device = tvm.cuda(index) if cuda else tvm.cpu(0)
     if cuda and not device.exist:
         raise SetupError(f"{library} is for a CUDA GPU, and none is visible: see `tune doctor`")
-    try:
-        parameters = tvm.runtime.load_param_dict_from_file(str(weights))
-    except Exception as error:
-        raise UserError(f"{weights} cannot be read ({_last_line(error)}): tune again") from error
-    return Program(module, parameters.values(), device)
+    shared = weights if isinstance(weights, Weights) else Weights(weights)
+    return Program(module, shared.on(device), device)
 
 
 def _imports(module: Any) -> list[Any]:

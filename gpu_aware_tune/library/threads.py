@@ -1,15 +1,16 @@
-"""A thread of its own for each loaded library, bound with TVM's pool to so many cores."""
+"""Where a loaded library runs: on a CPU a thread bound with TVM's pool to so many cores."""
 
 from __future__ import annotations
 
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tvm
 
+from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.partition.topology import usable_cores
 
 _ONE_CORE_PER_THREAD = -2  # TVM's threading::ThreadGroup::kSpecifyOneCorePerThread
@@ -28,10 +29,16 @@ class CoreThread:
 
     The cores are the first ones this process may use: processes that run side by side should be
     given cores of their own, for instance with `taskset`.
+
+    Args:
+        units: how many cores.
+        cores: which ones, where the caller has looked them up.
     """
 
-    def __init__(self, units: int) -> None:
-        self.cores = usable_cores()[:units]
+    def __init__(self, units: int, cores: Sequence[int] | None = None) -> None:
+        self.cores = tuple(usable_cores() if cores is None else cores)[:units]
+        self._stopped = False
+        self._queueing = threading.Lock()  # nothing is put behind the end, where it would wait
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = (
             queue.SimpleQueue()
         )
@@ -40,9 +47,16 @@ class CoreThread:
         self._thread.start()
 
     def run(self, function: Callable[[], Result]) -> Result:
-        """Call a function in the thread; gives what it returns, raises what it raises."""
+        """Call a function in the thread; gives what it returns, raises what it raises.
+
+        Raises:
+            UserError: the thread was stopped before.
+        """
         answer = _Answer()
-        self._jobs.put((function, answer))
+        with self._queueing:
+            if self._stopped:
+                raise UserError("the library is closed: load it again")
+            self._jobs.put((function, answer))
         answer.ready.acquire()
         if answer.error is not None:
             raise answer.error
@@ -50,8 +64,10 @@ class CoreThread:
         return result
 
     def stop(self) -> None:
-        """Let the thread and its pool end after what it is doing."""
-        self._jobs.put(None)
+        """Let the thread and its pool end after what it has been given."""
+        with self._queueing:
+            self._stopped = True
+            self._jobs.put(None)
 
     def _serve(self) -> None:
         bound = False
@@ -73,6 +89,20 @@ class CoreThread:
         configure = tvm.get_global_func("runtime.config_threadpool")
         configure(_ONE_CORE_PER_THREAD, len(names), names)
         os.sched_setaffinity(0, {self.cores[0]})  # of this thread only; TVM leaves it unbound
+
+
+class CallerThread:
+    """Runs functions in the thread that calls, one after the other: what a GPU's library needs."""
+
+    cores: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self._running = threading.Lock()
+
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Call a function once no other one runs."""
+        with self._running:
+            return function()
 
 
 class _Answer:

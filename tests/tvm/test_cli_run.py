@@ -35,7 +35,7 @@ def test_as_a_user_calls_it(folder: Path, run_tune: RunTune) -> None:
 def test_arrays_go_in_and_out(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loaded = load(folder)
+    loaded = load(folder, units=1)
     inputs = random_inputs(loaded.inputs, 9)
     np.savez(tmp_path / "in.npz", **inputs)
     args = [

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from gpu_aware_tune import library as library_package
 from gpu_aware_tune import verify as verify_module
 from gpu_aware_tune.compile import compile_model, is_scheduled, schedule_module
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
-from gpu_aware_tune.library import Library, export, load, open_vm, save_weights
+from gpu_aware_tune.library import Library, Program, export, load, open_vm, save_weights
+from gpu_aware_tune.library import loaded as loaded_module
 from gpu_aware_tune.library.folder import _exchange
 from gpu_aware_tune.library.loaded import nearest
+from gpu_aware_tune.library.threads import CallerThread, CoreThread
 from gpu_aware_tune.model import Model, load_model, random_inputs
 from gpu_aware_tune.partition.topology import usable_cores
 from gpu_aware_tune.tasks import extract
@@ -230,6 +233,28 @@ def test_the_folder_holds_libraries_weights_once_and_a_manifest(tiny: tuple[Mode
     assert manifest["device"] == "llvm/test/cpu"
 
 
+def test_equal_libraries_are_one_file(tmp_path: Path) -> None:
+    model, folder = write_library(tmp_path, alike=True)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"lib-1-2.so", "weights.bin", "manifest.json"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [entry["units"] for entry in manifest["libraries"]] == [1, 2]
+    assert {entry["file"] for entry in manifest["libraries"]} == {"lib-1-2.so"}
+    inputs = random_inputs(model.inputs, 5)
+    one, two = load(folder, units=1), load(folder, units=2)
+    assert (one.units, two.units) == (1, 2)
+    np.testing.assert_array_equal(one(inputs)["scores"], two(inputs)["scores"])
+    assert one.use(2).units == 2
+    np.testing.assert_array_equal(one(inputs)["scores"], two(inputs)["scores"])
+
+
+def test_libraries_hold_no_symbols_for_debuggers(tiny: tuple[Model, Path]) -> None:
+    for units in (1, 2):
+        content = (tiny[1] / f"lib-{units}.so").read_bytes()
+        assert b".text" in content
+        assert b".debug_info" not in content
+
+
 def test_export_replaces_an_older_folder_and_nothing_else(
     tiny: tuple[Model, Path], copy: Path
 ) -> None:
@@ -376,11 +401,12 @@ def test_each_library_runs_on_cores_of_its_own_number(tiny: tuple[Model, Path]) 
     inputs = random_inputs(one.inputs, 0)
     wanted = one(inputs)["features"]
     for loaded in (two, one, two, one, two):
-        np.testing.assert_array_equal(loaded(inputs)["features"], wanted)
-        assert loaded._run(threads) == loaded.units
-        assert loaded._run(lambda: os.sched_getaffinity(0)) == {cores[0]}
+        np.testing.assert_allclose(loaded(inputs)["features"], wanted, rtol=1e-4, atol=1e-5)
+        run = loaded._lane.thread.run
+        assert run(threads) == loaded.units
+        assert run(lambda: os.sched_getaffinity(0)) == {cores[0]}
         # A parallel loop has as many parts as there are threads at work.
-        assert loaded._run(_parts) == loaded.units
+        assert run(_parts) == loaded.units
     assert os.sched_getaffinity(0) == before
 
 
@@ -432,6 +458,189 @@ def test_benchmark_statistics_are_in_order(tiny: tuple[Model, Path]) -> None:
     assert stats.n == 20
     assert 0 < stats.min_ms <= stats.p10_ms <= stats.median_ms <= stats.p90_ms
     assert loaded.benchmark(seconds=0.1).n > 1
+
+
+# -- switching -------------------------------------------------------------------------------------
+
+
+def test_use_switches_code_and_cores(tiny: tuple[Model, Path]) -> None:
+    model, folder = tiny
+    cores = usable_cores()
+    loaded = load(folder, units=1)
+    inputs = random_inputs(model.inputs, 5)
+    wanted = {units: load(folder, units)(inputs)["scores"] for units in (1, 2)}
+    assert not np.array_equal(wanted[1], wanted[2])  # other code, other rounding: told apart below
+    for asked, units in ((2, 2), (1, 1), (9, 2), (1, 1), (2, 2)):
+        assert loaded.use(asked) is loaded
+        assert loaded.units == units
+        assert loaded.cores == cores[:asked]
+        np.testing.assert_array_equal(loaded(inputs)["scores"], wanted[units])
+    visible = min(2, len(cores))
+    assert loaded.use(1).use().units == visible
+    assert loaded.cores == cores
+    with pytest.raises(UserError, match=r"use\(0\): a share has at least 1 unit"):
+        loaded.use(0)
+    loaded.close()
+    with pytest.raises(UserError, match="is closed"):
+        loaded.use(1)
+
+
+def test_a_library_for_one_share_runs_on_the_cores_of_another(
+    tiny: tuple[Model, Path], copy: Path
+) -> None:
+    model, folder = tiny
+    export(copy, model, {1: folder / "lib-1.so"}, {"device": "llvm/test/cpu"})
+    loaded = load(copy)
+    threads = tvm.get_global_func("runtime.NumThreads")
+    for cores in range(1, len(usable_cores()) + 1):
+        assert loaded.use(cores).units == 1
+        assert loaded._lane.thread.run(threads) == cores == len(loaded.cores)
+
+
+def test_use_notices_that_this_process_may_use_other_cores(tiny: tuple[Model, Path]) -> None:
+    cores = usable_cores()
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    loaded = load(tiny[1])
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cores[1]})
+    try:
+        assert loaded.use().units == 1
+        assert loaded.cores == (cores[1],)
+        assert loaded._lane.thread.run(lambda: os.sched_getaffinity(0)) == {cores[1]}
+    finally:
+        os.sched_setaffinity(0, before)
+    assert loaded.use().cores == cores
+
+
+def test_no_call_is_lost_or_wrong_while_shares_change(tiny: tuple[Model, Path]) -> None:
+    """Callers never stop while another thread switches; each answer is one library's or the other's."""
+    model, folder = tiny
+    loaded = load(folder, preload=True)
+    inputs = [random_inputs(model.inputs, seed) for seed in range(3)]
+    wanted = [
+        {load(folder, units)(given)["scores"].tobytes() for units in (1, 2)} for given in inputs
+    ]
+    switching = threading.Event()
+    switching.set()
+    counts, wrong, errors = [0, 0, 0], [0, 0, 0], []
+
+    def call(number: int) -> None:
+        try:
+            while switching.is_set():
+                scores = loaded(inputs[number])["scores"]
+                counts[number] += 1
+                wrong[number] += scores.tobytes() not in wanted[number]
+        except Exception as error:
+            errors.append(error)
+
+    callers = [threading.Thread(target=call, args=(number,)) for number in range(3)]
+    for caller in callers:
+        caller.start()
+    for turn in range(200):
+        loaded.use(1 + turn % 2)
+        time.sleep(0.001)
+    switching.clear()
+    for caller in callers:
+        caller.join(30)
+    assert not any(caller.is_alive() for caller in callers)
+    assert errors == []
+    assert wrong == [0, 0, 0]
+    assert min(counts) > 0
+
+
+def test_a_call_under_way_finishes_where_it_began_and_later_ones_do_not_wait(
+    tiny: tuple[Model, Path],
+) -> None:
+    if len(usable_cores()) < 2:
+        pytest.skip("needs two cores")
+    loaded = load(tiny[1], units=2)
+    began, go_on = threading.Event(), threading.Event()
+    answers = []
+
+    def slow(program: Program) -> Program:
+        began.set()
+        assert go_on.wait(30)
+        return program
+
+    old = loaded._lane.program
+    caller = threading.Thread(target=lambda: answers.append(loaded._run(slow)))
+    caller.start()
+    assert began.wait(30)
+    loaded.use(1)
+    assert loaded._run(lambda program: program) is not old  # answered while the other one waits
+    assert answers == []
+    go_on.set()
+    caller.join(30)
+    assert answers == [old]
+
+
+def test_what_is_preloaded_is_not_opened_again(
+    tiny: tuple[Model, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    real = loaded_module.open_vm
+
+    def counting(path: Path, weights: object) -> Program:
+        opened.append(path.name)
+        return real(path, weights)
+
+    monkeypatch.setattr(loaded_module, "open_vm", counting)
+    loaded = load(copy, units=2)
+    assert opened == ["lib-2.so"]
+    loaded.use(1)
+    assert opened == ["lib-2.so", "lib-1.so"]
+    lanes = loaded._lane.program, loaded.use(2)._lane.program
+    assert lanes[0]._weights[0] is lanes[1]._weights[0]  # in memory once
+    opened.clear()
+    loaded = load(copy, units=2, preload=True)
+    assert sorted(opened) == ["lib-1.so", "lib-2.so"]
+    assert loaded.units == 2
+    shutil.rmtree(copy)
+    for turn in range(6):
+        loaded.use(1 + turn % 2)(random_inputs(loaded.inputs, 0))
+    assert len(opened) == 2
+
+
+def test_a_share_whose_file_is_damaged_is_refused_and_the_old_one_stays(copy: Path) -> None:
+    loaded = load(copy, units=2)
+    content = (copy / "lib-1.so").read_bytes()
+    (copy / "lib-1.so").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"lib-1\.so is damaged"):
+        loaded.use(1)
+    assert loaded.units == 2
+    assert loaded(random_inputs(loaded.inputs, 0))
+    with pytest.raises(UserError, match=r"lib-1\.so is damaged"):
+        load(copy, units=2, preload=True)
+
+
+def test_a_call_that_meets_the_end_is_refused_not_left_waiting() -> None:
+    thread = CoreThread(1)
+    done = []
+    thread.run(lambda: done.append(1))
+    thread.stop()
+    with pytest.raises(UserError, match="is closed"):
+        thread.run(lambda: done.append(2))
+    assert done == [1]
+
+
+def test_a_gpus_library_runs_in_the_callers_thread_one_call_at_a_time() -> None:
+    thread = CallerThread()
+    assert thread.run(threading.get_ident) == threading.get_ident()
+    inside, most = [], []
+
+    def work() -> None:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.001)
+        inside.pop()
+
+    callers = [threading.Thread(target=lambda: thread.run(work)) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(30)
+    assert most == [1] * 8
 
 
 def test_the_nearest_library_is_taken(tiny: tuple[Model, Path]) -> None:

@@ -10,7 +10,7 @@ import tvm
 from onnx import TensorProto, helper, numpy_helper
 
 from gpu_aware_tune.compile import compile_model
-from gpu_aware_tune.library import export
+from gpu_aware_tune.library import export, link
 from gpu_aware_tune.model import Model, load_model
 from gpu_aware_tune.schedules import default_schedule
 from gpu_aware_tune.tasks import extract
@@ -72,14 +72,16 @@ def default_traces(model: Model) -> dict[str, str]:
     return traces
 
 
-def write_library(folder: Path) -> tuple[Model, Path]:
-    """Export libraries for one and for two cores."""
+def write_library(folder: Path, alike: bool = False) -> tuple[Model, Path]:
+    """Export libraries for one and for two cores: plain loops and default schedules, or `alike`."""
     model = load_model(write_onnx(folder / "tiny.onnx"), target())
-    executable = compile_model(model, target(), default_traces(model))
-    shared = folder / "tiny.so"
-    executable.export_library(str(shared))
+    paths = {}
+    for units, traces in ((1, {}), (2, default_traces(model))):
+        paths[units] = folder / f"tiny-{units}.so"
+        link(compile_model(model, target(), traces), paths[units])
     manifest = {
         "device": "llvm/test/cpu",
         "shares": [{"percent": 50 * n, "units": n, "target": target_json(n)} for n in (1, 2)],
     }
-    return model, export(folder / "tiny.tuned", model, {1: shared, 2: shared}, manifest)
+    libraries = {1: paths[2], 2: paths[2]} if alike else paths
+    return model, export(folder / "tiny.tuned", model, libraries, manifest)
