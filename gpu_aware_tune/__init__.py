@@ -9,21 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpu_aware_tune.curves import Curve
     from gpu_aware_tune.errors import SetupError, TuneError, UserError
     from gpu_aware_tune.jobs import make_jobs
     from gpu_aware_tune.library import Library, load
-    from gpu_aware_tune.settings import (
-        DEFAULT,
-        FULL,
-        QUICK,
-        Settings,
-        make_settings,
-    )
+    from gpu_aware_tune.profiles import profile
+    from gpu_aware_tune.settings import DEFAULT, FULL, QUICK, Settings, make_settings
     from gpu_aware_tune.tuning import tune, tune_events, tune_jobs, tune_many
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Curve": "curves",
     "DEFAULT": "settings",
     "FULL": "settings",
     "QUICK": "settings",
@@ -35,6 +32,7 @@ _HOME = {
     "load": "library",
     "make_jobs": "jobs",
     "make_settings": "settings",
+    "profile": "profiles",
     "tune": "tuning",
     "tune_events": "tuning",
     "tune_jobs": "tuning",
@@ -45,6 +43,7 @@ __all__ = [
     "DEFAULT",
     "FULL",
     "QUICK",
+    "Curve",
     "Library",
     "Settings",
     "SetupError",
@@ -53,6 +52,7 @@ __all__ = [
     "load",
     "make_jobs",
     "make_settings",
+    "profile",
     "tune",
     "tune_events",
     "tune_jobs",

@@ -18,6 +18,7 @@ INTERRUPTED = 130
 COMMANDS = {
     "tune": ("gpu_aware_tune.cli.tune", "Tune an ONNX model (the default: `tune MODEL`)."),
     "run": ("gpu_aware_tune.cli.run", "Run a tuned library and time it."),
+    "profile": ("gpu_aware_tune.cli.profile", "Measure a tuned library at each share; the knee."),
     "records": ("gpu_aware_tune.cli.records", "List, export, import and prune measurements."),
     "doctor": ("gpu_aware_tune.cli.doctor", "Show what this machine offers and what it lacks."),
 }

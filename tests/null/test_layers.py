@@ -46,6 +46,9 @@ ORDER = [
     ["library"],
     ["selection", "shipping"],
     ["retiming"],
+    ["planning"],
+    ["curves"],
+    ["profiles"],
     ["results"],
     ["model_run", "pools"],
     ["run"],
@@ -164,6 +167,7 @@ def test_modules_stay_small(file: Path) -> None:
         "import gpu_aware_tune; gpu_aware_tune.Settings; gpu_aware_tune.UserError",
         "import gpu_aware_tune.cli.main, gpu_aware_tune.cli.tune, gpu_aware_tune.progress",
         "import gpu_aware_tune.cli.run, gpu_aware_tune.cli.records, gpu_aware_tune.cli.doctor",
+        "import gpu_aware_tune.cli.profile, gpu_aware_tune.profiles, gpu_aware_tune.planning",
     ],
 )
 def test_cheap_imports_load_no_heavy_package(statement: str) -> None:

@@ -28,7 +28,7 @@ def target_json(units: int = 2) -> dict[str, object]:
     return {"kind": "llvm", "mcpu": cpu, "num-cores": units}
 
 
-def write_onnx(path: Path, width: int = 12, channels: int = 3) -> Path:
+def write_onnx(path: Path, width: int = 12, channels: int = 3, batch: int = 1) -> Path:
     """Inputs image, bias; conv, relu (output features), mean, matmul, + bias (output scores)."""
     generator = np.random.default_rng(7)
     weights = {
@@ -47,12 +47,14 @@ def write_onnx(path: Path, width: int = 12, channels: int = 3) -> Path:
         nodes,
         "tiny",
         [
-            helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, channels, width, width]),
+            helper.make_tensor_value_info(
+                "image", TensorProto.FLOAT, [batch, channels, width, width]
+            ),
             helper.make_tensor_value_info("bias", TensorProto.FLOAT, [1, 20]),
         ],
         [
-            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 20]),
-            helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, 16, width, width]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch, 20]),
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, [batch, 16, width, width]),
         ],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
@@ -72,9 +74,9 @@ def default_traces(model: Model) -> dict[str, str]:
     return traces
 
 
-def write_library(folder: Path, alike: bool = False) -> tuple[Model, Path]:
+def write_library(folder: Path, alike: bool = False, batch: int = 1) -> tuple[Model, Path]:
     """Export libraries for one and for two cores: plain loops and default schedules, or `alike`."""
-    model = load_model(write_onnx(folder / "tiny.onnx"), target())
+    model = load_model(write_onnx(folder / "tiny.onnx", batch=batch), target())
     paths = {}
     for units, traces in ((1, {}), (2, default_traces(model))):
         paths[units] = folder / f"tiny-{units}.so"

@@ -1,0 +1,206 @@
+"""`tune profile LIB...`: latency, throughput and energy at each share, and the knee."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.settings import PARTITIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gpu_aware_tune.curves import Curve, Point
+
+_BAR_WIDTH = 10
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("libraries", metavar="LIB...", type=click.Path(path_type=Path), nargs=-1)
+@click.option(
+    "--units",
+    metavar="N[,N...]",
+    help="Shares to measure, in cores or SMs [default: every tenth of the device, every tuned one].",
+)
+@click.option(
+    "--tuned-at",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Run the library tuned for N units at every share [default: the nearest one, as `load`].",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=0.3,
+    show_default=True,
+    help="Length of one slice; the shares take turns.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=7,
+    show_default=True,
+    help="Slices of each share; figures are medians over them.",
+)
+@click.option(
+    "--partition",
+    metavar="|".join(PARTITIONS),
+    default="auto",
+    show_default=True,
+    help="How the shares are made real; see `tune doctor`.",
+)
+@click.option("--device", type=int, default=0, show_default=True, help="Which GPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--csv",
+    "csv_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the points to a CSV file too.",
+)
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+def profile(
+    libraries: tuple[Path, ...],
+    units: str | None,
+    tuned_at: int | None,
+    seconds: float,
+    rounds: int,
+    partition: str,
+    device: int,
+    as_json: bool,
+    csv_file: Path | None,
+) -> None:
+    """Measure the tuned model in the folder LIB on shares of its device.
+
+    Give several folders to compare batch sizes: each holds the model at one of them.
+    """
+    if not libraries:
+        raise UserError("no LIB given: name the folder that `tune MODEL` wrote")
+    if partition not in PARTITIONS:
+        allowed = ", ".join(PARTITIONS)
+        raise UserError(f"--partition {partition!r} is not known; allowed: {allowed}")
+    wanted = _parse_units(units)
+    if csv_file is not None:
+        _check_writable(csv_file)
+
+    from gpu_aware_tune.profiles import profile as measure
+
+    with _progress() as progress:
+        curve = measure(
+            libraries,
+            wanted,
+            tuned_at=tuned_at,
+            seconds=seconds,
+            rounds=rounds,
+            partition=partition,
+            device=device,
+            progress=progress,
+        )
+    if csv_file is not None:
+        _write_csv(curve, csv_file)
+    if as_json:
+        print(json.dumps(curve.as_dict()))
+    else:
+        _show(curve)
+
+
+def _parse_units(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(
+            f"--units {text!r} is no list of cores or SMs; allowed: whole numbers from 1 on,"
+            " such as 1,2,4"
+        )
+    return [int(part) for part in parts]
+
+
+def _check_writable(path: Path) -> None:
+    """A mistyped folder is told before the measuring, not after it."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else "there is no such folder"
+        raise SetupError(f"cannot write --csv {path} ({reason}): give another file")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[float], None] | None]:
+    """A bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("measuring", total=1.0)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _write_csv(curve: Curve, path: Path) -> None:
+    knees = curve.knees
+    try:
+        with path.open("w", newline="") as file:
+            rows = [_row(curve, point, knees) for point in curve.points]
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise SetupError(f"cannot write --csv {path} ({error.strerror})") from error
+
+
+def _row(curve: Curve, point: Point, knees: dict[int, int]) -> dict[str, Any]:
+    knee = knees[point.batch] == point.units
+    return {"model": curve.model, **dataclasses.asdict(point), "knee": int(knee)}
+
+
+def _show(curve: Curve) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gpu_aware_tune.planning import choose_share
+
+    console = Console()
+    title = f"{curve.model} on {curve.device}, partition {curve.backend}; latency in ms"
+    console.print(title, highlight=False, soft_wrap=True)
+    batches = len({point.batch for point in curve.points}) > 1
+    power = any(point.power_w is not None for point in curve.points)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    names = [f"{curve.unit}s", "share", "code", *(["batch"] if batches else [])]
+    names += ["median", "p10", "p90", "per s", "efficacy"]
+    for name in [*names, *(["W", "mJ each"] if power else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    slowest_ms = max(point.latency_ms for point in curve.points)
+    most = max(point.efficacy for point in curve.points)
+    knees = curve.knees
+    for point in curve.points:
+        bar = "█" * max(1, round(_BAR_WIDTH * point.latency_ms / slowest_ms))
+        mark = " knee" if knees[point.batch] == point.units else ""
+        table.add_row(*_cells(point, most, batches, power), bar + mark)
+    console.print(table)
+    if len(curve.points) > len(knees):
+        percent, why = choose_share(curve.points)
+        console.print(f"--gpu-pct {percent}: {why}", highlight=False, soft_wrap=True)
+
+
+def _cells(point: Point, most: float, with_batch: bool, with_power: bool) -> list[str]:
+    """One row; the efficacy is shown as a part of the best one, its unit says nothing."""
+    cells = [str(point.units), f"{point.percent} %", str(point.tuned_at)]
+    if with_batch:
+        cells.append(str(point.batch))
+    cells += [f"{ms:.3f}" for ms in (point.latency_ms, point.p10_ms, point.p90_ms)]
+    cells += [f"{point.throughput_per_s:.1f}", f"{point.efficacy / most:.0%}"]
+    if with_power:
+        cells.append("-" if point.power_w is None else f"{point.power_w:.0f}")
+        cells.append("-" if point.energy_j is None else f"{1e3 * point.energy_j:.2f}")
+    return cells
