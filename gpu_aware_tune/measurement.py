@@ -23,6 +23,9 @@ class Measurement:
 
     `spread` is half the width of the middle half of the repeats over their median; `coarse` marks a
     candidate that was dropped after the probe because it was clearly slower than the best.
+    `flags` says what disturbed the sample, repeat included ("throttled:heat", "neighbour",
+    "clock-drift", "sentinel"); `how` the way it was taken ("graph", "cold-l2", "together");
+    `sentinel_ratio` how much longer a fixed kernel took at the last look than at the first.
     """
 
     seconds: float | None
@@ -30,6 +33,9 @@ class Measurement:
     repeats: int = 0
     coarse: bool = False
     failure: Failure | None = None
+    flags: tuple[str, ...] = ()
+    how: tuple[str, ...] = ()
+    sentinel_ratio: float | None = None
 
     @staticmethod
     def failed(kind: str, text: str) -> Measurement:

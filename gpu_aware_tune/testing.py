@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from gpu_aware_tune.partition import Device, NullPartition
+from gpu_aware_tune.testing_launch import FakeLaunches
 
 __all__ = ["FakeDriver", "FakeNvml", "NullPartition", "fake_gpu", "null_device", "write_fake_mps"]
 
@@ -44,7 +45,12 @@ class Code(enum.IntEnum):
 
 
 class _Attribute(enum.IntEnum):
+    CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK = 1
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK = 8
+    CU_DEVICE_ATTRIBUTE_WARP_SIZE = 10
+    CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK = 12
     CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
+    CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE = 38
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
     CU_DEVICE_ATTRIBUTE_MPS_ENABLED = 133
@@ -62,7 +68,7 @@ class _StreamFlags(enum.IntEnum):
     CU_STREAM_NON_BLOCKING = 1
 
 
-class FakeDriver:
+class FakeDriver(FakeLaunches):
     """The calls of cuda.bindings.driver that this package makes, with the rules they keep.
 
     Args:
@@ -88,6 +94,7 @@ class FakeDriver:
         short_by: int = 0,
         fail: Mapping[str, Code] | None = None,
     ) -> None:
+        super().__init__()
         self.sms = sms
         self.visible = sms if visible is None else visible
         self.mps = mps
@@ -97,13 +104,14 @@ class FakeDriver:
         self.calls: list[str] = []
         self.primary = 0  # how often the primary context is retained
         self.contexts: dict[int, list[Any]] = {}  # green contexts alive, and their SM groups
-        self.streams: dict[int, int] = {}  # green streams alive, and their contexts
+        self.streams: dict[int, int] = {}  # streams alive, and their green contexts (0: none)
         self._next = 1000
 
     def leaks(self) -> list[str]:
         """What is still alive: empty after a proper clean-up."""
         found = [f"context {handle}" for handle in self.contexts]
         found += [f"stream {handle}" for handle in self.streams]
+        found += [f"{what} {handle}" for handle, what in self.alive.items()]
         return found + ([f"primary context x{self.primary}"] if self.primary else [])
 
     def sm_ids(self, context: int) -> set[int]:
@@ -139,6 +147,11 @@ class FakeDriver:
     def cuDeviceGetAttribute(self, name: _Attribute, device: int) -> tuple[Any, ...]:
         """Attributes as a Hopper card gives them."""
         values = {
+            _Attribute.CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: 1024,
+            _Attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: 49152,
+            _Attribute.CU_DEVICE_ATTRIBUTE_WARP_SIZE: 32,
+            _Attribute.CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: 65536,
+            _Attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: 50 << 20,
             _Attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: self.visible,
             _Attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: 9,
             _Attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: 0,
@@ -195,6 +208,13 @@ class FakeDriver:
             self.contexts[answer[1]] = groups
         return answer
 
+    def cuStreamCreate(self, flags: int) -> tuple[Any, ...]:
+        """A stream of the primary context."""
+        answer = self._answer("cuStreamCreate", self._handle())
+        if answer[0] == Code.CUDA_SUCCESS:
+            self.streams[answer[1]] = 0
+        return answer
+
     def cuGreenCtxStreamCreate(self, context: int, flags: int, priority: int) -> tuple[Any, ...]:
         """A stream of the context; it must be non-blocking."""
         if flags != _StreamFlags.CU_STREAM_NON_BLOCKING:
@@ -234,6 +254,10 @@ class FakeDriver:
         self.calls.append(function)
         code = self.fail.get(function, Code.CUDA_SUCCESS)
         return (code, *(values if code == Code.CUDA_SUCCESS else [None] * len(values)))
+
+    def _ids_of(self, stream: int) -> list[int]:
+        context = self.streams[stream]
+        return sorted(self.sm_ids(context)) if context else list(range(self.visible))
 
     def _handle(self) -> int:
         self._next += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpu_aware_tune.measure.measurer import Measurer, Slice
 from gpu_aware_tune.measure.timing import LONG, RETIME, SEARCH, Effort
+from gpu_aware_tune.measure.together import Together
 from gpu_aware_tune.measure.worker import Job
 from gpu_aware_tune.measurement import Failure, Measurement
 
@@ -17,4 +18,5 @@ __all__ = [
     "Measurement",
     "Measurer",
     "Slice",
+    "Together",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.measure.worker import Job
+from gpu_aware_tune.measure.worker import Job, Opened, Reply
 from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.workers import Worker, WorkerHost
 
@@ -17,13 +18,17 @@ if TYPE_CHECKING:
 _ENTRY = "gpu_aware_tune.measure.worker:serve"
 _OPEN_TIMEOUT_S = 60.0
 _SLICE_S = 0.1
+# After a fault a GPU may need a moment: an MPS server takes clients again when all of the faulting
+# ones have left.
+_REOPEN_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 
 
 class Measurer:
     """Measures artifacts on one partition, one at a time.
 
-    A worker that dies, hangs past `timeout_s` or grows past `memory_bytes` is replaced, and its
-    candidate gets a failure.
+    A worker that dies, hangs past `timeout_s`, grows past `memory_bytes` or had an error on a GPU
+    is replaced, and its candidate gets a failure. Where a fault reaches the workers of other
+    partitions too (MPS), all of them are replaced.
     """
 
     def __init__(
@@ -36,6 +41,9 @@ class Measurer:
         self._memory_bytes = memory_bytes
         self._worker: Worker | None = None
         self._retired_cpu_s = 0.0
+        self.evidence: dict[str, Any] = {}  # what the partition's check saw
+        self._fault_group: list[Measurer] = partition.fault_group
+        self._fault_group.append(self)
 
     @property
     def busy(self) -> bool:
@@ -49,21 +57,13 @@ class Measurer:
             SetupError: the partition is not what it says it is.
         """
         worker = self._host.spawn(_ENTRY, self.partition, env=self.partition.env())
-        if not select.select([worker], [], [], _OPEN_TIMEOUT_S)[0]:
-            worker.kill()
-            raise SetupError(f"partition {self.partition} did not open in {_OPEN_TIMEOUT_S:.0f} s")
-        try:
-            refusal = worker.recv()
-        except EOFError:
-            refusal = worker.kill().text
-        if refusal is not None:
-            raise SetupError(f"partition {self.partition} failed its check: {refusal}")
+        (self.evidence,) = opened(worker, f"partition {self.partition}")
         self._worker = worker
 
     def submit(self, job: Job) -> None:
         """Start measuring one artifact; `collect` gives the result."""
         if self._worker is None:
-            self.open()
+            reopen(self.open, self.partition)
         assert self._worker is not None
         self._worker.send(job)
 
@@ -73,13 +73,16 @@ class Measurer:
         assert worker is not None
         if select.select([worker], [], [], wait_s)[0]:
             try:
-                result: Measurement = worker.recv()
+                reply: Reply = worker.recv()
             except EOFError:
-                return Measurement.failed("crash", self._replace())
+                return Measurement.failed("crash", self._replace_all())
             worker.done()
-            return result
+            if reply.ends:
+                self._replace_all()
+            return reply.measurements[0]
         if worker.busy_s() > self._timeout_s:
-            self._replace()
+            self.partition.before_kill(worker.pid)
+            self._replace_all()
             return Measurement.failed("timeout", f"no answer in {self._timeout_s:.0f} s")
         if worker.rss_bytes() > self._memory_bytes:
             self._replace()
@@ -111,7 +114,16 @@ class Measurer:
         """End the worker and give the partition back."""
         if self._worker is not None:
             self._replace()
+        if self in self._fault_group:
+            self._fault_group.remove(self)
         self.partition.close()
+
+    def _replace_all(self) -> str:
+        """Replace this worker and the idle ones that its fault reached; a busy one reports itself."""
+        for other in self._fault_group:
+            if other is not self and other._worker is not None and not other.busy:
+                other._replace()
+        return self._replace()
 
     def _replace(self) -> str:
         """Kill the worker; the next job starts a new one. Returns how it ended."""
@@ -141,3 +153,38 @@ class Slice:
     def of(self, units: int) -> Measurer:
         """The worker that measures on so many units."""
         return self._of[units]
+
+
+def opened(worker: Worker, what: str) -> tuple[dict[str, Any], ...]:
+    """Wait for a worker's first answer; gives what it saw.
+
+    Raises:
+        SetupError: it refuses, died, or says nothing.
+    """
+    if not select.select([worker], [], [], _OPEN_TIMEOUT_S)[0]:
+        worker.kill()
+        raise SetupError(f"{what} did not open in {_OPEN_TIMEOUT_S:.0f} s")
+    try:
+        answer: Opened = worker.recv()
+    except EOFError:
+        answer = Opened(refusal=worker.kill().text)
+    else:
+        if answer.refusal is not None:
+            worker.kill()
+    if answer.refusal is not None:
+        raise SetupError(f"{what} failed its check: {answer.refusal}")
+    return answer.evidence
+
+
+def reopen(
+    open_worker: Callable[[], None],
+    partition: Partition,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Start a worker in place of one that is gone; on a GPU a few times where that fails at first."""
+    for pause_s in _REOPEN_PAUSES_S if partition.tvm_device == "cuda" else ():
+        try:
+            return open_worker()
+        except SetupError:
+            pause(pause_s)
+    open_worker()

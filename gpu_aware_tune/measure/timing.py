@@ -29,6 +29,8 @@ class Effort:
         budget_s: the repeats stop when they took this long together.
         spread: they also stop when the relative spread is below this.
         drop_ratio: a probe this many times slower than the best is not looked at further.
+        cold: empty a GPU's L2 before each call; by default a call finds it as the one before left
+            it, which is how the kernels of a model that fits follow one another.
     """
 
     probe_s: float = 0.001
@@ -38,6 +40,7 @@ class Effort:
     budget_s: float = 0.05
     spread: float = 0.01
     drop_ratio: float = 1.4
+    cold: bool = False
 
 
 SEARCH = Effort()

@@ -21,6 +21,7 @@ from gpu_aware_tune.partition.green import GreenPartition
 from gpu_aware_tune.partition.mig import MigPartition
 from gpu_aware_tune.partition.mps import MpsPartition
 from gpu_aware_tune.partition.null import NullPartition
+from gpu_aware_tune.partition.nvml import Nvml, Snapshot, disturbances, own_processes
 from gpu_aware_tune.partition.shares import Share
 from gpu_aware_tune.partition.topology import spare_cpus, usable_cores
 
@@ -37,13 +38,17 @@ __all__ = [
     "MigPartition",
     "MpsPartition",
     "NullPartition",
+    "Nvml",
     "Partition",
     "Share",
+    "Snapshot",
     "choose_backend",
+    "disturbances",
     "find_device",
     "host_mcpu",
     "open_partitions",
     "open_slices",
+    "own_processes",
     "probe_backends",
     "share_of",
     "spare_cpus",

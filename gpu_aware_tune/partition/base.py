@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 from gpu_aware_tune.partition.shares import Share
 
@@ -18,6 +19,20 @@ class Availability:
     backend: str
     ok: bool
     reason: str
+
+
+class LaunchTimer(Protocol):
+    """Times launches on one share; `partition.timer.StreamTimer` is the one for GPUs."""
+
+    @property
+    def kind(self) -> str:
+        """How the last samples came about: "events" or "graph"."""
+
+    def __call__(self, number: int, repeat: int) -> list[float]:
+        """Seconds of one launch, `repeat` times measured over `number` launches."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
 
 
 class Partition(ABC):
@@ -39,6 +54,8 @@ class Partition(ABC):
 
     def __init__(self, share: Share) -> None:
         self.share = share
+        # In the parent: what has to be replaced together when one worker's fault ends the others.
+        self.fault_group: list[Any] = []
 
     @property
     def stream(self) -> int | None:
@@ -64,8 +81,26 @@ class Partition(ABC):
     def sync(self) -> None:  # noqa: B027 - nothing to wait for on a CPU
         """Wait until everything launched on this share is done."""
 
+    def launch_timer(self, launch: Callable[[], object], cold: bool = False) -> LaunchTimer | None:
+        """A timer for launches on this share; None where TVM's own is right."""
+        return None
+
+    def sentinel_s(self) -> float | None:
+        """Seconds of a fixed kernel on this share now; None where there is none."""
+        return None
+
+    def evidence(self) -> dict[str, Any]:
+        """What `verify` saw, for the run's records."""
+        return {"backend": self.backend, "units": self.share.units}
+
+    def before_kill(self, pid: int) -> None:  # noqa: B027 - most backends need nothing
+        """In the parent: prepare for the end of a worker that hangs."""
+
     def close(self) -> None:  # noqa: B027 - some backends hold nothing
         """Put back whatever this process changed; safe to call twice."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "fault_group": []}
 
     def __enter__(self) -> Partition:
         return self

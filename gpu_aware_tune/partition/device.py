@@ -53,6 +53,10 @@ class Device:
     unit_min: int = 1  # smallest share a GPU's split can give
     unit_step: int = 1  # granularity of that split
     measurable: bool = True
+    max_threads: int = 1024  # of a block; these four of GPUs only
+    shared_bytes: int = 49152  # of a block that does not opt in to more
+    registers: int = 65536
+    warp_size: int = 32
 
     @property
     def key(self) -> str:
@@ -71,12 +75,12 @@ class Device:
         return {
             "kind": "cuda",
             "arch": self.arch,
-            "max_num_threads": 1024,
-            "max_threads_per_block": 1024,
-            "thread_warp_size": 32,
-            "registers_per_block": 65536,
-            # What a kernel gets without opting in; TVM's own tags for these cards say the same.
-            "max_shared_memory_per_block": 49152,
+            "max_num_threads": self.max_threads,
+            "max_threads_per_block": self.max_threads,
+            "thread_warp_size": self.warp_size,
+            "registers_per_block": self.registers,
+            # What a kernel gets without opting in: TVM's shared buffers are static ones.
+            "max_shared_memory_per_block": self.shared_bytes,
         }
 
     def require_measurable(self) -> None:
@@ -192,6 +196,10 @@ def from_facts(gpu: GpuFacts, arch: str | None = None) -> Device:
         uuid=gpu.uuid,
         unit_min=gpu.sm_min,
         unit_step=gpu.sm_step,
+        max_threads=gpu.max_threads,
+        shared_bytes=gpu.shared_bytes,
+        registers=gpu.registers,
+        warp_size=gpu.warp_size,
     )
 
 

@@ -10,7 +10,7 @@ from gpu_aware_tune.partition.shares import Share
 
 
 class FullPartition(GpuPartition):
-    """All SMs of a GPU, on TVM's default stream."""
+    """All SMs of a GPU."""
 
     backend: ClassVar[str] = "full"
 
@@ -21,8 +21,8 @@ class FullPartition(GpuPartition):
                 f"backend full is the whole GPU, not {share.describe()}: "
                 "use --partition green, mps or mig"
             )
-        self.ordinal = share.device.index
 
     def verify(self) -> None:
-        """Check that this process may use every SM."""
+        """Check that this process may use every SM, and that a kernel runs."""
         self._check_sms("the GPU")
+        self._probe_sms("the GPU")

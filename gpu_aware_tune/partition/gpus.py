@@ -39,6 +39,10 @@ class GpuFacts:
     mps: bool  # whether this process already reaches it through an MPS server
     green: bool  # whether driver and bindings know green contexts
     driver_version: int  # 13000 for CUDA 13.0
+    max_threads: int = 1024  # of a block
+    shared_bytes: int = 49152  # of a block that does not opt in to more
+    registers: int = 65536  # of a block
+    warp_size: int = 32
 
 
 @functools.cache
@@ -98,6 +102,10 @@ def _read(driver: Any, index: int, version: int) -> GpuFacts:
         mps=attribute(driver, "MPS_ENABLED", device) == 1,
         green=hasattr(driver, "cuGreenCtxCreate") and version >= _GREEN_SINCE,
         driver_version=version,
+        max_threads=attribute(driver, "MAX_THREADS_PER_BLOCK", device),
+        shared_bytes=attribute(driver, "MAX_SHARED_MEMORY_PER_BLOCK", device),
+        registers=attribute(driver, "MAX_REGISTERS_PER_BLOCK", device),
+        warp_size=attribute(driver, "WARP_SIZE", device),
     )
 
 

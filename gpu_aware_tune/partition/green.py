@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -50,16 +51,16 @@ class GreenPartition(GpuPartition):
 
     def env(self) -> dict[str, str]:
         """More hardware queues than the usual eight: shares side by side must not share one."""
-        return {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+        return {**super().env(), "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
     def enter_worker(self) -> None:
         """Split the GPU, unless another partition of the plan did so in this process."""
         super().enter_worker()
         if self._split is None:
-            self._split = _acquire(self._plan, self._driver)
+            self._split = _acquire(self._plan, self._driver, self.ordinal)
 
     def verify(self) -> None:
-        """Read back the SM count, and which green context the stream belongs to."""
+        """Read back the SM count, whose stream it is, and which SMs a kernel on it runs on."""
         driver, split = self._entered(), self._open_split()
         self._check_mps(
             False, "a green context may then grow to the MPS limit; use --partition mps"
@@ -75,20 +76,13 @@ class GreenPartition(GpuPartition):
             raise SetupError(
                 "the stream does not belong to the green context: it would use every SM"
             )
-
-    def timing_context(self) -> contextlib.AbstractContextManager[object]:
-        """Launch on this share's stream."""
-        import tvm_ffi
-
-        self._open_split()
-        return tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", self.ordinal), self.stream)
-
-    def sync(self) -> None:
-        """Wait for this share's stream alone."""
-        call(self._entered().cuStreamSynchronize, self._open_split().streams[self._position])
+        self._probe_sms("the green context's stream")
 
     def close(self) -> None:
         """Let go of the split; the last partition that does so destroys it."""
+        sentinel, self._sentinel = self._sentinel, None
+        if sentinel is not None:
+            sentinel.close()  # before its stream
         split, self._split = self._split, None
         if split is not None:
             _release(split)
@@ -96,6 +90,9 @@ class GreenPartition(GpuPartition):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_split": None}
+
+    def _make_stream(self) -> None:
+        """The stream comes with the split."""
 
     def _open_split(self) -> _Split:
         self._entered()
@@ -132,24 +129,29 @@ class _Split:
 _splits: dict[GreenPlan, _Split] = {}  # of this process: one split serves every partition of a plan
 
 
-def _acquire(plan: GreenPlan, driver: Any) -> _Split:
-    split = _splits.get(plan)
-    if split is None:
-        split = _splits[plan] = _open(plan, driver)
-    split.users += 1
-    return split
+_splitting = threading.Lock()  # shares that measure together enter from a thread each
+
+
+def _acquire(plan: GreenPlan, driver: Any, ordinal: int) -> _Split:
+    with _splitting:
+        split = _splits.get(plan)
+        if split is None:
+            split = _splits[plan] = _open(plan, driver, ordinal)
+        split.users += 1
+        return split
 
 
 def _release(split: _Split) -> None:
-    split.users -= 1
-    if split.users == 0:
-        _splits.pop(split.plan, None)
-        split.undo.close()
+    with _splitting:
+        split.users -= 1
+        if split.users == 0:
+            _splits.pop(split.plan, None)
+            split.undo.close()
 
 
-def _open(plan: GreenPlan, driver: Any) -> _Split:
+def _open(plan: GreenPlan, driver: Any, ordinal: int) -> _Split:
     with contextlib.ExitStack() as undo:
-        device = call(driver.cuDeviceGet, plan.index)
+        device = call(driver.cuDeviceGet, ordinal)
         whole = call(driver.cuDeviceGetDevResource, device, _sm_kind(driver))
         contexts, streams = [], []
         for resources in _resources(driver, whole, plan):

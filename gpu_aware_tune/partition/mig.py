@@ -53,6 +53,7 @@ class MigPartition(GpuPartition):
     def verify(self) -> None:
         """Check that the one device this process sees has the instance's SMs."""
         self._check_sms(f"MIG instance {self.instance.name}")
+        self._probe_sms(f"MIG instance {self.instance.name}")
 
 
 def find_instances(index: int) -> list[MigInstance]:

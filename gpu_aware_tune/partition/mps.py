@@ -59,6 +59,7 @@ class MpsPartition(GpuPartition):
             ),
         }
         daemon.users += 1
+        self.fault_group = daemon.fault_group
 
     def env(self) -> dict[str, str]:
         """Where the daemon listens, which GPU it serves, and this client's limit."""
@@ -77,6 +78,14 @@ class MpsPartition(GpuPartition):
         """Check that this process is an MPS client, and that its limit is the one promised."""
         self._check_mps(True, "it did not reach the daemon and would use the whole GPU")
         self._check_sms("the MPS limit")
+        self._probe_sms("the MPS client")
+
+    def before_kill(self, pid: int) -> None:
+        """Let the server end a client that hangs: killing one with work in flight is undefined."""
+        if self._daemon is not None:
+            with contextlib.suppress(SetupError):
+                for server in self._daemon.control("get_server_list").split():
+                    self._daemon.control(f"terminate_client {server} {pid}")
 
     def close(self) -> None:
         """Leave; in the process that started the daemon, the last partition stops it."""
@@ -105,6 +114,7 @@ class MpsDaemon:
     def __init__(self, gpu: str) -> None:
         """Serve the GPU named by UUID (or index)."""
         self.users = 0
+        self.fault_group: list[Any] = []  # a fault of one client reaches all of this GPU
         self._gpu = gpu
         self._process: subprocess.Popen[bytes] | None = None
         self.folder: Path | None = None

@@ -8,8 +8,10 @@ cannot be read is None and nothing raises.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +28,7 @@ THROTTLE_BITS: Mapping[int, str] = MappingProxyType(
         0x80: "power-brake",
     }
 )
+_IDLE = 0x1
 CLOCK_DRIFT = 0.05  # SM clocks before and after that differ by more make a sample doubtful
 
 
@@ -37,6 +40,7 @@ class Snapshot:
     sm_clock_max_mhz: int | None = None
     memory_clock_mhz: int | None = None
     performance_state: int | None = None
+    idle: bool | None = None  # nothing ran: the clocks say nothing about a kernel
     throttle: tuple[str, ...] | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
@@ -50,8 +54,13 @@ class Nvml:
     """NVML opened for one GPU; a context manager. Where NVML is missing every snapshot is empty."""
 
     def __init__(self, gpu: int | str = 0, own_pids: Collection[int] = ()) -> None:
-        """Look at a GPU by index or UUID; processes in `own_pids` are not neighbours."""
-        self._own = frozenset(own_pids)
+        """Look at a GPU by index or UUID.
+
+        Processes in `own_pids`, and those that the last of them started, are not neighbours. Where
+        they are given and none of them is on NVML's list, its numbers are of another PID namespace:
+        neighbours are then unknown.
+        """
+        self._own = tuple(own_pids)
         self._gpu = gpu
         self._nvml: Any = None
         self._handle: Any = None
@@ -87,7 +96,7 @@ class Nvml:
             sm_clock_max_mhz=self._ask("nvmlDeviceGetMaxClockInfo", sm),
             memory_clock_mhz=self._ask("nvmlDeviceGetClockInfo", memory),
             performance_state=self._ask("nvmlDeviceGetPerformanceState"),
-            throttle=_then(self._ask("nvmlDeviceGetCurrentClocksEventReasons"), throttle_names),
+            **self._reasons(),
             power_w=_then(self._ask("nvmlDeviceGetPowerUsage"), _from_milli),
             power_limit_w=_then(self._ask("nvmlDeviceGetEnforcedPowerLimit"), _from_milli),
             energy_j=_then(self._ask("nvmlDeviceGetTotalEnergyConsumption"), _from_milli),
@@ -95,6 +104,22 @@ class Nvml:
             busy_percent=_then(utilization, lambda rates: int(rates.gpu)),
             neighbours=self._neighbours(),
         )
+
+    def glance(self) -> Snapshot:
+        """Read only what `disturbances` looks at: a fraction of a millisecond, fit for every sample."""
+        if self._handle is None:
+            return Snapshot()
+        return Snapshot(
+            sm_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM),
+            **self._reasons(),
+            neighbours=self._neighbours(),
+        )
+
+    def _reasons(self) -> dict[str, Any]:
+        bits = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
+        if bits is None:
+            return {}
+        return {"throttle": throttle_names(bits), "idle": bool(bits & _IDLE)}
 
     def _neighbours(self) -> tuple[int, ...] | None:
         names = (
@@ -104,7 +129,11 @@ class Nvml:
         lists = [found for name in names if (found := self._ask(name)) is not None]
         if not lists:
             return None
-        return tuple(sorted({int(p.pid) for found in lists for p in found} - self._own))
+        pids = {int(process.pid) for found in lists for process in found}
+        others = pids - set(self._own)
+        if self._own and pids and others == pids:
+            return None
+        return tuple(sorted(pid for pid in others if not _started_by(self._own[-1:], pid)))
 
     def _ask(self, function: str, *args: Any) -> Any:
         call = getattr(self._nvml, function, None)
@@ -114,6 +143,28 @@ class Nvml:
             return call(self._handle, *args)
         except self._nvml.NVMLError:
             return None
+
+
+def own_processes() -> tuple[int, ...]:
+    """This process and those above it up to the tuner: worker, host, tuner."""
+    host = os.getppid()
+    return tuple(pid for pid in (os.getpid(), host, _parent(host)) if pid > 1)
+
+
+def _started_by(ancestors: Collection[int], pid: int) -> bool:
+    """Whether a process, such as another worker or our MPS server, descends from one of ours."""
+    while pid > 1:
+        if pid in ancestors:
+            return True
+        pid = _parent(pid)
+    return False
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def load_nvml() -> Any:
@@ -141,6 +192,7 @@ def disturbances(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
     if (
         clocks[0]
         and clocks[1]
+        and not (before.idle or after.idle)
         and abs(clocks[0] - clocks[1]) > CLOCK_DRIFT * max(clocks[0], clocks[1])
     ):
         flags.append("clock-drift")

@@ -56,6 +56,7 @@ ORDER = [
     ["tables"],
     ["progress"],
     ["cli"],
+    ["testing_launch"],
     ["testing"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
