@@ -43,6 +43,7 @@ class SearchSettings:
         per_draft: candidates of one draft.
         warmup: measurements before the cost model's word counts.
         seed: of every random choice.
+        units: SMs of the share, for the one rule that depends on them; 0: not a GPU, or unknown.
     """
 
     population: int
@@ -50,6 +51,7 @@ class SearchSettings:
     per_draft: int
     seed: int
     warmup: int = 16
+    units: int = 0
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ class _TaskSearch:
         context = ms.TuneContext(
             mod=self._module,
             target=self._target,
-            space_generator=make_space(self._module, self._target),
+            space_generator=make_space(self._module, self._target, settings.units),
             search_strategy=strategy,
             rand_state=seed,
             num_threads=1,  # parallelism comes from several searchers

@@ -254,7 +254,11 @@ def preload_runtime() -> bool:
 
 
 def runtime_environment() -> dict[str, str]:
-    """Like `preload_runtime` for a process that is about to be started; empty without the wheel."""
+    """`preload_runtime` for this process, and for those it is about to start what they need for it.
+
+    Returns the variables to start them with; empty without the wheel.
+    """
+    preload_runtime()
     try:
         folder = str(_wheel_root() / "lib")
     except SetupError:

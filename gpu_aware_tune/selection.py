@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -146,6 +148,14 @@ def check_kernel(module_json: str, trace: str, target: dict[str, object], seed: 
     from gpu_aware_tune.traces import module_from_json
     from gpu_aware_tune.verify import verify_kernel
 
-    module = module_from_json(module_json)
-    check = verify_kernel(module, trace, tvm.target.Target(target), seed)
+    module, on = module_from_json(module_json), tvm.target.Target(target)
+    try:
+        check = verify_kernel(module, trace, on, seed)
+    except Exception:
+        if on.kind.name == "cuda" and tvm.cuda().exist:
+            # The kernel's fault has ended this process's context, for the next kernel too: to end
+            # the process counts as this one's crash, and the pool starts another.
+            traceback.print_exc()
+            os._exit(1)
+        raise
     return None if check.ok else f"error {check.max_error:.1e}"

@@ -78,6 +78,8 @@ def compile_to_file(
     import tvm
 
     from gpu_aware_tune.compile import compile_module
+    from gpu_aware_tune.cuda_toolchain import link as link_cubins
+    from gpu_aware_tune.cuda_toolchain import packer
     from gpu_aware_tune.library import link
     from gpu_aware_tune.traces import module_from_json
 
@@ -85,7 +87,11 @@ def compile_to_file(
         executable = compile_module(
             module_from_json(module_json), tvm.target.Target(target), traces
         )
-        link(executable, path)
+        if target["kind"] == "cuda":  # build workers make source; a library holds cubins
+            packed = {"fcompile": link_cubins, "fpack_imports": packer(str(target["arch"]))}
+            executable.export_library(path, **packed)
+        else:
+            link(executable, path)
     except Exception as error:  # sent to the parent, which stops the run with it
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"

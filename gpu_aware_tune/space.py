@@ -14,28 +14,62 @@ if TYPE_CHECKING:
     import tvm
 
 MAX_STATEMENTS = 600.0  # after unrolling; a vector of 16 lanes counts as one
+_TVM_BLOCKS = 256  # AutoBind's limit of the grid, whatever the card
 _LANES = 16
 _SERIAL, _PARALLEL, _VECTORIZED, _UNROLLED = 0, 1, 2, 3
 
 
-def make_space(module: tvm.IRModule, target: tvm.target.Target) -> Any:
-    """The space generator for one task.
+def make_space(module: tvm.IRModule, target: tvm.target.Target, units: int = 0) -> Any:
+    """The space generator for one task: `PostOrderApply` with the rules that TVM picks for a target.
 
-    Source: `PostOrderApply` with the rules that TVM picks for the target, plus one post-processor
-    that turns schedules of more than `MAX_STATEMENTS` statements down (CPU targets only).
+    On a CPU one post-processor more turns schedules of over `MAX_STATEMENTS` statements down. On a
+    GPU the picked rules know tensor cores for float16 and int8 (float32 never goes to TF32: TVM has
+    no such intrinsic), and take limits of shared memory, threads and registers from `target`. The
+    one that depends on the number of SMs is replaced by one made for `units`.
+
+    Args:
+        module: the task.
+        target: what it is tuned for.
+        units: the SMs of the share; 0 leaves TVM's own assumption of 256 blocks.
     """
     from tvm.s_tir import meta_schedule as ms
 
-    if target.kind.name != "llvm":
+    on_cpu = target.kind.name == "llvm"
+    if not on_cpu and not units:
         return "post-order-apply"
     picked = ms.TuneContext(
         mod=module, target=target, space_generator="post-order-apply", num_threads=1
     ).space_generator
+    rules, postprocs = list(picked.sch_rules), list(picked.postprocs)
+    if on_cpu:
+        postprocs.append(_size_limit())
+    else:
+        bind = ms.schedule_rule.AutoBind(
+            max_threadblocks=whole_waves(units),
+            max_threads_per_block=int(target.attrs["max_threads_per_block"]),
+        )
+        rules = [bind if _is_auto_bind(rule) else rule for rule in rules]
     return ms.space_generator.PostOrderApply(
-        sch_rules=list(picked.sch_rules),
-        postprocs=[*picked.postprocs, _size_limit()],
+        sch_rules=rules,
+        postprocs=postprocs,
         mutator_probs=dict(picked.mutator_probs.items()),
     )
+
+
+def whole_waves(units: int) -> int:
+    """The grid limit next to TVM's 256 blocks that fills `units` SMs a whole number of times.
+
+    Two blocks of 1024 threads fit on an SM; a limit that leaves the last wave half empty makes
+    elementwise kernels wait for a few SMs.
+    """
+    wave = 2 * units
+    return max(1, round(_TVM_BLOCKS / wave)) * wave
+
+
+def _is_auto_bind(rule: Any) -> bool:
+    from tvm.s_tir import meta_schedule as ms
+
+    return isinstance(rule, ms.schedule_rule.AutoBind)
 
 
 def statements(module: tvm.IRModule) -> float:

@@ -9,7 +9,11 @@ from __future__ import annotations
 import ctypes
 import enum
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gpu_aware_tune.partition import NullPartition, Share
+from gpu_aware_tune.partition.driver import DriverError
 
 
 class _CaptureMode(enum.IntEnum):
@@ -169,3 +173,23 @@ class FakeLaunches:
     def _gone(self, function: str, handle: int) -> tuple[Any, ...]:
         del self.alive[handle]
         return self._answer(function)
+
+
+class FaultyPartition(NullPartition):
+    """Kernels run on the CPU; while the file `fault` exists, the next launch fails as it says.
+
+    The file holds a result code and its name ("700 CUDA_ERROR_ILLEGAL_ADDRESS") and is removed.
+    """
+
+    faults_last: ClassVar[bool] = True
+
+    def __init__(self, share: Share, fault: Path) -> None:
+        super().__init__(share)
+        self._fault = fault
+
+    def launch_timer(self, launch: Callable[[], object], cold: bool = False) -> None:
+        """No timer of its own, but the fault."""
+        if self._fault.exists():
+            code, name = self._fault.read_text().split(maxsplit=1)
+            self._fault.unlink()
+            raise DriverError("cuStreamSynchronize", int(code), name)

@@ -12,6 +12,7 @@ the type and from how many terms were added in another order:
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.s_tir import SBlock
 
 from gpu_aware_tune.compile import compile_model
+from gpu_aware_tune.cuda_toolchain import export_module
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.model import Model, random_inputs
 from gpu_aware_tune.packing import packed
@@ -236,10 +238,15 @@ def _allowed(dtype: np.dtype[Any], terms: int, from_floats: bool) -> float:
 def _run(
     module: tvm.IRModule, target: Any, device: Any, arrays: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    built = tvm.tirx.build(module, target=target)
-    placed = [tvm.runtime.tensor(array, device) for array in arrays]
-    built["main"](*placed)
-    return [tensor.numpy() for tensor in placed]
+    with tempfile.TemporaryDirectory() as folder:
+        built = tvm.tirx.build(module, target=target)
+        if target.kind.name != "llvm":  # build workers make source; what runs is the artifact
+            path = Path(folder) / "kernel.so"
+            export_module(built, path, str(target.attrs["arch"]))
+            built = tvm.runtime.load_module(str(path))
+        placed = [tvm.runtime.tensor(array, device) for array in arrays]
+        built["main"](*placed)
+        return [tensor.numpy() for tensor in placed]
 
 
 def _largest(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:

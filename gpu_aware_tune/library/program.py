@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from gpu_aware_tune.errors import SetupError, UserError
@@ -71,6 +72,7 @@ class Program:
     def __call__(self, placed: Sequence[Any]) -> list[np.ndarray]:
         """Run once on inputs that `place` gave."""
         result = self._main(*placed, *self._weights)
+        wait(self.device)
         outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
         return [output.numpy() for output in outputs]
 
@@ -84,7 +86,7 @@ class Program:
         call = (*placed, *self._weights)
         for _ in range(_WARM_UP):
             self._main(*call)
-        self.device.sync()
+        wait(self.device)
 
         def sample(seconds: float) -> list[float]:
             samples: list[float] = []
@@ -92,11 +94,20 @@ class Program:
             while not samples or time.perf_counter() < end:
                 start = time.perf_counter()
                 self._main(*call)
-                self.device.sync()
+                wait(self.device)
                 samples.append(time.perf_counter() - start)
             return samples
 
         return sample
+
+
+def wait(device: Any) -> None:
+    """Wait for the stream that this thread launches on; reading a tensor waits for the default one.
+
+    Inside a partition's `timing_context()` kernels run on the partition's stream, which a plain
+    `device.sync()` does not cover: results could be read, or a clock stopped, before they are done.
+    """
+    device.sync(tvm_ffi.get_raw_stream(device))
 
 
 def open_vm(library: Path | str, weights: Weights | Path | str, index: int = 0) -> Program:

@@ -182,7 +182,7 @@ def reopen(
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
     """Start a worker in place of one that is gone; on a GPU a few times where that fails at first."""
-    for pause_s in _REOPEN_PAUSES_S if partition.tvm_device == "cuda" else ():
+    for pause_s in _REOPEN_PAUSES_S if partition.faults_last else ():
         try:
             return open_worker()
         except SetupError:

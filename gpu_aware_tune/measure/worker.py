@@ -166,7 +166,7 @@ class _Station:
     def _failed(self, kind: str, error: Exception) -> Reply:
         text = f"{type(error).__name__}: {error}"
         kind = "memory" if "out of memory" in text.lower() else kind
-        return Reply((Measurement.failed(kind, text[:500]),), self._partition.tvm_device == "cuda")
+        return Reply((Measurement.failed(kind, text[:500]),), self._partition.faults_last)
 
     @contextlib.contextmanager
     def _timer(

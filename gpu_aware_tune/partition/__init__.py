@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpu_aware_tune.partition.attach import partition_for
 from gpu_aware_tune.partition.backends import (
     BACKENDS,
     GPU_BACKENDS,
@@ -49,6 +50,7 @@ __all__ = [
     "open_partitions",
     "open_slices",
     "own_processes",
+    "partition_for",
     "probe_backends",
     "share_of",
     "spare_cpus",

@@ -48,6 +48,7 @@ class Partition(ABC):
 
     backend: ClassVar[str]
     one_worker: ClassVar[bool] = True
+    faults_last: ClassVar[bool] = False  # an error may leave the worker's process unusable
     cores: tuple[int, ...] = ()  # logical CPUs bound to; empty where no core is
     tvm_device: str = "cpu"  # tvm.device(tvm_device, ordinal) in the worker
     ordinal: int = 0  # the number by which the worker process knows the device

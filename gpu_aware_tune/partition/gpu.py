@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition import probe
@@ -30,6 +30,7 @@ class GpuPartition(Partition):
     """
 
     tvm_device = "cuda"
+    faults_last: ClassVar[bool] = True
     _driver: Any = None
     _own_stream: Any = None
     _sentinel: probe.Sentinel | None = None

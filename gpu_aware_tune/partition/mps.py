@@ -32,14 +32,27 @@ _HEALTH = (
     "get_default_active_thread_percentage"  # answers as soon as the daemon does, server or not
 )
 
-# The control program in the foreground, which the kernel ends when the tuner ends, kill -9
-# included.
-_FOREGROUND = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
+# Runs the control program in the foreground and outlives the tuner by a moment: when that ends in
+# whatever way (kill -9 included), it stops the daemon and its server and removes the folder.
+_SUPERVISOR = """
+import contextlib, ctypes, os, shutil, signal, subprocess, sys
+parent, program, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+prctl = ctypes.CDLL(None).prctl
+prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() != parent:
     sys.exit(1)
-os.execvp(sys.argv[2], [sys.argv[2], "-f"])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+daemon = subprocess.Popen([program, "-f"], preexec_fn=lambda: prctl(1, signal.SIGKILL))
+try:
+    sys.exit(daemon.wait())
+finally:
+    with contextlib.suppress(Exception):
+        if daemon.poll() is None:
+            subprocess.run([program], input=b"quit\\n", timeout=5)
+            daemon.wait(5)
+    if os.getppid() != parent:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
 """
 
 
@@ -139,7 +152,7 @@ class MpsDaemon:
             for name in ("pipe", "log"):
                 (self.folder / name).mkdir(mode=0o700)
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _FOREGROUND, str(os.getpid()), program],
+                [sys.executable, "-c", _SUPERVISOR, str(os.getpid()), program, str(self.folder)],
                 env={**os.environ, **self.env()},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

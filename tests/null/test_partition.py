@@ -780,7 +780,10 @@ def test_a_daemon_that_does_not_start_tells_why(
     assert mps_folders() == []
 
 
-def test_the_daemon_ends_with_its_killed_parent(fake_mps: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_daemon_and_its_folder_go_with_their_killed_parent(
+    fake_mps: Path, how: signal.Signals
+) -> None:
     program = (
         "import time\n"
         "from gpu_aware_tune.partition.mps import MpsDaemon\n"
@@ -789,19 +792,31 @@ def test_the_daemon_ends_with_its_killed_parent(fake_mps: Path) -> None:
         "print(daemon.folder, daemon._process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert parent.stdout is not None
     folder, pid = parent.stdout.readline().split()
-    parent.send_signal(signal.SIGKILL)
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) == 1, "the control program"
+    parent.send_signal(how)
     parent.wait()
     parent.stdout.close()
     deadline = time.monotonic() + 5
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+    left = [Path(folder), *(Path(f"/proc/{each}") for each in (pid, *children))]
+    while any(path.exists() for path in left) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not Path(f"/proc/{pid}").exists()
-    assert Path(folder).exists(), "what is left is for the next run to sweep"
-    assert Path(folder) in mps.sweep()
-    assert not Path(folder).exists()
+    assert [path for path in left if path.exists()] == []
+
+
+def test_what_a_killed_supervisor_left_is_swept(fake_mps: Path, tmp_path: Path) -> None:
+    orphan = tmp_path / f"{mps._prefix()}4194305-x"  # above the largest process id
+    (orphan / "pipe").mkdir(parents=True)
+    assert mps.sweep(tmp_path) == [orphan]
+    assert not orphan.exists()
 
 
 def test_sweeping_spares_the_living(fake_mps: Path) -> None:

@@ -123,6 +123,32 @@ def test_an_artifact_holds_a_cubin_and_no_source(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path], "nothing else is left behind"
 
 
+def test_a_whole_library_holds_cubins_and_no_source(tmp_path: Path) -> None:
+    """The last stage of a run, for a GPU that is not here."""
+    from tvm.script import relax as R
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.script.ir_builder import relax as builder
+
+    from gpu_aware_tune.shipping import compile_to_file
+    from gpu_aware_tune.traces import module_to_json
+
+    with IRBuilder() as made, builder.function():
+        R.func_name("main")
+        x = R.arg("x", R.Tensor((64, 64), "float32"))
+        w = R.arg("w", R.Tensor((64, 64), "float32"))
+        R.func_ret_value(R.emit(R.nn.relu(R.emit(R.matmul(x, w)))))
+    device, _ = find_device("cuda", 0, ARCH if no_gpu() else None)
+    target = device.target(32)
+    module = tvm.IRModule({"main": made.get()})
+    with tvm.target.Target(target):
+        module = tvm.relax.transform.LegalizeOps()(module)
+    path = tmp_path / "lib.so"
+    assert compile_to_file(module_to_json(module), target, {}, str(path)) is None
+    data = path.read_bytes()
+    assert b"\x7fELF" in data[1:], "no cubin inside"
+    assert b"__global__" not in data
+
+
 # Enough of a driver for TVM's CUDA runtime to be loaded: what it links to, each call failing.
 STUB = "".join(
     f"int {name}() {{ return 100; }}\n"

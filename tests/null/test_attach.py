@@ -1,0 +1,84 @@
+"""The partition that a finished library opens in the process that uses it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from gpu_aware_tune.errors import SetupError, TuneError, UserError
+from gpu_aware_tune.partition import attach, driver, partition_for
+from gpu_aware_tune.testing import Code, FakeDriver
+
+GREEN = {"device": "cuda/NVIDIA H200/sm_90a", "backend": "green"}
+
+
+def use(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> FakeDriver:
+    monkeypatch.setattr(driver, "load_driver", lambda: fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return fake
+
+
+def test_the_library_runs_where_its_manifest_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use(monkeypatch, FakeDriver())
+    part = partition_for(GREEN, 32)
+    assert part is not None
+    assert (part.backend, part.evidence()["sms_seen"]) == ("green", 32)
+    part.close()
+    whole = partition_for(GREEN)
+    assert whole is not None
+    assert (whole.backend, whole.share.units) == ("full", 132)
+    whole.close()
+    assert fake.leaks() == []
+
+
+def test_what_limits_the_process_already_is_taken_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = use(monkeypatch, FakeDriver(visible=38, mps=True))
+    part = partition_for({**GREEN, "backend": "mps"})
+    assert part is not None and part.share.units == attach.visible_sm_count() == 38
+    part.close()
+    assert fake.leaks() == []
+
+
+def test_a_library_for_cores_needs_none() -> None:
+    assert partition_for({"device": "llvm/AMD EPYC/znver4", "backend": "cores"}) is None
+
+
+@pytest.mark.parametrize(
+    ("units", "backend", "kind", "text"),
+    [
+        (200, "green", UserError, "200 SMs were asked for; this process sees 132"),
+        (0, "green", UserError, "0 SMs were asked for"),
+        (20, "green", UserError, "multiples of 8 from 8 on"),
+        (32, "full", UserError, "full is all 132 SMs, not 32"),
+        (32, "cores", UserError, "allowed: green, full, mps, mig"),
+        (32, "mps", SetupError, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=25"),
+        (32, "mig", SetupError, "CUDA_VISIBLE_DEVICES=MIG-"),
+    ],
+)
+def test_what_cannot_be_opened_here_says_what_can(
+    monkeypatch: pytest.MonkeyPatch, units: int, backend: str, kind: type[TuneError], text: str
+) -> None:
+    fake = use(monkeypatch, FakeDriver())
+    with pytest.raises(kind, match=re.escape(text)):
+        partition_for(GREEN, units, backend)
+    assert fake.leaks() == []
+
+
+def test_a_partition_that_fails_its_check_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use(monkeypatch, FakeDriver(short_by=2))
+    with pytest.raises(SetupError, match="30 SMs where 32"):
+        partition_for(GREEN, 32)
+    assert fake.leaks() == []
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeDriver(fail={"cuInit": Code.CUDA_ERROR_INVALID_VALUE}))
+    assert attach.visible_sm_count() == 0
+    with pytest.raises(SetupError, match="cuInit"):
+        partition_for(GREEN, 32)
+    use(monkeypatch, FakeDriver())
+    with pytest.raises(SetupError, match="no GPU 3"):
+        partition_for(GREEN, 32, index=3)

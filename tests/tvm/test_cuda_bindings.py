@@ -1,0 +1,86 @@
+"""The partitions through the real cuda.bindings, on a libcuda that has no GPU behind it.
+
+The fakes of tests/null are called from Python and take whatever they are given. Here every argument
+passes the bindings' own conversion to C, and every result comes back through it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpu_aware_tune.cuda_toolchain import find_toolchain
+from gpu_aware_tune.errors import SetupError
+
+try:
+    INCLUDE = find_toolchain().root / "include"
+except SetupError as error:
+    pytest.skip(str(error), allow_module_level=True)
+if shutil.which("cc") is None:
+    pytest.skip("the stand-in driver needs a C compiler", allow_module_level=True)
+
+PROGRAM = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+from gpu_aware_tune.partition import Share, attach, gpus, partition_for
+from gpu_aware_tune.partition.device import from_facts
+from gpu_aware_tune.partition.driver import call, started_driver
+from gpu_aware_tune.partition.green import plan_partitions
+
+driver = started_driver()
+(facts,) = gpus.read_gpus(driver)
+assert (facts.name, facts.arch, facts.sm_count, facts.sm_step) == ("NVIDIA Fake", "sm_90a", 132, 8)
+assert (facts.max_threads, facts.shared_bytes, facts.registers) == (1024, 49152, 65536), facts
+assert facts.green and not facts.mps and facts.uuid.startswith("GPU-07070707-0707")
+assert attach.visible_sm_count() == 132
+
+manifest = {"device": "cuda/NVIDIA Fake/sm_90a", "backend": "green"}
+for units in (32, 132):
+    part = partition_for(manifest, units)
+    assert part.evidence()["sms_seen"] == units, part.evidence()
+    assert abs(part.sentinel_s() - 5e-6) < 1e-9
+    launches = []
+    for cold in (False, True):
+        timer = part.launch_timer(lambda: launches.append(1), cold)
+        assert abs(timer(1, 1)[0] - 5e-6) < 1e-9
+        timer(300, 2)
+        assert timer.kind == ("events" if cold else "graph")
+        timer.close()
+    part.sync()
+    part.close()
+
+device = from_facts(facts)
+shares = [Share(24, 32, device), Share(48, 64, device), Share(12, 16, device)]
+parts = plan_partitions(shares, True)
+for part in parts:
+    part.enter_worker()
+    part.verify()
+assert [part.evidence()["sms_seen"] for part in parts] == [32, 64, 16]
+assert len({part.stream for part in parts}) == 3
+for part in parts:
+    part.close()
+print("all went through")
+"""
+
+
+def test_every_call_passes_the_bindings(tmp_path: Path) -> None:
+    library = tmp_path / "libcuda.so.1"
+    source = Path(__file__).with_name("fake_libcuda.c")
+    subprocess.run(
+        ["cc", "-w", "-O1", "-shared", "-fPIC", f"-I{INCLUDE}", "-Wl,-soname,libcuda.so.1",
+         "-o", library, source, "-ldl"],
+        check=True,
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, library],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "all went through\n", done.stderr[-2000:]
