@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.settings import SHARES, Settings, make_settings
+from gpu_aware_tune.settings import KNEE, SHARES, Settings, make_settings
 
 Job = tuple[Path, Settings]  # a model's file, and what to do with it
 
@@ -31,6 +31,8 @@ def divide(models: Sequence[Path], settings: Settings) -> list[Job]:
     """Gives each model its part of the settings: its share and its output folder."""
     if not models:
         raise UserError("no model is named: give the path of one .onnx file or of several")
+    if settings.share == KNEE and settings.dry_run:
+        raise UserError("--gpu-pct auto measures, which --dry-run does not: give percentages")
     if len(models) == 1:
         if settings.objective != "share" and len(set(settings.gpu_pct)) == 1:
             raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ class ModelRun:
             else:
                 yield item
 
-    def wanted(self, search: Search) -> list[Wanted]:
+    def wanted(self, search: Search, names: Sequence[str] = ("tuned", "untuned")) -> list[Wanted]:
         """Each share's library, and the untuned one to compare with."""
         wanted = []
         for units in self.units:
@@ -118,7 +118,7 @@ class ModelRun:
                 "tuned": traces_of(self._choices, units),
                 "untuned": search.untuned_traces(self.tasks, units),
             }
-            wanted += [Wanted(self.model, n, units, target, t) for n, t in traces.items()]
+            wanted += [Wanted(self.model, n, units, target, traces[n]) for n in names]
         return wanted
 
     def time(self, host: WorkerHost, pools: Pools, search: Search) -> Iterator[Event]:
@@ -126,10 +126,7 @@ class ModelRun:
 
         Kernels that are faster alone need not be so behind one another, in each other's caches.
         """
-        from gpu_aware_tune.library import save_weights
-
-        weights = host.scratch / "weights.bin"
-        save_weights(self.model.weights, weights)
+        weights = self.save_weights(host)
         for units in self.units:
             pair = {n: path for (n, u), path in self.libraries.items() if u == units}
             spent = time_on(host, pools.partition_of(units), pair, weights, self.model)
@@ -160,6 +157,14 @@ class ModelRun:
         self.shares = [share for share in self.shares if share.units == best]
         self._choices = [choice for choice in self._choices if choice.units == best]
         return Note(f"{self.name}: throughput by share: {told}; kept {best} units")
+
+    def save_weights(self, host: WorkerHost) -> Path:
+        """Write the weights where the workers can read them."""
+        from gpu_aware_tune.library import save_weights
+
+        path = host.scratch / "weights.bin"
+        save_weights(self.model.weights, path)
+        return path
 
     def export(self) -> Iterator[Event]:
         """Check the whole model's numbers on each share, then write the folder."""

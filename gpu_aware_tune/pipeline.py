@@ -7,6 +7,7 @@ running, the others are stopped (SIGSTOP) for these milliseconds.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
 import time
@@ -52,6 +53,16 @@ class _Artifact:
     wanted: int
     done: dict[int, Measurement] = field(default_factory=dict)
     twins: list[Candidate] = field(default_factory=list)  # other schedules, the same machine code
+
+
+@dataclass
+class _UnderWay:
+    """A measurement that has begun; `together`: another slice measured meanwhile."""
+
+    artifact: _Artifact
+    units: int
+    since: float
+    together: bool
 
 
 @dataclass
@@ -113,7 +124,7 @@ class Pipeline:
         self._low_water = low_water
         self._to_build: deque[Candidate] = deque()
         self._ready: deque[_Artifact] = deque()
-        self._under_way: dict[int, tuple[_Artifact, int, float]] = {}  # by the slice's number
+        self._under_way: dict[int, _UnderWay] = {}  # by the slice's number
         self._alone = False
         self._seen: dict[tuple[str, str], _Artifact] = {}  # by task and digest
         self.measure_core_s = 0.0
@@ -131,7 +142,7 @@ class Pipeline:
     @property
     def slices(self) -> list[tuple[str, str | None]]:
         """Each slice's name and the hash of the task that it measures now, if any."""
-        working = {n: artifact.candidate.task for n, (artifact, _, _) in self._under_way.items()}
+        working = {n: begun.artifact.candidate.task for n, begun in self._under_way.items()}
         return [(slice_.name, working.get(n)) for n, slice_ in enumerate(self._slices)]
 
     def add_task(self, task: NewTask) -> None:
@@ -208,12 +219,15 @@ class Pipeline:
 
     def _finish_measurements(self) -> Iterator[Outcome]:
         """Take what the slices have measured; an artifact is through when all its units are."""
-        for number, (artifact, units, since) in list(self._under_way.items()):
+        for number, begun in list(self._under_way.items()):
+            artifact, units = begun.artifact, begun.units
             result = self._slices[number].of(units).collect()
             if result is None:
                 continue
             del self._under_way[number]
-            self.measure_core_s += (time.monotonic() - since) * units
+            self.measure_core_s += (time.monotonic() - begun.since) * units
+            if begun.together:
+                result = dataclasses.replace(result, how=(*result.how, "together"))
             artifact.done[units] = result
             if result.failure is not None and result.failure.kind != "run":
                 for other in artifact.todo:  # it would crash or hang there too
@@ -248,7 +262,10 @@ class Pipeline:
         artifact.todo.remove(units)
         if not artifact.todo:
             self._ready.remove(artifact)
-        self._under_way[number] = (artifact, units, time.monotonic())
+        for other in self._under_way.values():
+            other.together = True
+        together = bool(self._under_way)
+        self._under_way[number] = _UnderWay(artifact, units, time.monotonic(), together)
         self._quiet()
         task = artifact.candidate.task
         best_s = demand.best_s(task).get(units)
@@ -259,8 +276,8 @@ class Pipeline:
         """Stop as many workers as leave the measured cores free; the rest stay off them."""
         measured = {
             core
-            for number, (_, units, _) in self._under_way.items()
-            for core in self._slices[number].of(units).partition.cores
+            for number, begun in self._under_way.items()
+            for core in self._slices[number].of(begun.units).partition.cores
         }
         if not measured:
             return
@@ -288,7 +305,7 @@ class Pipeline:
 
     def _wait_list(self) -> list[Worker | Measurer]:
         waiting: list[Worker | Measurer] = [w for w in self._working() if not w.paused]
-        waiting += [self._slices[n].of(units) for n, (_, units, _) in self._under_way.items()]
+        waiting += [self._slices[n].of(begun.units) for n, begun in self._under_way.items()]
         return waiting
 
     def _collect(self, demand: Demand) -> Iterator[Outcome]:
@@ -337,9 +354,9 @@ class Pipeline:
         """Forget what waits and let go of what is under way (after a stop)."""
         self._resume()
         self._to_build.clear()
-        for number, (artifact, units, _) in self._under_way.items():
-            self._slices[number].of(units).abandon()
-            remove(artifact.path)
+        for number, begun in self._under_way.items():
+            self._slices[number].of(begun.units).abandon()
+            remove(begun.artifact.path)
         self._under_way.clear()
         for waiting in self._ready:
             remove(waiting.path)

@@ -8,13 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from gpu_aware_tune.allocation import Allocation, Goal
 from gpu_aware_tune.budget import Budget
 from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.events import Event, Note, Progress, Trial
 from gpu_aware_tune.measure import SEARCH, Effort
+from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.objectives import combined
 from gpu_aware_tune.pipeline import Demand, Outcome, Pipeline
 from gpu_aware_tune.records import Record, RecordKey, Store
@@ -274,8 +274,9 @@ class Search:
         scale = best.get(first, seconds.get(first, 1.0))
         return combined(ratios, self.settings.objective) * scale if ratios else float("inf")
 
-    def _record(self, candidate: Candidate, units: int, measurement: Any) -> Record:
+    def _record(self, candidate: Candidate, units: int, measurement: Measurement) -> Record:
         failure = measurement.failure
+        coarse = ("coarse",) if measurement.coarse else ()
         return Record(
             key=self.keys[candidate.task, units],
             trace=candidate.trace,
@@ -288,7 +289,7 @@ class Search:
             run_id=self._run_ids.get(self.allocation.models_of(candidate.task)[0]),
             created=time.time(),
             partition=self.backend,
-            flags="coarse" if measurement.coarse else "",
+            flags=",".join((*coarse, *measurement.flags, *measurement.how)),
         )
 
     def _flush(self, force: bool = False) -> Iterator[Event]:

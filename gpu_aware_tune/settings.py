@@ -19,6 +19,7 @@ NULL_TARGET = "null"  # the fake device of the tests; not offered to users
 DTYPES = ("float16", "float32")
 PARTITIONS = ("auto", "cores", "full", "green", "mps", "mig", "null")
 OBJECTIVES = ("share", "robust", "mean", "throughput")  # see objectives.py
+KNEE = "knee"  # the share is the knee of the model's own curve: `--gpu-pct auto`
 SHARES = ("equal", "auto")  # how several models divide a device
 RECORDS_FILE = "records.sqlite"
 
@@ -56,7 +57,7 @@ class Settings:
     To change the effort of existing settings make new ones: `replace` keeps the filled numbers.
 
     `share` says where a model's `gpu_pct` comes from if it is not given: "equal" parts for several
-    models, "auto" by their work. `slices` is how many measure side
+    models, "auto" by their work, "knee" of the model's own curve. `slices` is how many measure side
     by side, 0: one for each model. `exclusive` measures one candidate at a time with nothing else
     running.
     """
@@ -101,8 +102,8 @@ class Settings:
         if self.dtype is not None:
             _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--objective", self.objective, OBJECTIVES)
-        if self.share is not None:
-            _check_choice("--share", self.share, SHARES)
+        if self.share not in (None, KNEE):
+            _check_choice("--share", str(self.share), SHARES)
         if not self.gpu_pct:
             raise UserError(
                 "--gpu-pct is empty: give one or more whole percentages, such as 30 or 30,50,100"
@@ -178,6 +179,9 @@ def make_settings(**options: Any) -> Settings:
             raise UserError(f"unknown option {name!r}: {hint}")
     if "time" in given:
         given["time_s"] = given.pop("time")
+    if given.get("gpu_pct") == "auto":
+        del given["gpu_pct"]
+        given["share"] = KNEE
     if "inputs" in given:
         given["input_shapes"] = given.pop("inputs")
     convert: dict[str, Callable[[Any], Any]] = {

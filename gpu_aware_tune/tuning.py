@@ -2,6 +2,7 @@
 
 Stages, in this order, each one call that gives one noun to the next:
 
+    share                the knee of the model's curve, where none is given  knees.py, profiles.py
     device               what there is, and how shares of it are made real   partition/
     models, tasks        ONNX -> fused Relax module -> unique kernels        model.py, tasks.py
     records              what is known already                               records.py
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.events import Event, Finished, Stage
 from gpu_aware_tune.jobs import Job, divide, make_jobs
-from gpu_aware_tune.settings import Settings, check_files
+from gpu_aware_tune.settings import KNEE, Settings, check_files
 
 if TYPE_CHECKING:
     from gpu_aware_tune.library import Library
@@ -82,10 +83,15 @@ def tune_jobs(jobs: Sequence[Job]) -> Iterator[Event]:
     The first Ctrl-C ends the search and exports the best so far; a second one raises
     `KeyboardInterrupt`.
     """
+    from gpu_aware_tune.knees import with_share
     from gpu_aware_tune.run import Run
 
     for path, settings in jobs:
         check_files(path, settings)
+    jobs = list(jobs)
+    for number, job in enumerate(jobs):
+        if job[1].share == KNEE:
+            jobs[number] = yield from with_share(job)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(Run(jobs))
         yield from run.open_device()

@@ -42,9 +42,9 @@ NOISE_SHOWN = 4000  # bytes
 )
 @click.option(
     "--gpu-pct",
-    metavar="PCT[,PCT...]",
+    metavar="PCT[,PCT...]|auto",
     help="Share of the device in percent, 1 to 100, or several: 30,50,100; of several models one for"
-    " each [default: 100, equal parts for several models].",
+    " each; auto: the knee of the model's own curve [default: 100, equal parts for several models].",
 )
 @click.option(
     "--share",

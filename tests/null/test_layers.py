@@ -52,6 +52,7 @@ ORDER = [
     ["results"],
     ["model_run", "pools"],
     ["run"],
+    ["knees"],
     ["tuning"],
     ["tables"],
     ["progress"],

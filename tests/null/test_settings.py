@@ -15,6 +15,7 @@ from gpu_aware_tune.settings import (
     DEFAULT,
     EFFORTS,
     FULL,
+    KNEE,
     QUICK,
     Settings,
     check_files,
@@ -222,3 +223,9 @@ def test_a_dry_run_looks_at_the_model_and_writes_nothing(tmp_path: Path) -> None
     before = tmp_path.stat().st_mtime_ns
     check_files(model, settings)
     assert tmp_path.stat().st_mtime_ns == before, "not even for a moment"
+
+
+def test_auto_is_the_knee_of_the_models_own_curve() -> None:
+    assert make_settings(gpu_pct="auto").share == KNEE
+    with pytest.raises(UserError, match="--gpu-pct auto measures"):
+        make_jobs(["a.onnx"], gpu_pct="auto", dry_run=True)

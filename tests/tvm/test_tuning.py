@@ -271,3 +271,13 @@ def test_untuned_kernels_are_kept_where_the_whole_model_is_faster_with_them(
     library = gpu_aware_tune.load(tmp_path / "out")
     inputs = {"x": np.ones((1, 8, 28, 28), "float32")}
     np.testing.assert_allclose(library(inputs)["y"], reference(network, inputs), rtol=1e-4)
+
+
+def test_auto_tunes_for_the_knee_of_the_untuned_models_curve(network: Path, tmp_path: Path) -> None:
+    events = run(network, settings(tmp_path, share="knee", trials=4))
+    why = next(
+        event.text for event in events if isinstance(event, Note) and "tuned for" in event.text
+    )
+    done = last(events)
+    assert len(done.shares) == 1 and done.shares[0].share in why
+    assert (tmp_path / "out" / "manifest.json").exists()
