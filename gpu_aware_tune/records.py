@@ -23,14 +23,17 @@ from gpu_aware_tune.records_rows import (
     FASTEST,
     FROM,
     KEY,
+    LOG,
     USABLE,
     Counts,
+    LogEntry,
     Record,
     RecordKey,
     Run,
     StoredTask,
     check_seconds,
     digest,
+    log_entry_of,
     packed,
     record_of,
     row_of,
@@ -38,7 +41,7 @@ from gpu_aware_tune.records_rows import (
 )
 from gpu_aware_tune.records_schema import open_empty, open_file, plain_errors, transaction
 
-__all__ = ["FILE_NAME", "Counts", "Record", "RecordKey", "Run", "Store", "StoredTask"]
+__all__ = ["FILE_NAME", "Counts", "LogEntry", "Record", "RecordKey", "Run", "Store", "StoredTask"]
 
 FILE_NAME = "records.sqlite"
 
@@ -320,6 +323,25 @@ class Store:
             rows = db.execute(query + " ORDER BY id").fetchall()
         return [Run(*row[:4], *(json.loads(text) for text in row[4:])) for row in rows]
 
+    def log(self, run: Run, tasks: Sequence[str] = ()) -> list[LogEntry]:
+        """Return a run's records and the older ones of its keys, in the order they were made.
+
+        Its keys are those of `tasks` on its device and units; without `tasks` they are those that
+        it has measured under, which takes a pass over the whole store to find.
+        """
+        if tasks:
+            units = list(run.machine.get("units", ()))
+            keys = (
+                "SELECT id FROM keys WHERE device = ? AND tvm = ?"
+                f" AND units IN ({_places(units)}) AND task IN ({_places(tasks)})"
+            )
+            values = [run.machine.get("device"), run.machine.get("tvm"), *units, *tasks]
+        else:
+            keys, values = "SELECT key FROM records WHERE run = ?", [run.id]
+        with self._using() as db:
+            rows = db.execute(LOG.format(keys=keys), (*values, run.id, run.started)).fetchall()
+        return [log_entry_of(row) for row in rows]
+
     # -- inside -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -372,6 +394,10 @@ class Store:
                 "(SELECT MAX(created) FROM records WHERE run = runs.id), started)"
                 " WHERE status = 'running'"
             )
+
+
+def _places(values: Sequence[Any]) -> str:
+    return ", ".join("?" * len(values))
 
 
 def _dumps(value: Any) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import struct
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ class WriterLock:
     _held: ClassVar[dict[str, int]] = {}
 
     def __init__(self, path: Path) -> None:
-        self.path = path.with_name(path.name + ".writer")  # ".lock" is a name that SQLite uses
+        self.path = lock_path(path)
         self._name = os.path.realpath(self.path)
         self._owner = os.getpid()
         if self._held.get(self._name) == self._owner:
@@ -36,6 +37,11 @@ class WriterLock:
                 " or give another folder with --db"
             ) from error
         self._held[self._name] = self._owner
+
+    @classmethod
+    def holds(cls, path: Path) -> bool:
+        """Whether this process holds the lock at `path`."""
+        return cls._held.get(os.path.realpath(path)) == os.getpid()
 
     def _acquire(self, store: Path) -> int:
         while True:
@@ -64,6 +70,34 @@ class WriterLock:
         with contextlib.suppress(OSError):
             self.path.unlink()
         os.close(self._fd)
+
+
+def lock_path(store: Path) -> Path:
+    """Return the path of a store's lock file."""
+    return store.with_name(store.name + ".writer")  # ".lock" is a name that SQLite uses
+
+
+def writer_of(store: Path) -> int | None:
+    """Return the id of the process that writes a store's file, or None where there is none.
+
+    Asks who holds the lock and takes nothing, so a run that starts just now is not refused.
+    """
+    path = lock_path(store)
+    if WriterLock.holds(path):
+        return os.getpid()  # closing a second descriptor of the file would release that lock
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, wanted))
+    finally:
+        os.close(fd)
+    return None if kind == fcntl.F_UNLCK else int(pid)
+
+
+_FLOCK = "hhqqi4x"  # Linux's struct flock on 64-bit machines: type, whence, start, length, pid
 
 
 def _busy(path: Path, who: str) -> str:

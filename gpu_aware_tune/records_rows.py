@@ -83,12 +83,47 @@ class Run:
     facts: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class LogEntry:
+    """A record without its trace, as the history of a run needs it."""
+
+    task: str
+    name: str  # of the task, "" where the store does not know it
+    units: int
+    target: str
+    trace: int  # tells candidates apart
+    seconds: float | None
+    retimed: float | None
+    failure: str | None
+    failure_text: str | None
+    origin: str
+    created: float
+    run_id: int | None
+    wrong: bool
+
+    @property
+    def usable(self) -> bool:
+        """Whether the kernel ran and computes right numbers, as far as that was checked."""
+        return self.seconds is not None and self.failure is None and not self.wrong
+
+    @property
+    def best_s(self) -> float | None:
+        """The seconds to go by, like those of a `Record`."""
+        return self.seconds if self.retimed is None else self.retimed
+
+
 KEY = "k.task, k.device, k.units, k.target, k.tvm"
 COLUMNS = (
     f"{KEY}, t.json, r.seconds, r.failure, r.failure_text, r.origin, r.spread, r.repeats, r.run,"
     " r.created, r.partition, r.flags, r.wrong, r.retimed"
 )
 FROM = "FROM records r JOIN keys k ON k.id = r.key JOIN traces t ON t.id = r.trace"
+LOG = (
+    "SELECT k.task, COALESCE(n.name, ''), k.units, k.target, r.trace, r.seconds, r.retimed,"
+    " r.failure, r.failure_text, r.origin, r.created, r.run, r.wrong"
+    " FROM records r JOIN keys k ON k.id = r.key LEFT JOIN tasks n ON n.hash = k.task"
+    " WHERE r.key IN ({keys}) AND (r.run = ? OR r.created < ?) ORDER BY r.created, r.id"
+)
 USABLE = "r.seconds IS NOT NULL AND r.failure IS NULL AND r.wrong = 0"
 FASTEST = "COALESCE(r.retimed, r.seconds)"
 ADD_TRACE = "INSERT INTO traces (hash, json) VALUES (?, ?) ON CONFLICT DO NOTHING"
@@ -148,6 +183,12 @@ def row_of(record: Record) -> tuple[Any, ...]:
         record.wrong,
         record.retimed,
     )
+
+
+def log_entry_of(row: tuple[Any, ...]) -> LogEntry:
+    """Return the entry of a row that was selected as `LOG`."""
+    fields = (*row[:-1], bool(row[-1]))
+    return LogEntry(*fields)
 
 
 def record_of(row: tuple[Any, ...]) -> Record:
