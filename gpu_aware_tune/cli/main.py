@@ -20,6 +20,8 @@ COMMANDS = {
     "run": ("gpu_aware_tune.cli.run", "Run a tuned library and time it."),
     "profile": ("gpu_aware_tune.cli.profile", "Measure a tuned library at each share; the knee."),
     "records": ("gpu_aware_tune.cli.records", "List, export, import and prune measurements."),
+    "report": ("gpu_aware_tune.cli.report", "Write a page of a run: figures, tables, environment."),
+    "watch": ("gpu_aware_tune.cli.watch", "Follow a run that goes on in another process."),
     "doctor": ("gpu_aware_tune.cli.doctor", "Show what this machine offers and what it lacks."),
 }
 

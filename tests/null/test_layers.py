@@ -56,6 +56,7 @@ ORDER = [
     ["tuning"],
     ["tables"],
     ["progress"],
+    ["report"],
     ["cli"],
     ["testing_launch"],
     ["testing"],
@@ -69,6 +70,7 @@ HOMES = {
     "pynvml": ("partition/",),
     "cuda": ("partition/",),
     "cuda.bindings.nvrtc": ("cuda_toolchain",),
+    "matplotlib": ("report/",),
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -170,6 +172,7 @@ def test_modules_stay_small(file: Path) -> None:
         "import gpu_aware_tune.cli.main, gpu_aware_tune.cli.tune, gpu_aware_tune.progress",
         "import gpu_aware_tune.cli.run, gpu_aware_tune.cli.records, gpu_aware_tune.cli.doctor",
         "import gpu_aware_tune.cli.profile, gpu_aware_tune.profiles, gpu_aware_tune.planning",
+        "import gpu_aware_tune.cli.report, gpu_aware_tune.cli.watch, gpu_aware_tune.report.page",
     ],
 )
 def test_cheap_imports_load_no_heavy_package(statement: str) -> None:
@@ -183,4 +186,4 @@ def test_cheap_imports_load_no_heavy_package(statement: str) -> None:
     )
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "gpu_aware_tune" in loaded
-    assert not loaded & {"tvm", "tvm_ffi", "ray", "onnx", "onnxruntime", "xgboost"}
+    assert not loaded & {"tvm", "tvm_ffi", "ray", "onnx", "onnxruntime", "xgboost", "matplotlib"}
