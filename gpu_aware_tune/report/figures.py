@@ -13,6 +13,7 @@ from gpu_aware_tune.report.inputs import Stock
 
 WIDTH_IN = 9.2
 COLUMNS = 4
+ABOVE = 2  # a task's panel ends at so many times untuned
 _SPENT = {"search": "s1", "build": "s2", "measure": "s3", "main": "s4", "idle": "idle"}
 
 
@@ -40,6 +41,7 @@ def model_figure(history: History) -> Drawing | None:
                 if untuned_s:
                     axes.axhline(untuned_s, color=colors[role], lw=1.1, ls=(0, (4, 3)))
         left.set_xlim(left=0)
+        right.set_xlim(left=0)
         left.set_xlabel("seconds since the workers started")
         right.set_xlabel("trials")
         _latency_axis(left)
@@ -102,7 +104,7 @@ def tasks_figure(history: History, by_time: bool) -> Drawing | None:
             axes.locator_params(axis="x", nbins=4, integer=not by_time)
             _latency_axis(axes, bins=4)
             shown = [c.untuned_s or c.best_s or 0.0 for c in task.curves.values()]
-            axes.set_ylim(0, 1.5 * max(shown))
+            axes.set_ylim(0, ABOVE * max(shown))
             axes.set_xlim(left=0)
         for axes in list(figure.axes)[len(tasks) :]:
             axes.set_visible(False)

@@ -189,8 +189,8 @@ def _tasks(report: Report, svgs: Svgs) -> Iterator[str]:
     yield _figure(
         svgs,
         "tasks",
-        "Dots: candidates; line: best so far; dashed: untuned; × weight. Candidates slower than 1.5"
-        f" times untuned lie above the frame.{note}",
+        "Dots: candidates; line: best so far; dashed: untuned; × weight. Candidates slower than"
+        f" {figures.ABOVE} times untuned lie above the frame.{note}",
         "No task was searched: the run measured untuned schedules only.",
     )
     if searched:

@@ -62,7 +62,7 @@ def profiles_table(profiles: Sequence[Profile]) -> str:
                 _number(point.p10_ms, "{:#.3g} ms"),
                 _number(point.p90_ms, "{:#.3g} ms"),
                 _number(point.throughput_per_s, "{:.4g}"),
-                _number(point.efficacy, "{:.3g}"),
+                _number(point.efficacy, "{:,.1f}"),
             ]
             cells += [_number(point.energy_j, "{:.3g} J")] if energy else []
             numbers = "".join(f"<td>{cell}</td>" for cell in cells)
