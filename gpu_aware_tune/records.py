@@ -33,6 +33,7 @@ from gpu_aware_tune.records_rows import (
     StoredTask,
     check_seconds,
     digest,
+    doomed,
     log_entry_of,
     packed,
     record_of,
@@ -207,20 +208,7 @@ class Store:
             wrong: remove kernels that compute wrong numbers. They are then tried again.
             dry_run: only count.
         """
-        doomed, values = ["0"], []
-        if keep is not None:
-            doomed.append(
-                "id IN (SELECT id FROM (SELECT id, origin, ROW_NUMBER() OVER (PARTITION BY key"
-                f" ORDER BY {FASTEST}) AS place FROM records r WHERE {USABLE})"
-                " WHERE place > ? AND origin <> 'default')"
-            )
-            values.append(float(keep))
-        if failures_older_s is not None:
-            doomed.append("failure IS NOT NULL AND created <= ?")
-            values.append(time.time() - failures_older_s)
-        if wrong:
-            doomed.append("wrong = 1")
-        where = " OR ".join(f"({part})" for part in doomed)
+        where, values = doomed(keep, failures_older_s, wrong)
         if dry_run:
             with self._using() as db:
                 query = f"SELECT COUNT(*) FROM records WHERE {where}"

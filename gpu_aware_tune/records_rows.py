@@ -196,3 +196,23 @@ def record_of(row: tuple[Any, ...]) -> Record:
     *values, wrong, retimed = row[6:]
     fields = (RecordKey(*row[:5]), unpacked(row[5]), *values, bool(wrong), retimed)
     return Record(*fields)
+
+
+def doomed(
+    keep: int | None, failures_older_s: float | None, wrong: bool
+) -> tuple[str, list[float]]:
+    """Return the condition and the values that `Store.prune` finds records by."""
+    parts, values = ["0"], []
+    if keep is not None:
+        parts.append(
+            "id IN (SELECT id FROM (SELECT id, origin, ROW_NUMBER() OVER (PARTITION BY key"
+            f" ORDER BY {FASTEST}) AS place FROM records r WHERE {USABLE})"
+            " WHERE place > ? AND origin <> 'default')"
+        )
+        values.append(float(keep))
+    if failures_older_s is not None:
+        parts.append("failure IS NOT NULL AND created <= ?")
+        values.append(time.time() - failures_older_s)
+    if wrong:
+        parts.append("wrong = 1")
+    return " OR ".join(f"({part})" for part in parts), values

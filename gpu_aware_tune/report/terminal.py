@@ -13,16 +13,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gpu_aware_tune.progress import (
-    PLAIN_WIDTH,
+from gpu_aware_tune.progress import PLAIN_WIDTH
+from gpu_aware_tune.report.figures import units_text
+from gpu_aware_tune.report.history import History, Point, TaskHistory, latencies
+from gpu_aware_tune.report.live import State
+from gpu_aware_tune.tables import (
     format_clock,
     format_failures,
     format_gain,
     format_seconds,
 )
-from gpu_aware_tune.report.figures import units_text
-from gpu_aware_tune.report.history import History, Point, TaskHistory, latencies
-from gpu_aware_tune.report.live import State
 
 _BARS = "▁▂▃▄▅▆▇█"
 _UNWEIGHTED = "weights unknown: each task counts once in the model's latency"
