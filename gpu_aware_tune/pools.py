@@ -120,11 +120,16 @@ class Pools:
         """A partition with so many units."""
         return next(p for p in self.partitions if p.share.units == units)
 
+    def measurer_of(self, units: int) -> Measurer:
+        """A worker that measures on so many units."""
+        return next(measurer for measurer in self._measurers if measurer.units == units)
+
     def _measurer(self, partition: Partition) -> Measurer:
         settings = self._settings
         measurer = Measurer(self._host, partition, settings.run_timeout_s, settings.memory_bytes)
         self._stack.callback(measurer.close)
         measurer.open()
+        self._measurers.append(measurer)
         return measurer
 
 

@@ -1,19 +1,22 @@
-"""The best kernels measured again: longer, and with nothing else running."""
+"""The best kernels measured again: longer, in turns, and with nothing else running."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import select
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gpu_aware_tune.candidates import Candidate
+from gpu_aware_tune.builder import BuildPool, remove
 from gpu_aware_tune.events import Event, Note
-from gpu_aware_tune.measure import RETIME
+from gpu_aware_tune.measure import RETIME, Contest
 from gpu_aware_tune.objectives import ONE_SET, one_for_all
+from gpu_aware_tune.pools import Pools
 from gpu_aware_tune.records import Record
 from gpu_aware_tune.search import Search
 from gpu_aware_tune.selection import usable
 from gpu_aware_tune.tasks import Task
 
+_WAIT_S = 0.1
 _WORTH = 0.002  # tasks below this part of a model's latency are not measured again
 
 
@@ -25,48 +28,91 @@ class Reorder:
     regret: float
 
 
-def retime(search: Search, top_k: int) -> Generator[Event, None, dict[tuple[str, int], Reorder]]:
-    """Measure each task's `top_k` schedules again, longer and with nothing else running.
+def retime(
+    search: Search, pools: Pools, top_k: int
+) -> Generator[Event, None, dict[tuple[str, int], Reorder]]:
+    """Measure each task's `top_k` schedules again: longer, in turns, with nothing else running.
 
     The fast measurement of the search, next to builds and to other slices, may rank two close
-    schedules the wrong way round; this decides.
+    schedules the wrong way round; this decides. The untuned schedule takes part, so that before and
+    after are told by the same measurement.
 
     Returns:
         What the second look changed, by task hash and units.
     """
-    candidates: list[Candidate] = []
-    before: dict[tuple[str, int], str] = {}  # the best by the first measurement
+    wanted = {task.hash: _finalists(search, task, top_k) for task in search.tasks}
+    artifacts = _build(pools.builders, {task: traces for task, traces in wanted.items() if traces})
+    reorders = {}
     for task in search.tasks:
-        units = [u for u in search.allocation.units_of(task.hash) if _worth(search, task, u)]
-        wanted: dict[str, Record] = {}
-        for count in units:
-            key = search.keys[task.hash, count]
-            best = search.store.best(key, top_k)
-            # With the untuned one, so that before and after are told by the same measurement.
-            untuned = search.store.untuned(key)
-            wanted |= {r.trace: r for r in (*best, *([untuned] if untuned else []))}
-            if best:
-                before[task.hash, count] = best[0].trace
-        if len(units) > 1 and search.settings.objective in ONE_SET:
-            wanted |= dict(_best_for_all(search, task, units)[:top_k])
-        fresh = {trace: record for trace, record in wanted.items() if record.retimed is None}
-        candidates.extend(Candidate(task.hash, t, r.origin) for t, r in fresh.items())
-    again: dict[tuple[str, int], dict[str, float]] = {}
-    for outcome in search.pipeline.run(candidates, effort=RETIME, alone=True):
-        for count, measurement in outcome.measurements.items():
-            if measurement.seconds is not None:
-                place = outcome.candidate.task, count
-                again.setdefault(place, {})[outcome.candidate.trace] = measurement.seconds
-                key = search.keys[place]
-                search.store.set_retimed(key, outcome.candidate.trace, measurement.seconds)
-    if candidates:
-        yield Note(f"measured the best {len(candidates)} kernels again, alone")
-    return {
-        place: Reorder(before[place] != min(seconds, key=lambda t: seconds[t]),
-                       seconds[before[place]] / min(seconds.values()) - 1)
-        for place, seconds in again.items()
-        if before.get(place) in seconds
-    }  # fmt: skip
+        paths = artifacts.get(task.hash, {})
+        for units in search.allocation.units_of(task.hash):
+            traces = [trace for trace in wanted[task.hash].get(units, ()) if trace in paths]
+            if not traces:
+                continue
+            files = tuple(paths[trace] for trace in traces)
+            contest = Contest(files, task.args, task.hash, RETIME)
+            seconds = {}
+            for trace, measurement in zip(
+                traces, pools.measurer_of(units).compare(contest), strict=True
+            ):
+                if measurement.seconds is not None:
+                    seconds[trace] = measurement.seconds
+                    key = search.keys[task.hash, units]
+                    search.store.set_retimed(key, trace, measurement.seconds)
+            if traces[0] in seconds:
+                reorders[task.hash, units] = _reorder(traces[0], seconds)
+    for paths in artifacts.values():
+        for path in paths.values():
+            remove(path)
+    if artifacts:
+        count = sum(len(paths) for paths in artifacts.values())
+        yield Note(f"measured the best {count} kernels again, in turns, alone")
+    return reorders
+
+
+def _finalists(search: Search, task: Task, top_k: int) -> dict[int, list[str]]:
+    """A task's traces to compare on each of its units, the best so far first.
+
+    None on units where all of them have met before, or where the task is too light to matter.
+    """
+    finalists: dict[int, list[str]] = {}
+    for units in search.allocation.units_of(task.hash):
+        if not _worth(search, task, units):
+            continue
+        key = search.keys[task.hash, units]
+        untuned = search.store.untuned(key)
+        records = [*search.store.best(key, top_k), *([untuned] if untuned else [])]
+        if search.settings.objective in ONE_SET:
+            records += _best_for_all(search, task, units)[:top_k]
+        if any(record.retimed is None for record in records):
+            finalists[units] = list(dict.fromkeys(record.trace for record in records))
+    return finalists
+
+
+def _build(
+    builders: BuildPool, wanted: Mapping[str, Mapping[int, Sequence[str]]]
+) -> dict[str, dict[str, str]]:
+    """Build every finalist once; paths by task and trace, without those that did not build."""
+    waiting = [
+        (task, trace)
+        for task, by_units in wanted.items()
+        for trace in dict.fromkeys(t for traces in by_units.values() for t in traces)
+    ]
+    artifacts: dict[str, dict[str, str]] = {}
+    while waiting or builders.busy:
+        while waiting and builders.idle:
+            task, trace = waiting.pop()
+            builders.submit((task, trace), task, trace or None)
+        ready = select.select(builders.busy, [], [], _WAIT_S)[0]
+        for (task, trace), built in builders.collect(ready):
+            if built.failure is None:
+                artifacts.setdefault(task, {})[trace] = built.path
+    return artifacts
+
+
+def _reorder(first: str, seconds: Mapping[str, float]) -> Reorder:
+    best = min(seconds.values())
+    return Reorder(seconds[first] > best, seconds[first] / best - 1)
 
 
 def _worth(search: Search, task: Task, units: int) -> bool:
@@ -80,10 +126,12 @@ def _worth(search: Search, task: Task, units: int) -> bool:
     return False
 
 
-def _best_for_all(search: Search, task: Task, units: Sequence[int]) -> list[tuple[str, Record]]:
-    """Kernels that serve every share, best first."""
-    records = {u: search.store.all(search.keys[task.hash, u]) for u in units}
-    known = usable(records)
-    first = {record.trace: record for record in records[units[0]]}
-    ranked = one_for_all(known, search.settings.objective)
-    return [(trace, first[trace]) for trace, _ in ranked]
+def _best_for_all(search: Search, task: Task, units: int) -> list[Record]:
+    """Kernels that serve every share of a task, best first, as records on some units."""
+    records = {
+        count: search.store.all(search.keys[task.hash, count])
+        for count in search.allocation.units_of(task.hash)
+    }
+    here = {record.trace: record for record in records[units]}
+    ranked = one_for_all(usable(records), search.settings.objective)
+    return [here[trace] for trace, _ in ranked]

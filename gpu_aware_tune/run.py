@@ -206,7 +206,7 @@ class Run:
 
     def choose(self) -> Iterator[Event]:
         """Measure the best kernels again, alone, and pick each task's for each share."""
-        self._reorders = yield from retime(self.search, self.settings.top_k)
+        self._reorders = yield from retime(self.search, self.pools, self.settings.top_k)
         self._drift = {model.name: self.search.drift(model.name) for model in self.models}
         for model in self.models:
             yield from model.choose(self.search, self.pools, self.target)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from gpu_aware_tune.measure.measurer import Measurer, Slice
 from gpu_aware_tune.measure.timing import LONG, RETIME, SEARCH, Effort
 from gpu_aware_tune.measure.together import Together
-from gpu_aware_tune.measure.worker import Job
+from gpu_aware_tune.measure.worker import Contest, Job
 from gpu_aware_tune.measurement import Failure, Measurement
 
 __all__ = [
     "LONG",
     "RETIME",
     "SEARCH",
+    "Contest",
     "Effort",
     "Failure",
     "Job",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.measure.worker import Job, Opened, Reply
+from gpu_aware_tune.measure.worker import Contest, Job, Opened, Reply
 from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.workers import Worker, WorkerHost
 
@@ -60,8 +60,8 @@ class Measurer:
         (self.evidence,) = opened(worker, f"partition {self.partition}")
         self._worker = worker
 
-    def submit(self, job: Job) -> None:
-        """Start measuring one artifact; `collect` gives the result."""
+    def submit(self, job: Job | Contest) -> None:
+        """Start measuring one artifact, or several in turns; `collect` gives the result."""
         if self._worker is None:
             reopen(self.open, self.partition)
         assert self._worker is not None
@@ -69,6 +69,21 @@ class Measurer:
 
     def collect(self, wait_s: float = 0.0) -> Measurement | None:
         """The result of the job under way, or None when there is none yet."""
+        answer = self._collect(wait_s, self._timeout_s)
+        return answer[0] if isinstance(answer, tuple) else answer
+
+    def compare(self, contest: Contest) -> tuple[Measurement, ...]:
+        """Measure several artifacts in turns and wait; a fault of one is the failure of all."""
+        self.submit(contest)
+        count = len(contest.paths)
+        while (answer := self._collect(_SLICE_S, self._timeout_s * count)) is None:
+            pass
+        return answer if isinstance(answer, tuple) else (answer,) * count
+
+    def _collect(
+        self, wait_s: float, timeout_s: float
+    ) -> tuple[Measurement, ...] | Measurement | None:
+        """What the worker answered, how it failed, or None while it is at work."""
         worker = self._worker
         assert worker is not None
         if select.select([worker], [], [], wait_s)[0]:
@@ -79,11 +94,11 @@ class Measurer:
             worker.done()
             if reply.ends:
                 self._replace_all()
-            return reply.measurements[0]
-        if worker.busy_s() > self._timeout_s:
+            return reply.measurements
+        if worker.busy_s() > timeout_s:
             self.partition.before_kill(worker.pid)
             self._replace_all()
-            return Measurement.failed("timeout", f"no answer in {self._timeout_s:.0f} s")
+            return Measurement.failed("timeout", f"no answer in {timeout_s:.0f} s")
         if worker.rss_bytes() > self._memory_bytes:
             self._replace()
             return Measurement.failed("memory", f"over {self._memory_bytes >> 20} MiB")

@@ -45,9 +45,35 @@ class Effort:
 
 SEARCH = Effort()
 RETIME = Effort(
-    probe_s=0.005, repeat_s=0.01, min_repeats=7, max_repeats=21, budget_s=0.5, spread=0.004
+    probe_s=0.005, repeat_s=0.005, min_repeats=11, max_repeats=41, budget_s=0.4, spread=0.002
 )
 LONG = Effort(probe_s=0.01, repeat_s=0.1, min_repeats=10, max_repeats=10, budget_s=60, spread=0.0)
+
+
+def compare(timers: Sequence[Timer], effort: Effort) -> list[Measurement]:
+    """Time several kernels in turns, so that what drifts on the machine meets all of them alike.
+
+    Args:
+        timers: one for each kernel, see `measure`.
+        effort: length and number of the repeats; each kernel gets the same number of them.
+    """
+    numbers = []
+    for timer in timers:
+        probe = min(timer(1, 3))
+        numbers.append(max(1, math.ceil(effort.repeat_s / max(probe, 1e-9))))
+    samples: list[list[float]] = [[] for _ in timers]
+    used_s = 0.0
+    for turn in range(effort.max_repeats):
+        order = range(len(timers)) if turn % 2 == 0 else reversed(range(len(timers)))
+        for place in order:
+            (seconds,) = timers[place](numbers[place], 1)
+            samples[place].append(seconds)
+            used_s += seconds * numbers[place]
+        decided = all(spread_of(each) < effort.spread for each in samples)
+        spent = used_s > effort.budget_s * len(timers)
+        if turn + 1 >= effort.min_repeats and (decided or spent):
+            break
+    return [Measurement(_typical(each), spread_of(each), len(each)) for each in samples]
 
 
 def spread_of(samples: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.measure.quality import Watch
-from gpu_aware_tune.measure.timing import Effort, Timer, measure
+from gpu_aware_tune.measure.timing import Effort, Timer, compare, measure
 from gpu_aware_tune.measurement import Measurement
 
 if TYPE_CHECKING:
@@ -42,6 +42,16 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
+class Contest:
+    """Several artifacts of one task to measure in turns; fields as of `Job`."""
+
+    paths: tuple[str, ...]
+    args: tuple[tuple[tuple[int, ...], str], ...]
+    task: str
+    effort: Effort
+
+
+@dataclasses.dataclass(frozen=True)
 class Opened:
     """A worker's first answer: what `Partition.evidence` says, or why the partition is refused."""
 
@@ -51,7 +61,10 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """The answer to a job, or to one job for each share; `ends` says that the worker goes now."""
+    """The answer to a job, to one job for each share, or to a contest: a measurement for each.
+
+    `ends` says that the worker goes now.
+    """
 
     measurements: tuple[Measurement, ...]
     ends: bool = False
@@ -72,8 +85,8 @@ def serve(connection: Connection, partition: Partition) -> None:
         connection.send(Opened((partition.evidence(),)))
         gc.disable()  # no collection in the middle of a timing
         while True:
-            job: Job = connection.recv()
-            reply = station.measure(job)
+            job: Job | Contest = connection.recv()
+            reply = station.compare(job) if isinstance(job, Contest) else station.measure(job)
             connection.send(reply)
             if reply.ends:
                 return
@@ -163,6 +176,28 @@ class _Station:
             return self._failed("run", error)
         return Reply((dataclasses.replace(result, how=how),))
 
+    def compare(self, contest: Contest) -> Reply:
+        """Measure several artifacts in turns; one that fails fails them all."""
+        import tvm
+
+        kinds: list[Callable[[], tuple[str, ...]]] = []
+        timers: list[Timer] = []
+        try:
+            buffers = self._inputs.of(contest)
+            with contextlib.ExitStack() as stack:
+                for path in contest.paths:
+                    module = tvm.runtime.load_module(path)
+                    timer, kind = stack.enter_context(self._timer(module, buffers, contest.effort))
+                    timers.append(timer)
+                    kinds.append(kind)
+                results = compare(timers, contest.effort)
+                told = [kind() for kind in kinds]
+        except Exception as error:  # as in `measure`
+            failed = self._failed("run", error)
+            return Reply(failed.measurements * len(contest.paths), failed.ends)
+        pairs = zip(results, told, strict=True)
+        return Reply(tuple(dataclasses.replace(result, how=how) for result, how in pairs))
+
     def _failed(self, kind: str, error: Exception) -> Reply:
         text = f"{type(error).__name__}: {error}"
         kind = "memory" if "out of memory" in text.lower() else kind
@@ -212,7 +247,7 @@ class _Inputs:
         self._task = ""
         self._buffers: list[Any] = []
 
-    def of(self, job: Job) -> list[Any]:
+    def of(self, job: Job | Contest) -> list[Any]:
         """Random floats in [0, 1); zeros for integers, so that an index is always valid."""
         if job.task != self._task:
             import numpy as np

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from gpu_aware_tune.measure.timing import RETIME, SEARCH, measure, spread_of
+from gpu_aware_tune.measure.timing import RETIME, SEARCH, Timer, compare, measure, spread_of
 
 
 class FakeTimer:
@@ -74,3 +74,33 @@ def test_measuring_again_takes_longer_than_searching() -> None:
 def test_spread_needs_three_samples() -> None:
     assert spread_of([1.0, 1.0]) == float("inf")
     assert spread_of([1.0, 1.0, 1.0]) == 0.0
+
+
+def test_compared_kernels_take_turns_and_drift_meets_all_of_them() -> None:
+    now = [0.0]
+    order: list[int] = []
+
+    def timer_of(place: int, seconds: float) -> Timer:
+        def timer(number: int, repeat: int) -> list[float]:
+            samples = []
+            for _ in range(repeat):
+                drift = 1 + now[0] / 2  # the machine gets slower as time passes
+                now[0] += seconds * number * drift
+                samples.append(seconds * drift)
+            order.append(place)
+            return samples
+
+        return timer
+
+    timers = [timer_of(0, 1.00e-3), timer_of(1, 0.99e-3), timer_of(2, 1.10e-3)]
+    results = compare(timers, RETIME)
+    seconds = [result.seconds or 0.0 for result in results]
+    assert sorted(range(3), key=lambda place: seconds[place]) == [1, 0, 2]
+    assert len({result.repeats for result in results}) == 1
+    assert results[0].repeats >= RETIME.min_repeats
+    assert order[3:9] == [0, 1, 2, 2, 1, 0]
+
+
+def test_a_comparison_ends_when_its_budget_is_used() -> None:
+    slow = compare([lambda number, repeat: [0.3] * repeat] * 2, RETIME)
+    assert [result.repeats for result in slow] == [RETIME.min_repeats] * 2
