@@ -141,7 +141,9 @@ def pack_at_load(module: tvm.IRModule) -> tvm.IRModule:
         rest = {v: f for v, f in module.functions.items() if v not in others}
         split = relax.transform.SplitLayoutRewritePreproc()(tvm.IRModule(rest, attrs=module.attrs))
         module = tvm.IRModule({**dict(split.functions), **others}, attrs=module.attrs)
-    return relax.transform.LiftTransformParams()(module)
+    # Only what is in a dataflow block is moved; a model with an If has none at first.
+    stages = [relax.transform.ConvertToDataflow(), relax.transform.LiftTransformParams()]
+    return tvm.transform.Sequential(stages)(module)
 
 
 def packed(machine: relax.VirtualMachine, weights: Iterable[Any]) -> list[Any]:

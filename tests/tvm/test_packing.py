@@ -168,7 +168,7 @@ def test_a_kernel_without_packing_takes_the_packed_weight_in_the_shape_of_the_pl
     checked = 0
     for task in extract(convs, target()):
         for schedule in default_schedules(task.module, target(), 24):
-            if PACKING not in str(schedule.trace):
+            if PACKING not in trace_to_json(schedule.trace):
                 continue
             arrays = kernel_inputs(task.module, seed=1)
             wanted = run(schedule.mod, arrays)[-1]
@@ -277,3 +277,43 @@ def test_a_module_without_weights_packs_nothing() -> None:
     machine = relax.VirtualMachine(relax.build(pack_at_load(module), target=target()), tvm.cpu())
     assert machine.module.implements_function(PACK)
     assert packed(machine, []) == []
+
+
+def test_the_weights_of_branches_are_packed_at_load_too(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    weights = [
+        numpy_helper.from_array(generator.standard_normal((64, 32, 1, 1)).astype("float32"), name)
+        for name in ("a", "b")
+    ]
+    shape = [1, 64, 7, 7]
+
+    def branch(name: str, operator: str) -> onnx.GraphProto:
+        nodes = [
+            helper.make_node("Conv", ["x", name], [f"conv_{name}"]),
+            helper.make_node(operator, [f"conv_{name}"], [f"out_{name}"]),
+        ]
+        output = helper.make_tensor_value_info(f"out_{name}", TensorProto.FLOAT, shape)
+        return helper.make_graph(nodes, name, [], [output])
+
+    branches = {"then_branch": branch("a", "Relu"), "else_branch": branch("b", "Sigmoid")}
+    graph = helper.make_graph(
+        [helper.make_node("If", ["condition"], ["y"], **branches)],
+        "branches",
+        [
+            helper.make_tensor_value_info("condition", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 32, 7, 7]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        weights,
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    proto.ir_version = 8
+    onnx.save(proto, tmp_path / "branches.onnx")
+    model = load_model(tmp_path / "branches.onnx", target())
+    compile_model(model, target(), packing_traces(model, 0)).export_library(
+        str(tmp_path / "lib.so")
+    )
+    save_weights(model.weights, tmp_path / "weights.bin")
+    program = open_vm(tmp_path / "lib.so", tmp_path / "weights.bin")
+    assert [len(weight.shape) for weight in program._weights] == [5, 5]
+    assert verify_library(model, tmp_path / "lib.so", seed=0).ok

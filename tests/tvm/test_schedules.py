@@ -164,10 +164,10 @@ def test_a_weight_is_packed_when_the_library_is_loaded_an_input_at_every_call() 
     for inputs in (1, 3):
         (module,) = kernels(conv(), *shapes, inputs=inputs)
         schedules = default_schedules(module, target(), most=24)
-        texts.append("\n".join(str(schedule.trace) for schedule in schedules))
+        texts.append("\n".join(trace_to_json(schedule.trace) for schedule in schedules))
     assert PACKING in texts[0]
     assert PACKING not in texts[1]
-    assert "cache_read" in texts[1]
+    assert "CacheRead" in texts[1]
 
 
 def test_the_module_itself_is_left_alone() -> None:
