@@ -96,7 +96,7 @@ CUresult cuMemsetD8Async(CUdeviceptr p, unsigned char v, size_t n, CUstream s) {
 }
 CUresult cuMemcpyDtoH_v2(void *h, CUdeviceptr p, size_t n) { memcpy(h, (void *)p, n); return 0; }
 CUresult cuModuleLoadData(CUmodule *m, const void *image) {
-  if (strncmp(image, ".version", 8)) return CUDA_ERROR_INVALID_IMAGE;
+  if (strncmp(image, ".version", 8) && strncmp(image, "\177ELF", 4)) return CUDA_ERROR_INVALID_IMAGE;
   *m = (CUmodule)context;
   return 0;
 }
@@ -111,8 +111,10 @@ CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, uns
   if (!strcmp((char *)f, "sm_probe")) {
     if (*(unsigned *)p[1] != 40000) return CUDA_ERROR_INVALID_VALUE;
     for (unsigned i = 0; i < gx; ++i) (*(unsigned **)p[0])[i] = i % stream->sms;
-  } else if (*(unsigned *)p[1] != (1u << 21) - 1 || *(unsigned *)p[2] != 400) {
-    return CUDA_ERROR_INVALID_VALUE;
+  } else if (!strcmp((char *)f, "sentinel")) {
+    if (*(unsigned *)p[1] != (1u << 21) - 1 || *(unsigned *)p[2] != 400) return CUDA_ERROR_INVALID_VALUE;
+  } else if (!*(void **)p[0]) {
+    return CUDA_ERROR_ILLEGAL_ADDRESS;
   }
   return 0;
 }
