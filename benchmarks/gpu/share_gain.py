@@ -1,0 +1,173 @@
+"""What tuning for a share gains on that share, and what four shares in one search cost.
+
+    python -m benchmarks.gpu.share_gain                       # about two minutes a model
+    python -m benchmarks.gpu.share_gain --models bert --time 120
+    python -m benchmarks.gpu.share_gain --null                # without a GPU: tries the code
+
+One search tunes a model for 10, 30, 50 and 100 % of the GPU. Each of the four libraries is then run
+on each of the four shares. The diagonal against the 100 % row is the gain: how much faster the
+library made for a share is there than the one made for the whole GPU. A second search for 100 %
+alone with the same time tells what the other three shares cost in trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
+from benchmarks.gpu.models import MODELS, write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "build" / "gpu-bench"  # vs_torch.py takes its libraries from here
+_TIMEOUT_S = 120
+_ROUNDS = 5
+
+
+def main() -> None:
+    """Tune, run every library on every share, print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--shares", default="10,30,50,100")
+    parser.add_argument("--time", type=float, default=40.0, help="seconds of each search")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each timing")
+    parser.add_argument("--null", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
+    parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print("ANSWER " + json.dumps(latencies(**json.loads(args.child))))
+        return
+    if not require_gpu(args.null):
+        sys.exit(NO_GPU)
+    percents = tuple(int(part) for part in args.shares.split(","))
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models.split(","):
+            path = write_model(name, Path(folder), tiny=args.null)
+            rows[name] = one_model(name, path, percents, args, Path(folder))
+            print(table(name, rows[name]), flush=True)
+    folder = Path(tempfile.mkdtemp()) if args.null else args.results
+    settings = {"shares": percents, "time_s": args.time}
+    write_results("gpu-share-gain", {"settings": settings, "models": rows}, args.null, folder)
+
+
+def one_model(
+    name: str, path: Path, percents: tuple[int, ...], args: argparse.Namespace, scratch: Path
+) -> dict[str, Any]:
+    """Tune one model twice and fill its table."""
+    kept = (scratch if args.null else KEPT) / f"{name}.tuned"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    four = tuned(path, percents, kept, args, scratch / f"{name}-four")
+    one = tuned(path, (100,), scratch / f"{name}-one.tuned", args, scratch / f"{name}-one")
+    units = four["units"]
+    lines = {
+        str(place): measured({"folder": str(kept), "units": place, "seconds": args.seconds})
+        for place in units
+    }
+    return {"units": units, "on": lines, "four": four, "one": one, **gains(lines, units)}
+
+
+def tuned(
+    path: Path, percents: tuple[int, ...], output: Path, args: argparse.Namespace, db: Path
+) -> dict[str, Any]:
+    """One run of the tuner; its trials, its time and the units of its shares."""
+    from gpu_aware_tune.events import Finished, Planned, Progress
+    from gpu_aware_tune.settings import Settings
+    from gpu_aware_tune.tuning import tune_events
+
+    begun = time.monotonic()
+    settings = Settings(
+        gpu_pct=percents, target="llvm" if args.null else "cuda", time_s=args.time, db=db,
+        trials=4 if args.null else None, output=output, resume=False,
+        **({"trials_per_iteration": 4} if args.null else {}),
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    for event in tune_events(path, settings):
+        if isinstance(event, Planned):
+            found["units"], found["backend"] = list(event.units), event.backend
+        elif isinstance(event, Progress):
+            found["trials_per_min"] = event.trials_per_min
+        elif isinstance(event, Finished):
+            found["trials"] = event.trials
+            found["failures"] = dict(event.failures)
+            found["tuned_s"] = {str(share.units): share.tuned_s for share in event.shares}
+            found["untuned_s"] = {str(share.units): share.untuned_s for share in event.shares}
+    return {**found, "seconds": time.monotonic() - begun}
+
+
+def measured(cell: dict[str, Any]) -> dict[str, float]:
+    """Seconds of every library of a folder on one share, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.gpu.share_gain", "--child", json.dumps(cell)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=_TIMEOUT_S, check=False
+    )
+    for text in reversed(done.stdout.splitlines()):
+        if text.startswith("ANSWER "):
+            return dict(json.loads(text[7:]))
+    raise SystemExit(f"{cell} failed:\n{done.stderr[-3000:]}")
+
+
+def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
+    """Median seconds of each library inside the partition of `units` (in the child)."""
+    import contextlib
+
+    from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.model import TensorSpec, random_inputs
+    from gpu_aware_tune.partition import partition_for
+
+    root = Path(folder)
+    manifest = json.loads((root / "manifest.json").read_text())
+    specs = [TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in manifest["inputs"]]
+    inputs = random_inputs(specs, seed=0)
+    samples: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        partition = partition_for(manifest, units)
+        if partition is not None:
+            stack.callback(partition.close)
+            stack.enter_context(partition.timing_context())
+        timers = {
+            str(entry["units"]): open_vm(root / entry["file"], root / "weights.bin").timer(inputs)
+            for entry in manifest["libraries"]
+        }
+        for _ in range(_ROUNDS):  # in turn, so that drift meets all alike
+            for made_for, timer in timers.items():
+                samples.setdefault(made_for, []).extend(timer(seconds / _ROUNDS))
+    return {made_for: statistics.median(values) for made_for, values in samples.items()}
+
+
+def gains(lines: dict[str, dict[str, float]], units: list[int]) -> dict[str, Any]:
+    """The library of the whole GPU over the one made for the share, on each share."""
+    whole = str(max(units))
+    gain = {place: found[whole] / found[place] for place, found in lines.items()}
+    return {"gain": gain, "median_gain": statistics.median(gain.values())}
+
+
+def table(name: str, row: dict[str, Any]) -> str:
+    """One model's figures as text."""
+    units = row["units"]
+    head = f"{name}: ms of the library tuned for (down) on (across) so many units"
+    lines = [head, " " * 8 + "".join(f"{place:>10}" for place in units)]
+    for made_for in units:
+        cells = (1e3 * row["on"][str(place)][str(made_for)] for place in units)
+        lines.append(f"{made_for:>8}" + "".join(f"{cell:10.3f}" for cell in cells))
+    lines.append("    gain" + "".join(f"{row['gain'][str(place)]:9.2f}x" for place in units))
+    rates = {which: row[which]["trials_per_min"] for which in ("four", "one")}
+    lines.append(
+        f"        {len(units)} shares in one search {rates['four']:.0f} trials a minute, one share"
+        f" {rates['one']:.0f}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
