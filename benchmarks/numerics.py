@@ -33,13 +33,19 @@ SLIM_NAME = "slim-320"
 def main() -> None:
     """Check the models that the results file does not have yet, then print all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", default=",".join([*light_models(), SLIM_NAME]))
+    parser.add_argument("--models", default=",".join([*light_models(), SLIM_NAME]), metavar="A,B")
     parser.add_argument("--slim", type=Path, default=SLIM)
     parser.add_argument("--trials", type=int, default=48)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     done = json.loads(args.results.read_text())["models"] if args.results.exists() else {}
-    for name in args.models.split(","):
+    wanted, known = args.models.split(","), [*light_models(), SLIM_NAME]
+    if unknown := set(wanted) - set(known):
+        parser.error(f"--models {','.join(sorted(unknown))}: choose of {', '.join(known)}")
+    if SLIM_NAME in wanted and SLIM_NAME not in done and not args.slim.is_file():
+        wanted.remove(SLIM_NAME)
+        print(f"{SLIM_NAME}: left out, {args.slim} is missing (give --slim)")
+    for name in wanted:
         if name not in done:
             about = environment()
             row = check(name, args.slim, args.trials)
