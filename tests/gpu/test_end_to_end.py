@@ -1,0 +1,50 @@
+"""A small model tuned at 30 % of a GPU, exported, loaded and run on its share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from gpu_aware_tune.events import Finished, Note, Planned
+from gpu_aware_tune.partition import partition_for
+from gpu_aware_tune.settings import Settings
+from gpu_aware_tune.tuning import tune_events
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tune_at_30_percent_and_run_there(tmp_path: Path, dtype: str) -> None:
+    from benchmarks.gpu.models import write_model
+    from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.partition.green import GreenPartition
+
+    path = write_model("bert", tmp_path, tiny=True)
+    settings = Settings(
+        gpu_pct=(30,), target="cuda", partition="green", effort="quick", trials=16, seed=1,
+        dtype="float16" if dtype == "float16" else None, db=tmp_path / "db", output=tmp_path / "out",
+    )  # fmt: skip
+    events = list(tune_events(path, settings))
+    plan = next(event for event in events if isinstance(event, Planned))
+    assert plan.backend == "green"
+    units = plan.units[0]
+    done = events[-1]
+    assert isinstance(done, Finished) and done.trials == 16
+    assert done.shares[0].verified, [e.text for e in events if isinstance(e, Note)]
+
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    inputs = {"x": np.random.default_rng(0).standard_normal((1, 8, 32)).astype("float32")}
+    partition = partition_for(manifest, units)
+    assert isinstance(partition, GreenPartition)
+    with partition, partition.timing_context():
+        entry = manifest["libraries"][0]
+        program = open_vm(tmp_path / "out" / entry["file"], tmp_path / "out" / "weights.bin")
+        (got,) = program(program.place(list(inputs.values())))
+        samples = program.timer(inputs)(0.1)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (wanted,) = session.run(None, inputs)
+    limit = 5e-2 if dtype == "float16" else 1e-3
+    assert float(np.abs(got - wanted).max()) < limit * float(np.abs(wanted).max())
+    assert samples and min(samples) < 1e-2

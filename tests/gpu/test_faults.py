@@ -1,0 +1,112 @@
+"""An illegal access, a hang and too little memory each end one candidate, and the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpu_aware_tune.cuda_toolchain import runtime_environment
+from gpu_aware_tune.measure import SEARCH, Job, Measurer, Together
+from gpu_aware_tune.partition import Device, Partition, open_partitions, probe_backends, share_of
+from gpu_aware_tune.partition.driver import call, started_driver
+from gpu_aware_tune.workers import WorkerHost
+
+BACKENDS = ("green", "full", "mps")
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[WorkerHost]:
+    with WorkerHost(runtime_environment()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory, gpu: Device) -> dict[str, str]:
+    from kernels import artifact
+
+    folder: Path = tmp_path_factory.mktemp("artifacts")
+    return {kind: artifact(folder, gpu, kind) for kind in ("good", "illegal", "hang")}
+
+
+def opened(gpu: Device, backend: str, count: int = 1) -> list[Partition]:
+    check = next(each for each in probe_backends() if each.backend == backend)
+    if not check.ok:
+        pytest.skip(check.reason)
+    shares = [share_of(gpu, 100 if backend == "full" else 25, backend)] * count
+    return open_partitions(shares, gpu, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("kind", "failure"), [("illegal", "run"), ("hang", "timeout"), ("memory", "memory")]
+)
+def test_a_fault_is_one_candidates(
+    host: WorkerHost, gpu: Device, artifacts: dict[str, str], backend: str, kind: str, failure: str
+) -> None:
+    from kernels import job
+
+    (partition,) = opened(gpu, backend)
+    measurer = Measurer(host, partition, 10, 64 << 30)
+    try:
+        with hogged(4 << 30) if kind == "memory" else contextlib.nullcontext():
+            failed = measurer.measure(
+                huge(artifacts["good"]) if kind == "memory" else job(artifacts[kind])
+            )
+        assert failed.failure is not None and failed.failure.kind == failure, failed.failure
+        after = measurer.measure(job(artifacts["good"]))
+        assert after.failure is None, after.failure
+    finally:
+        measurer.close()
+
+
+def huge(path: str) -> Job:
+    """Four buffers of 2 GiB."""
+    return Job(path, (((1 << 29,), "int32"),) * 4, "huge", None, SEARCH)
+
+
+@contextlib.contextmanager
+def hogged(left: int) -> Iterator[None]:
+    """While it lasts, the GPU has no more than `left` bytes free."""
+    driver = started_driver()
+    device = call(driver.cuDeviceGet, 0)
+    call(driver.cuCtxSetCurrent, call(driver.cuDevicePrimaryCtxRetain, device))
+    free, _total = call(driver.cuMemGetInfo)
+    taken = call(driver.cuMemAlloc, free - left)
+    try:
+        yield
+    finally:
+        call(driver.cuMemFree, taken)
+        call(driver.cuDevicePrimaryCtxRelease, device)
+
+
+def test_a_fault_of_one_mps_client_spares_no_run(
+    host: WorkerHost, gpu: Device, artifacts: dict[str, str]
+) -> None:
+    from kernels import job
+
+    measurers = [Measurer(host, part, 20, 64 << 30) for part in opened(gpu, "mps", 3)]
+    try:
+        for measurer in measurers:
+            measurer.open()
+        assert measurers[0].measure(job(artifacts["illegal"])).failure is not None
+        for measurer in measurers:
+            assert measurer.measure(job(artifacts["good"])).failure is None
+    finally:
+        for measurer in measurers:
+            measurer.close()
+
+
+def test_a_fault_of_one_green_share_is_all_of_the_process(
+    host: WorkerHost, gpu: Device, artifacts: dict[str, str]
+) -> None:
+    from kernels import job
+
+    shares = [share_of(gpu, 25, "green")] * 2
+    together = Together(host, open_partitions(shares, gpu, "green", disjoint=True), 20)
+    failed = together.measure([job(artifacts["good"]), job(artifacts["illegal"])])
+    assert all(each.failure is not None for each in failed)
+    assert all(m.failure is None for m in together.measure([job(artifacts["good"])] * 2))
+    together.close()

@@ -1,0 +1,100 @@
+"""Every backend on a real GPU: it opens, proves its SMs, measures, and puts everything back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpu_aware_tune.cuda_toolchain import runtime_environment
+from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.measure import Measurer, Together
+from gpu_aware_tune.measure.timing import RETIME
+from gpu_aware_tune.partition import (
+    Device,
+    choose_backend,
+    open_partitions,
+    probe_backends,
+    share_of,
+)
+from gpu_aware_tune.workers import WorkerHost
+
+BACKENDS = [("green", 30), ("mps", 30), ("mig", 30), ("full", 100)]
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[WorkerHost]:
+    with WorkerHost(runtime_environment()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory, gpu: Device) -> str:
+    from kernels import artifact
+
+    return artifact(tmp_path_factory.mktemp("artifacts"), gpu, "good")
+
+
+@pytest.mark.parametrize(("backend", "percent"), BACKENDS)
+def test_a_share_is_verified_and_measured(
+    host: WorkerHost, gpu: Device, good: str, backend: str, percent: int
+) -> None:
+    from kernels import job
+
+    check = next(each for each in probe_backends() if each.backend == backend)
+    if not check.ok:
+        pytest.skip(check.reason)
+    share = share_of(gpu, percent, backend)
+    (partition,) = open_partitions([share], gpu, backend)
+    measurer = Measurer(host, partition, 30, 8 << 30)
+    try:
+        measurer.open()
+        assert 0 < measurer.evidence["sms_seen"] <= share.units
+        result = measurer.measure(job(good))
+        assert result.failure is None, result.failure
+        assert result.seconds is not None and 0 < result.seconds < 1e-2
+        assert result.how[0] in ("graph", "events")
+        assert result.sentinel_ratio is not None
+    finally:
+        measurer.close()
+    assert not list(Path("/tmp").glob("gat-mps-*")), "the daemon's folder is left"
+
+
+def test_fewer_sms_take_longer(host: WorkerHost, gpu: Device, good: str) -> None:
+    """Bandwidth saturates early, so only the smallest share must be clearly slower."""
+    import dataclasses
+
+    from kernels import job
+
+    shares = [share_of(gpu, percent, "green") for percent in (6, 100)]
+    seconds = []
+    for partition in open_partitions(shares, gpu, "green"):
+        measurer = Measurer(host, partition, 30, 8 << 30)
+        result = measurer.measure(job(good, effort=dataclasses.replace(RETIME, cold=True)))
+        assert result.failure is None and "cold-l2" in result.how
+        seconds.append(result.seconds or 0.0)
+        measurer.close()
+    assert seconds[0] > 1.3 * seconds[1]
+
+
+def test_disjoint_shares_measure_together(host: WorkerHost, gpu: Device, good: str) -> None:
+    from kernels import job
+
+    shares = [share_of(gpu, 25, "green")] * 3
+    together = Together(host, open_partitions(shares, gpu, "green", disjoint=True), 30)
+    results = together.measure([job(good)] * 3)
+    assert all(r.failure is None and "together" in r.how for r in results)
+    assert len({evidence["sm_hash"] for evidence in together.evidence}) == 3
+    together.close()
+
+
+def test_auto_takes_a_backend_that_works(gpu: Device) -> None:
+    backend, why = choose_backend(gpu, "auto", (30,))
+    assert backend in ("mig", "green", "mps")
+    assert why
+
+
+def test_full_cannot_be_a_part(gpu: Device) -> None:
+    with pytest.raises(UserError, match="whole GPU"):
+        share_of(gpu, 30, "full")

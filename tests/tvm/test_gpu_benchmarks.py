@@ -1,0 +1,153 @@
+"""The GPU benchmarks without a GPU: checks on the null device, models, tables, and a cell each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from tiny_library import write_library
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu import checks, environment, share_gain, vs_metaschedule, vs_torch  # noqa: E402
+from benchmarks.gpu.check_green import interference  # noqa: E402
+from benchmarks.gpu.lab import NullLab  # noqa: E402
+from benchmarks.gpu.models import MODELS, bert_encoder, write_model  # noqa: E402
+
+no_gpu = pytest.mark.skipif(environment.gpu_name() is not None, reason="a GPU is here")
+
+
+def test_checks_on_the_null_device_and_their_results_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["checks", "--null", "--only", "2,3,7"])
+    with pytest.raises(SystemExit) as ended:
+        checks.main()
+    text = capsys.readouterr().out
+    assert ended.value.code == 0, text
+    written = json.loads(Path(text.rpartition("written to ")[2].strip()).read_text())
+    assert {number: found["passed"] for number, found in written["checks"].items()} == {
+        "2": True, "3": True, "7": True,
+    }  # fmt: skip
+    assert written["about"]["packages"]["apache-tvm"]
+
+
+def test_every_check_is_there() -> None:
+    assert list(checks.CHECKS) == list(range(1, 11))
+    assert all((check.__doc__ or "").startswith(f"{n}. ") for n, check in checks.CHECKS.items())
+
+
+@pytest.mark.parametrize("spoil", ["overlap", "too many"])
+def test_a_gpu_that_does_not_confine_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch, spoil: str
+) -> None:
+    lab = NullLab()
+    monkeypatch.setattr(lab, "child", lambda *_, **__: {"sets": []})
+    real = lab._lane
+
+    def wrong(partition: Any) -> Any:
+        lane = real(partition)
+        if lane.units < lab.sms:
+            lane._first = 0 if spoil == "overlap" else lane._first
+            lane.units += 1 if spoil == "too many" else 0
+        return lane
+
+    monkeypatch.setattr(lab, "_lane", wrong)
+    assert checks.CHECKS[2](lab)["passed"] is False
+
+
+def test_a_slower_neighbour_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = NullLab()
+    monkeypatch.setattr("benchmarks.gpu.check_green._two_processes", lambda *_: 2.0)
+    monkeypatch.setattr("benchmarks.gpu.check_green._beside", lambda lane, load, _: 0.02)
+    found = interference(lab)
+    assert found["passed"] is False
+    assert found["slower"]["compute"]["compute"] > 1.9
+
+
+@no_gpu
+@pytest.mark.parametrize("name", ["checks", "vs_metaschedule", "share_gain", "vs_torch"])
+def test_without_a_gpu_one_line_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules = {"checks": checks, "vs_metaschedule": vs_metaschedule, "share_gain": share_gain}
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit) as ended:
+        modules.get(name, vs_torch).main()
+    assert ended.value.code == 3
+    text = capsys.readouterr().out
+    assert text.startswith("skipped: ") and text.count("\n") == 1
+
+
+def test_the_models_run_and_are_always_the_same(tmp_path: Path) -> None:
+    for name in MODELS:
+        path = write_model(name, tmp_path, tiny=True)
+        first = path.read_bytes()
+        assert write_model(name, tmp_path, tiny=True).read_bytes() == first
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (given,) = session.get_inputs()
+        (result,) = session.run(None, {given.name: np.ones(given.shape, "float32")})
+        assert np.isfinite(result).all()
+
+
+def test_the_bert_encoder_is_what_its_name_says() -> None:
+    model = bert_encoder(layers=2)
+    onnx.checker.check_model(model)
+    kinds = [node.op_type for node in model.graph.node]
+    assert (kinds.count("MatMul"), kinds.count("LayerNormalization")) == (2 * 8, 2 * 2)
+    size = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+    assert size == pytest.approx(2 * 7.1e6, rel=0.01), "BERT-base has 7.1 M weights a layer"
+
+
+def test_libraries_are_timed_inside_a_share(tmp_path: Path) -> None:
+    _, folder = write_library(tmp_path)
+    units = [e["units"] for e in json.loads((folder / "manifest.json").read_text())["libraries"]]
+    found = share_gain.latencies(str(folder), units[0], 0.02)
+    assert sorted(found) == sorted(map(str, units))
+    assert all(0 < seconds < 1 for seconds in found.values())
+    row = vs_torch.cell(str(tmp_path / "none.onnx"), str(folder), units[0], "float32", 0.02)
+    assert row["ms"]["ours"] > 0 and row["apart"]["ours"] == 0
+    assert set(row["without"]) == {"eager", "compile", "ort"}
+    about = {"model": "bert", "dtype": "float32", "percent": 30, "units": units[0]}
+    assert "ours " in vs_torch.line({**about, **row})
+
+
+def test_gains_are_against_the_whole_gpus_library() -> None:
+    lines = {"32": {"32": 2.0, "132": 3.0}, "132": {"32": 1.5, "132": 1.0}}
+    row = share_gain.gains(lines, [32, 132])
+    assert row["gain"] == {"32": 1.5, "132": 1.0}
+    text = share_gain.table(
+        "bert",
+        {"units": [32, 132], "on": lines, **row,
+         "four": {"trials_per_min": 50.0}, "one": {"trials_per_min": 100.0}},
+    )  # fmt: skip
+    assert "1.50x" in text and "50 trials a minute, one share 100" in text
+
+
+def test_a_side_is_cut_off_after_its_time() -> None:
+    program = (
+        "import time, json\nprint('BEGIN', flush=True)\nfor n in range(100):\n"
+        "    told = {'at_s': n, 'trials': n, 'failed': 0, 'latency_s': None}\n"
+        "    print('TOLD ' + json.dumps(told), flush=True)\n    time.sleep(0.05)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, bufsize=0, env={**os.environ}
+    )
+    begun = time.monotonic()
+    told, _busy = vs_metaschedule._listen(child, 0.5)
+    child.kill()
+    child.wait()
+    assert child.stdout is not None
+    child.stdout.close()
+    assert 1 < len(told) < 50 and time.monotonic() - begun < 5
+    assert told[-1]["trials"] == len(told) - 1
