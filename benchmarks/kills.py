@@ -33,7 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "kills.json"
 GRACE_S = 10.0
 SESSION = ".ses"  # a file of ONNX Runtime's own, which it also leaves after a normal end
 MEMORY = Path("/dev/shm")
-OTHERS = set(MEMORY.glob("gpu-aware-tune-*"))  # of runs that have nothing to do with this
+OTHERS = set(MEMORY.glob("gpu-aware-tune-*"))  # there before
 
 
 def main() -> None:
@@ -143,18 +143,24 @@ def wait_until_gone(folder: Path) -> list[str]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Processes that carry the run's TMPDIR, and files in the temporary folders."""
+    """Processes that carry the run's TMPDIR, and files in the temporary folders.
+
+    A folder in memory that a process without that TMPDIR was started with is another run's.
+    """
     mark = f"TMPDIR={folder / 'tmp'}\0".encode()
     found = [str(path) for path in (folder / "tmp").iterdir() if path.name != SESSION]
-    found += [str(path) for path in MEMORY.glob("gpu-aware-tune-*") if path not in OTHERS]
+    commands = b""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 if mark in (entry / "environ").read_bytes():
                     found.append(f"process {entry.name}")
+                else:
+                    commands += (entry / "cmdline").read_bytes() + b"\0"
             except OSError:
                 continue  # it ended meanwhile
-    return found
+    ours = (path for path in MEMORY.glob("gpu-aware-tune-*") if str(path).encode() not in commands)
+    return found + [str(path) for path in ours if path not in OTHERS]
 
 
 if __name__ == "__main__":
