@@ -180,7 +180,7 @@ class Allocation:
         """Each task's part of the goals' latencies, summed.
 
         A task of which nothing has run yet, because every default schedule failed, counts by its
-        part of the FLOPs: only the search can give it a kernel.
+        part of the FLOPs, or of the number of tasks: only the search can give it a kernel.
         """
         worth: dict[str, float] = {}
         for goal in goals:
@@ -189,7 +189,8 @@ class Allocation:
             for task, weight in goal.weights.items():
                 state = self._states[task]
                 seconds = state.best_s.get(goal.units)
-                part = state.task.flops / flops if seconds is None else seconds / latency
+                guess = max(state.task.flops / flops, 1 / len(goal.weights))
+                part = guess if seconds is None else seconds / latency
                 worth[task] = worth.get(task, 0.0) + weight * part
         return worth
 
