@@ -159,7 +159,7 @@ class Slice:
     def __init__(self, measurers: Sequence[Measurer]) -> None:
         self._of = {measurer.units: measurer for measurer in measurers}
         widest = max(measurers, key=lambda measurer: measurer.units)
-        self.name = widest.partition.share.describe()
+        self.name = widest.partition.share.describe().rpartition("= ")[2]
 
     def serves(self, units: int) -> bool:
         """Whether a share of so many units can be measured here."""
