@@ -168,7 +168,7 @@ def run_stock(path: Path, trials: int, per_iter: int, null: bool) -> None:
     from tvm.s_tir import meta_schedule as ms
     from tvm.s_tir.meta_schedule.measure_callback import PyMeasureCallback
 
-    from gpu_aware_tune.cuda_toolchain import environment
+    from gpu_aware_tune.cuda_toolchain import environment, runtime_environment
     from gpu_aware_tune.model import load_model
     from gpu_aware_tune.partition import find_device
     from gpu_aware_tune.tasks import extract
@@ -176,6 +176,7 @@ def run_stock(path: Path, trials: int, per_iter: int, null: bool) -> None:
     device, _ = find_device("llvm" if null else "cuda", 0, None)
     if not null:  # TVM's own compile, with the wheels' headers and no toolkit
         os.environ.update({k: v for k, v in environment().items() if "FALLBACK" not in k})
+        os.environ.update(runtime_environment())  # TVM's workers are processes of their own
     target = tvm.target.Target(device.target(device.units_total))
     tasks = extract(load_model(path, target, {}, None), target)
     best = [float("inf")] * len(tasks)
