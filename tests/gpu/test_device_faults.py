@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from on_gpu import first_gpu, requires_gpu
 
 from gpu_aware_tune.cuda_toolchain import runtime_environment
 from gpu_aware_tune.measure import SEARCH, Job, Measurer, Together
@@ -14,7 +15,13 @@ from gpu_aware_tune.partition import Device, Partition, open_partitions, probe_b
 from gpu_aware_tune.partition.driver import call, started_driver
 from gpu_aware_tune.workers import WorkerHost
 
+pytestmark = requires_gpu
 BACKENDS = ("green", "full", "mps")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Device:
+    return first_gpu()
 
 
 @pytest.fixture(scope="module")

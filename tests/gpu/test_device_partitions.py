@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from on_gpu import first_gpu, requires_gpu
 
 from gpu_aware_tune.cuda_toolchain import runtime_environment
 from gpu_aware_tune.errors import UserError
@@ -20,7 +21,13 @@ from gpu_aware_tune.partition import (
 )
 from gpu_aware_tune.workers import WorkerHost
 
+pytestmark = requires_gpu
 BACKENDS = [("green", 30), ("mps", 30), ("mig", 30), ("full", 100)]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Device:
+    return first_gpu()
 
 
 @pytest.fixture(scope="module")

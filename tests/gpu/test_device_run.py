@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from on_gpu import requires_gpu
 
 from gpu_aware_tune.events import Finished, Note, Planned
 from gpu_aware_tune.partition import partition_for
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.tuning import tune_events
+
+pytestmark = requires_gpu
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
