@@ -186,6 +186,7 @@ class Run:
                 settings.generations,
                 settings.trials_per_iteration,
                 settings.seed,
+                units=max(s.units for s in shares) if self.device.kind == "cuda" else 0,
             ),
             build_timeout_s=settings.build_timeout_s,
             run_timeout_s=settings.run_timeout_s,
