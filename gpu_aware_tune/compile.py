@@ -43,8 +43,73 @@ def compile_module(
     module: tvm.IRModule, target: tvm.target.Target, traces: Mapping[str, str]
 ) -> relax.VMExecutable:
     """Compile a fused Relax module; see `compile_model`."""
-    scheduled = pack_at_load(schedule_module(module, target, traces))
-    return relax.build(scheduled, target=target, relax_pipeline=_lowering(target))
+    return _build(_prepare(module, target, traces), target)
+
+
+def compile_shares(
+    module: tvm.IRModule, shares: Mapping[int, tuple[tvm.target.Target, Mapping[str, str]]]
+) -> relax.VMExecutable:
+    """Compile a fused Relax module for several shares at once; see `merge_shares`.
+
+    Args:
+        module: what `load_model` gave.
+        shares: target and traces (as in `compile_model`) by units.
+    """
+    prepared = {
+        units: _prepare(module, target, traces) for units, (target, traces) in shares.items()
+    }
+    # The targets differ in the number of units only, which decides nothing from here on.
+    return _build(merge_shares(prepared), shares[max(shares)][0])
+
+
+def merge_shares(modules: Mapping[int, tvm.IRModule]) -> tvm.IRModule:
+    """Put one model's modules for several shares into one; equal kernels are in it once.
+
+    Args:
+        modules: scheduled modules by units.
+
+    Returns:
+        A module with each share's functions under their names with `_UNITS` behind: what is `main`
+        for 2 units is `main_2`.
+    """
+    builder = relax.BlockBuilder()
+    for units, module in modules.items():
+        kernels = {
+            variable.name_hint: builder.add_func(function, variable.name_hint)
+            for variable, function in module.functions.items()
+            if not isinstance(function, relax.Function)
+        }
+        for variable, function in module.functions.items():
+            if isinstance(function, relax.Function):
+                name = f"{variable.name_hint}_{units}"
+                moved = _Redirect(kernels).visit_expr(function).with_attr("global_symbol", name)
+                if builder.add_func(moved, name).name_hint != name:
+                    raise TuneError(f"the model has a kernel named {name}: shares cannot be merged")
+    return builder.get()
+
+
+@relax.expr_functor.mutator
+class _Redirect(relax.PyExprMutator):
+    """Lets calls go to the kernels of another module, by the names they had."""
+
+    def __init__(self, kernels: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.kernels = dict(kernels)
+
+    def visit_global_var_(self, variable: Any) -> Any:
+        """Replace a kernel's variable."""
+        return self.kernels.get(variable.name_hint, variable)
+
+
+def _prepare(
+    module: tvm.IRModule, target: tvm.target.Target, traces: Mapping[str, str]
+) -> tvm.IRModule:
+    """The module that is built for one share."""
+    return pack_at_load(schedule_module(module, target, traces))
+
+
+def _build(module: tvm.IRModule, target: tvm.target.Target) -> relax.VMExecutable:
+    return relax.build(module, target=target, relax_pipeline=_lowering(target))
 
 
 def schedule_module(

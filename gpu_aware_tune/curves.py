@@ -96,6 +96,7 @@ class Subject:
     weights: Path
     specs: tuple[Spec, ...]
     tuned_at: int
+    entry: str = "main"
 
 
 def batch_of(specs: Sequence[Spec]) -> int:
@@ -140,6 +141,7 @@ def serve(
     library: str,
     weights: str,
     specs: Sequence[Spec],
+    entry: str,
 ) -> None:
     """Run one point's library inside its share, a slice for each request (in the worker)."""
     from gpu_aware_tune.library import open_vm
@@ -149,7 +151,7 @@ def serve(
     partition.verify()
     inputs = random_inputs([TensorSpec(*spec) for spec in specs], seed=0)
     with partition.timing_context():
-        timer = open_vm(library, weights, partition.ordinal).timer(inputs)
+        timer = open_vm(library, weights, partition.ordinal, entry).timer(inputs)
         connection.send(None)
         gc.disable()  # no collection in the middle of a timing
         while True:
@@ -167,7 +169,7 @@ class _Slice:
 
 def _start(host: WorkerHost, subject: Subject, stack: contextlib.ExitStack) -> Worker:
     partition = subject.partition
-    args = (str(subject.library), str(subject.weights), subject.specs)
+    args = (str(subject.library), str(subject.weights), subject.specs, subject.entry)
     worker = host.spawn(_SERVE, partition, *args, env=partition.env())
     stack.callback(worker.kill)
     return worker

@@ -146,10 +146,17 @@ def pack_at_load(module: tvm.IRModule) -> tvm.IRModule:
     return tvm.transform.Sequential(stages)(module)
 
 
-def packed(machine: relax.VirtualMachine, weights: Iterable[Any]) -> list[Any]:
-    """Give the weights as a library's `main` takes them, from how they are stored."""
+def packed(machine: relax.VirtualMachine, weights: Iterable[Any], entry: str = "main") -> list[Any]:
+    """Give the weights as a library's `main` takes them, from how they are stored.
+
+    Args:
+        machine: with the library loaded.
+        weights: as stored, on the device.
+        entry: "main", or where a library holds several shares "main_2" for 2 units.
+    """
     given = list(weights)
-    return list(machine[PACK](given)) if machine.module.implements_function(PACK) else given
+    name = PACK + entry.removeprefix("main")
+    return list(machine[name](given)) if machine.module.implements_function(name) else given
 
 
 def _weights_of_calls(function: relax.Function, weights: list[Any]) -> list[tuple[str, set[int]]]:

@@ -174,12 +174,13 @@ class _Folder:
     def subject(self, partition: Partition) -> Subject:
         """What runs on a share: the library that `load` would pick there, or the one pinned."""
         from gpu_aware_tune.library.folder import WEIGHTS
-        from gpu_aware_tune.library.manifest import check_library, library_file, nearest
+        from gpu_aware_tune.library.manifest import check_library, library_of, nearest
 
         units = self.tuned_at or nearest(self.known, partition.share.units)
         check_library(self.path, self.manifest, units)
-        library = self.path / library_file(self.manifest, units)
-        return Subject(partition, library, self.path / WEIGHTS, self.specs, units)
+        file, entry = library_of(self.manifest, units)
+        weights = self.path / WEIGHTS
+        return Subject(partition, self.path / file, weights, self.specs, units, entry)
 
 
 def _open_folders(paths: Sequence[Path], tuned_at: int | None) -> list[_Folder]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpu_aware_tune.builder import BuildPool, Built
 from gpu_aware_tune.errors import TuneError
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from gpu_aware_tune.model import Model
     from gpu_aware_tune.partition import Partition
 
+Key = TypeVar("Key", bound=Hashable)
+
 _COMPILE = "gpu_aware_tune.shipping:compile_to_file"
+_TOGETHER = "gpu_aware_tune.shipping:compile_shares_to_file"
 _TIME = "gpu_aware_tune.shipping:time_libraries"
 _CALL = "gpu_aware_tune.measure.worker:call"
 _ROUNDS = 5
@@ -51,23 +54,66 @@ def compile_all(
     from gpu_aware_tune.traces import module_to_json
 
     texts = {id(item.model): module_to_json(item.model.module) for item in wanted}
-    waiting = list(enumerate(wanted))
-    done: dict[tuple[str, str, int], Path] = {}
+    calls = {}
+    for number, item in enumerate(wanted):
+        path = folder / f"library-{number}.so"
+        args = (texts[id(item.model)], dict(item.target), dict(item.traces), str(path))
+        what = f"{item.model.name}: the {item.name} library for {item.units} units"
+        calls[item.model.name, item.name, item.units] = _Call(_COMPILE, args, path, what)
+    return _call_all(builders, calls)
+
+
+def compile_together(
+    wanted: Sequence[Wanted], builders: BuildPool, folder: Path
+) -> dict[str, Path]:
+    """Compile for each model one library that holds all of its shares, equal kernels once.
+
+    It is exported for all of these units, with `entry="main_{units}"`; see `compile.merge_shares`.
+
+    Returns:
+        The path of each, by the model's name.
+
+    Raises:
+        TuneError: a library did not compile, with what TVM said.
+    """
+    from gpu_aware_tune.traces import module_to_json
+
+    shares: dict[str, list[Wanted]] = {}
+    for item in wanted:
+        shares.setdefault(item.model.name, []).append(item)
+    calls = {}
+    for number, (name, items) in enumerate(shares.items()):
+        path = folder / f"shares-{number}.so"
+        described = {item.units: (dict(item.target), dict(item.traces)) for item in items}
+        args = (module_to_json(items[0].model.module), described, str(path))
+        calls[name] = _Call(_TOGETHER, args, path, f"{name}: the library of all shares")
+    return _call_all(builders, calls)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function for a build worker that writes a library and gives the error's text, or None."""
+
+    function: str
+    args: tuple[Any, ...]
+    path: Path
+    what: str
+
+
+def _call_all(builders: BuildPool, calls: Mapping[Key, _Call]) -> dict[Key, Path]:
+    waiting = list(calls)
+    done: dict[Key, Path] = {}
     while waiting or builders.busy:
         while waiting and builders.idle:
-            number, item = waiting.pop()
-            path = folder / f"library-{number}.so"
-            module_json, target = texts[id(item.model)], dict(item.target)
-            builders.call((item, path), _COMPILE, module_json, target, dict(item.traces), str(path))
+            key = waiting.pop()
+            builders.call(key, calls[key].function, *calls[key].args)
         ready = select.select(builders.busy, [], [], 0.1)[0]
-        for (item, path), answer in builders.collect(ready):
+        for key, answer in builders.collect(ready):
             if isinstance(answer, Built) or answer is not None:
                 failure = answer.failure if isinstance(answer, Built) else None
-                raise TuneError(
-                    f"{item.model.name}: the {item.name} library for {item.units} units did not"
-                    f" compile: {failure.text if failure else answer}"
-                )
-            done[item.model.name, item.name, item.units] = path
+                text = failure.text if failure else answer
+                raise TuneError(f"{calls[key].what} did not compile: {text}")
+            done[key] = calls[key].path
     return done
 
 
@@ -78,15 +124,36 @@ def compile_to_file(
     import tvm
 
     from gpu_aware_tune.compile import compile_module
+
+    wanted = tvm.target.Target(target)
+    return _to_file(
+        module_json, target, path, lambda module: compile_module(module, wanted, traces)
+    )
+
+
+def compile_shares_to_file(
+    module_json: str, shares: Mapping[int, tuple[dict[str, Any], Mapping[str, str]]], path: str
+) -> str | None:
+    """Compile one library for several shares (in a worker); gives the error's text, or None."""
+    import tvm
+
+    from gpu_aware_tune.compile import compile_shares
+
+    wanted = {units: (tvm.target.Target(t), traces) for units, (t, traces) in shares.items()}
+    target, _ = shares[max(shares)]
+    return _to_file(module_json, target, path, lambda module: compile_shares(module, wanted))
+
+
+def _to_file(
+    module_json: str, target: Mapping[str, Any], path: str, compile_it: Callable[[Any], Any]
+) -> str | None:
     from gpu_aware_tune.cuda_toolchain import link as link_cubins
     from gpu_aware_tune.cuda_toolchain import packer
     from gpu_aware_tune.library import link
     from gpu_aware_tune.traces import module_from_json
 
     try:
-        executable = compile_module(
-            module_from_json(module_json), tvm.target.Target(target), traces
-        )
+        executable = compile_it(module_from_json(module_json))
         if target["kind"] == "cuda":  # build workers make source; a library holds cubins
             packed = {"fcompile": link_cubins, "fpack_imports": packer(str(target["arch"]))}
             executable.export_library(path, **packed)

@@ -91,7 +91,11 @@ def verify_kernel(
 
 
 def verify_library(
-    model: Model, library: Runnable | Path | str, seed: int, use_onnxruntime: bool = True
+    model: Model,
+    library: Runnable | Path | str,
+    seed: int,
+    use_onnxruntime: bool = True,
+    entry: str = "main",
 ) -> VerifyReport:
     """Run a library, the same model without schedules, and ONNX Runtime on the same random inputs.
 
@@ -100,9 +104,10 @@ def verify_library(
         library: loaded, or the path of its `.so`.
         seed: of the inputs.
         use_onnxruntime: compare with it too, where it is installed and can run the model.
+        entry: the function of a `.so` that holds several shares: "main_2" for 2 units.
     """
     inputs = random_inputs(model.inputs, seed)
-    got = _library_outputs(model, library, inputs)
+    got = _library_outputs(model, library, inputs, entry)
     references = {"plain loops": _plain_outputs(model, inputs)}
     if use_onnxruntime:
         references["ONNX Runtime"] = _onnxruntime_outputs(model, inputs)
@@ -256,13 +261,13 @@ def _largest(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
 
 
 def _library_outputs(
-    model: Model, library: Runnable | Path | str, inputs: Mapping[str, np.ndarray]
+    model: Model, library: Runnable | Path | str, inputs: Mapping[str, np.ndarray], entry: str
 ) -> list[np.ndarray]:
     if callable(library):
         return list(library(inputs).values())
     module = tvm.runtime.load_module(str(library))
     cuda = any(imported.kind == "cuda" for imported in module.imports)
-    return _run_main(module, tvm.cuda() if cuda else tvm.cpu(), model, inputs)
+    return _run_main(module, tvm.cuda() if cuda else tvm.cpu(), model, inputs, entry)
 
 
 def _plain_outputs(model: Model, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray] | str:
@@ -276,12 +281,14 @@ def _plain_outputs(model: Model, inputs: Mapping[str, np.ndarray]) -> list[np.nd
 
 
 def _run_main(
-    module: Any, device: Any, model: Model, inputs: Mapping[str, np.ndarray]
+    module: Any, device: Any, model: Model, inputs: Mapping[str, np.ndarray], entry: str = "main"
 ) -> list[np.ndarray]:
     machine = relax.VirtualMachine(module, device)
     placed = [tvm.runtime.tensor(array, device) for array in inputs.values()]
-    weights = packed(machine, (tvm.runtime.tensor(w, device) for w in model.weights.values()))
-    result = machine["main"](*placed, *weights)
+    weights = packed(
+        machine, (tvm.runtime.tensor(w, device) for w in model.weights.values()), entry
+    )
+    result = machine[entry](*placed, *weights)
     outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
     return [output.numpy() for output in outputs]
 

@@ -62,6 +62,7 @@ def export(
     model: Model,
     libraries: Mapping[int, Path],
     manifest: Mapping[str, Any],
+    entry: str = "main",
 ) -> Path:
     """Write a model's folder, whole or not at all; one that is there is replaced in one step.
 
@@ -70,6 +71,7 @@ def export(
         model: the model the libraries were compiled from.
         libraries: the compiled `.so` (or a `VMExecutable`, which is linked now) by units.
         manifest: what the caller knows: device, shares with their targets, tasks, verification.
+        entry: the name of each library's function, "main_{units}" where one path holds them all.
 
     Returns:
         The folder.
@@ -89,7 +91,8 @@ def export(
                 fresh, {units: _library(fresh, units, made) for units, made in libraries.items()}
             )
             save_weights(model.weights, fresh / WEIGHTS)
-            text = json.dumps(_manifest(model, parts, part_of(fresh / WEIGHTS), manifest), indent=1)
+            facts = _manifest(model, parts, part_of(fresh / WEIGHTS), manifest, entry)
+            text = json.dumps(facts, indent=1)
             (fresh / MANIFEST).write_text(text + "\n")
             for path in fresh.iterdir():
                 _flush(path)
@@ -122,14 +125,21 @@ def versions() -> dict[str, str]:
 
 
 def _manifest(
-    model: Model, parts: Mapping[int, Part], weights: Part, given: Mapping[str, Any]
+    model: Model,
+    parts: Mapping[int, Part],
+    weights: Part,
+    given: Mapping[str, Any],
+    entry: str,
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": {"name": model.name, "hash": model.hash},
         "inputs": [asdict(spec) for spec in model.inputs],
         "outputs": [asdict(spec) for spec in model.outputs],
-        "libraries": [{"units": units, **asdict(parts[units])} for units in sorted(parts)],
+        "libraries": [
+            {"units": units, **asdict(parts[units]), "entry": entry.format(units=units)}
+            for units in sorted(parts)
+        ],
         "weights": asdict(weights),
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

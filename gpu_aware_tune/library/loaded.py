@@ -21,7 +21,7 @@ from gpu_aware_tune.library.manifest import (
     check_weights,
     choose_units,
     known_units,
-    library_file,
+    library_of,
     nearest,
     on_cpu,
     read_manifest,
@@ -79,13 +79,15 @@ class Library:
         import json, numpy as np, tvm
         from tvm import relax
         manifest = json.load(open("model.tuned/manifest.json"))
-        file = {entry["units"]: entry["file"] for entry in manifest["libraries"]}[2]
+        chosen = {each["units"]: each for each in manifest["libraries"]}[2]
         device = tvm.cpu()  # or tvm.cuda()
-        vm = relax.VirtualMachine(tvm.runtime.load_module(f"model.tuned/{file}"), device)
+        shared = tvm.runtime.load_module("model.tuned/" + chosen["file"])
+        vm = relax.VirtualMachine(shared, device)
         weights = tvm.runtime.load_param_dict_from_file("model.tuned/weights.bin").values()
-        packed = vm["main_transform_params"]([weight.copyto(device) for weight in weights])
+        pack = vm[chosen["entry"].replace("main", "main_transform_params")]
+        packed = pack([weight.copyto(device) for weight in weights])
         x = tvm.runtime.tensor(np.zeros(manifest["inputs"][0]["shape"], "float32"), device)
-        y = vm["main"](x, *packed)
+        y = vm[chosen["entry"]](x, *packed)
 
     (the weights are packed once, into the layouts that this library's kernels want; set
     TVM_NUM_THREADS to the library's units before, or TVM takes half of the machine's cores).
@@ -101,7 +103,7 @@ class Library:
         self._weights = Weights(path / WEIGHTS)
         self._closed = False
         self._switching = threading.Lock()
-        self._lanes: dict[tuple[str, tuple[int, ...]], _Lane] = {}
+        self._lanes: dict[tuple[str, str, tuple[int, ...]], _Lane] = {}
         self._threads: dict[tuple[int, ...], CoreThread] = {}
         self._cores: dict[tuple[frozenset[int], int], tuple[int, ...]] = {}
         weakref.finalize(self, _stop, self._threads)
@@ -223,12 +225,12 @@ class Library:
 
     def _open(self, units: int, cores: tuple[int, ...]) -> _Lane:
         """The lane of a library on some cores, opened when it is first asked for."""
-        file = library_file(self.manifest, units)
-        lane = self._lanes.get((file, cores))
+        file, entry = library_of(self.manifest, units)
+        lane = self._lanes.get((file, entry, cores))
         if lane is None:
             check_library(self.path, self.manifest, units)
-            program = open_vm(self.path / file, self._weights)
-            lane = self._lanes[file, cores] = _Lane(units, program, self._thread(cores))
+            program = open_vm(self.path / file, self._weights, entry=entry)
+            lane = self._lanes[file, entry, cores] = _Lane(units, program, self._thread(cores))
         return lane if lane.units == units else dataclasses.replace(lane, units=units)
 
     def _thread(self, cores: tuple[int, ...]) -> CoreThread | CallerThread:

@@ -26,9 +26,10 @@ def known_units(manifest: Mapping[str, Any]) -> list[int]:
     return sorted(int(entry["units"]) for entry in manifest["libraries"])
 
 
-def library_file(manifest: Mapping[str, Any], units: int) -> str:
-    """Give the name of the file that is the library for some units (several may share one)."""
-    return str(_entry(manifest, units)["file"])
+def library_of(manifest: Mapping[str, Any], units: int) -> tuple[str, str]:
+    """Give the file that is the library for some units, and its function (both may be shared)."""
+    found = _entry(manifest, units)
+    return str(found["file"]), str(found.get("entry", "main"))
 
 
 def choose_units(path: Path, manifest: Mapping[str, Any], units: int | None) -> int:

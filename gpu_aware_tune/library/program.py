@@ -57,13 +57,16 @@ class Program:
         module: the loaded library.
         weights: on the device, as `save_weights` stored them, in that order.
         device: where it runs.
+        entry: the function's name where the library holds several shares: "main_2" for 2 units.
     """
 
-    def __init__(self, module: Any, weights: Iterable[Any], device: Any) -> None:
+    def __init__(
+        self, module: Any, weights: Iterable[Any], device: Any, entry: str = "main"
+    ) -> None:
         self.device = device
         machine = relax.VirtualMachine(module, device)
-        self._main = machine["main"]
-        self._weights = packed(machine, weights)
+        self._main = machine[entry]
+        self._weights = packed(machine, weights, entry)
 
     def place(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """Copy inputs to the device."""
@@ -110,13 +113,19 @@ def wait(device: Any) -> None:
     device.sync(tvm_ffi.get_raw_stream(device))
 
 
-def open_vm(library: Path | str, weights: Weights | Path | str, index: int = 0) -> Program:
+def open_vm(
+    library: Path | str,
+    weights: Weights | Path | str,
+    index: int = 0,
+    entry: str = "main",
+) -> Program:
     """Open a compiled library and its weights; threads are left as they are.
 
     Args:
         library: the `.so` file.
         weights: the file that `save_weights` wrote, or `Weights` that several programs share.
         index: which of the devices of the library's kind.
+        entry: as in `Program`.
 
     Raises:
         UserError: a file cannot be read.
@@ -131,7 +140,7 @@ def open_vm(library: Path | str, weights: Weights | Path | str, index: int = 0) 
     if cuda and not device.exist:
         raise SetupError(f"{library} is for a CUDA GPU, and none is visible: see `tune doctor`")
     shared = weights if isinstance(weights, Weights) else Weights(weights)
-    return Program(module, shared.on(device), device)
+    return Program(module, shared.on(device), device, entry)
 
 
 def _imports(module: Any) -> list[Any]:

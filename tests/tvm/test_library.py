@@ -24,9 +24,23 @@ from tiny_library import default_traces, target, target_json, write_library, wri
 
 from gpu_aware_tune import library as library_package
 from gpu_aware_tune import verify as verify_module
-from gpu_aware_tune.compile import compile_model, is_scheduled, schedule_module
+from gpu_aware_tune.compile import (
+    compile_model,
+    compile_shares,
+    is_scheduled,
+    merge_shares,
+    schedule_module,
+)
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
-from gpu_aware_tune.library import Library, Program, export, load, open_vm, save_weights
+from gpu_aware_tune.library import (
+    Library,
+    Program,
+    export,
+    link,
+    load,
+    open_vm,
+    save_weights,
+)
 from gpu_aware_tune.library import loaded as loaded_module
 from gpu_aware_tune.library.folder import _exchange
 from gpu_aware_tune.library.loaded import nearest
@@ -98,6 +112,61 @@ def test_a_trace_of_another_kernel_is_refused(tiny: tuple[Model, Path]) -> None:
     first, second = sorted(traces, key=lambda name: -len(traces[name]))[:2]
     with pytest.raises(TraceError, match=second):
         compile_model(model, target(), {second: traces[first]})
+
+
+def test_shares_compiled_together_hold_equal_kernels_once(
+    tiny: tuple[Model, Path], tmp_path: Path
+) -> None:
+    model, folder = tiny
+    traces = default_traces(model)
+    first = dict(list(traces.items())[:1])
+    shares = {1: (target(1), {}), 2: (target(2), traces), 3: (target(3), first)}
+    apart = {units: schedule_module(model.module, *share) for units, share in shares.items()}
+    merged = merge_shares(apart)
+    kernels = [f for f in merged.functions.values() if isinstance(f, tvm.tirx.PrimFunc)]
+    hashes = {tvm_ffi.structural_hash(kernel) for kernel in kernels}
+    assert len(kernels) == len(hashes)
+    every = {
+        tvm_ffi.structural_hash(function)
+        for module in apart.values()
+        for function in module.functions.values()
+        if isinstance(function, tvm.tirx.PrimFunc)
+    }
+    count = sum(isinstance(f, tvm.tirx.PrimFunc) for f in apart[1].functions.values())
+    assert hashes == every
+    assert len(kernels) == count + len(traces) < 3 * count  # plain ones once, scheduled ones once
+    names = {variable.name_hint for variable in merged.functions}
+    assert {"main_1", "main_2", "main_3"} <= names
+    assert "main" not in names
+
+    link(compile_shares(model.module, shares), tmp_path / "shares.so")
+    paths = dict.fromkeys(shares, tmp_path / "shares.so")
+    made = export(
+        tmp_path / "tiny.tuned", model, paths, {"device": "llvm/test/cpu"}, entry="main_{units}"
+    )
+    assert [path.name for path in made.glob("*.so")] == ["lib-1-2-3.so"]
+    inputs = random_inputs(model.inputs, 5)
+    together = load(made, preload=True)
+    for units in (1, 2):
+        wanted = load(folder, units)(inputs)
+        for loaded in (load(made, units), together.use(units)):
+            assert loaded.units == units
+            for name, array in loaded(inputs).items():
+                np.testing.assert_array_equal(array, wanted[name])
+    program = together.use(2)._lane.program
+    assert program is not together.use(1)._lane.program
+
+
+def test_a_kernel_with_the_name_of_a_share_is_told(tiny: tuple[Model, Path]) -> None:
+    from tvm import relax
+
+    kernels = relax.BlockBuilder()
+    function = next(
+        f for f in tiny[0].module.functions.values() if isinstance(f, tvm.tirx.PrimFunc)
+    )
+    kernels.add_func(function, "main_2")
+    with pytest.raises(TuneError, match="kernel named main_2"):
+        merge_shares({1: kernels.get(), 2: tiny[0].module})
 
 
 # -- verify ----------------------------------------------------------------------------------------
@@ -581,10 +650,17 @@ def test_what_is_preloaded_is_not_opened_again(
     opened = []
     real = loaded_module.open_vm
 
-    def counting(path: Path, weights: object) -> Program:
+    def counting(path: Path, weights: object, entry: str) -> Program:
         opened.append(path.name)
-        return real(path, weights)
+        return real(path, weights, entry=entry)
 
+    def reading(path: str) -> object:
+        read.append(Path(path).name)
+        return read_weights(path)
+
+    read: list[str] = []
+    read_weights = tvm.runtime.load_param_dict_from_file
+    monkeypatch.setattr(tvm.runtime, "load_param_dict_from_file", reading)
     monkeypatch.setattr(loaded_module, "open_vm", counting)
     loaded = load(copy, units=2)
     assert opened == ["lib-2.so"]
@@ -593,6 +669,7 @@ def test_what_is_preloaded_is_not_opened_again(
     lanes = loaded._lane.program, loaded.use(2)._lane.program
     pairs = zip(lanes[0]._weights, lanes[1]._weights, strict=True)
     assert any(one.same_as(other) for one, other in pairs), "unpacked weights are in memory once"
+    assert read == ["weights.bin"], "once for both"
     opened.clear()
     loaded = load(copy, units=2, preload=True)
     assert sorted(opened) == ["lib-1.so", "lib-2.so"]

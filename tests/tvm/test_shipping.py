@@ -1,0 +1,65 @@
+"""Compiling every share's library at once, in build workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_library import default_traces, target, target_json, write_onnx
+
+from gpu_aware_tune.builder import BuildPool
+from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.library import open_vm, save_weights
+from gpu_aware_tune.model import Model, load_model, random_inputs
+from gpu_aware_tune.shipping import Wanted, compile_all, compile_together
+from gpu_aware_tune.workers import WorkerHost
+
+
+@pytest.fixture(scope="module")
+def builders() -> Iterator[BuildPool]:
+    with WorkerHost() as host:
+        pool = BuildPool(host, target_json(), 2, 60.0, 2 << 30)
+        yield pool
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_model(write_onnx(tmp_path_factory.mktemp("model") / "tiny.onnx"), target())
+
+
+def test_one_library_for_all_shares_computes_what_theirs_do(
+    builders: BuildPool, model: Model, tmp_path: Path
+) -> None:
+    wanted = [
+        Wanted(model, "tuned", 1, target_json(1), {}),
+        Wanted(model, "tuned", 2, target_json(2), default_traces(model)),
+    ]
+    apart = compile_all(wanted, builders, tmp_path)
+    assert set(apart) == {("tiny", "tuned", 1), ("tiny", "tuned", 2)}
+    together = compile_together(wanted, builders, tmp_path)["tiny"]
+    sizes = [path.stat().st_size for path in apart.values()]
+    assert max(sizes) < together.stat().st_size < sum(sizes)
+    weights = tmp_path / "weights.bin"
+    save_weights(model.weights, weights)
+    inputs = list(random_inputs(model.inputs, 0).values())
+    for (_, _, units), path in apart.items():
+        one = open_vm(path, weights)
+        all_of_them = open_vm(together, weights, entry=f"main_{units}")
+        pairs = zip(one(one.place(inputs)), all_of_them(all_of_them.place(inputs)), strict=True)
+        for wanted_array, array in pairs:
+            np.testing.assert_array_equal(array, wanted_array)
+
+
+def test_what_does_not_compile_is_told(builders: BuildPool, model: Model, tmp_path: Path) -> None:
+    broken = dict.fromkeys(default_traces(model), "no trace")
+    wanted = [
+        Wanted(model, "tuned", 1, target_json(1), {}),
+        Wanted(model, "tuned", 2, target_json(2), broken),
+    ]
+    with pytest.raises(TuneError, match="tiny: the library of all shares did not compile: "):
+        compile_together(wanted, builders, tmp_path)
+    with pytest.raises(TuneError, match="the tuned library for 2 units did not compile: "):
+        compile_all(wanted, builders, tmp_path)
