@@ -1,11 +1,12 @@
 """Libraries for several shares: size, load time, switching; and whether two profiles agree.
 
-    python benchmarks/curves.py                                   # about three minutes
+    python benchmarks/curves.py                                   # about five minutes
     python benchmarks/curves.py --models squeezenet --rounds 2 --seconds 0.1 --switches 200
     python benchmarks/curves.py --slim version-slim-320.onnx      # a model of few weights too
 
-sizes      bytes of a folder with 1, 2 and 4 shares, each share with code of its own (the default
-           schedules for 1 to 4 cores), and what a folder of equal libraries takes
+sizes      bytes of a folder with 1, 2 and 4 shares (the default schedules for 1 to 4 cores) that
+           were compiled together, equal kernels once; of 4 shares with a library each; and of 4
+           shares of which no kernel is equal (by adding up)
 load       seconds of `load` in a fresh process, TVM's import left out, with and without preload
 switching  seconds of `Library.use` once the libraries are open; and calls answered, wrong and
            failed while a thread switches shares all the time
@@ -86,10 +87,11 @@ def main() -> None:
 
 
 def make_folders(name: str, slim: Path, scratch: Path) -> dict[str, Path]:
-    """Export a model with 1, 2, 4 different libraries, and with four equal ones."""
+    """Export a model with 1, 2 and 4 shares in one library, and with 4 in libraries of their own."""
     import onnx
     import tvm
 
+    from gpu_aware_tune.compile import compile_model, compile_shares
     from gpu_aware_tune.library import export, link
     from gpu_aware_tune.model import load_model
 
@@ -98,25 +100,29 @@ def make_folders(name: str, slim: Path, scratch: Path) -> dict[str, Path]:
         path = scratch / f"{name}.onnx"
         onnx.save(seeded(name, seed=0), path)
     cpu = str(tvm.target.codegen.llvm_get_system_cpu())
-    libraries = {}
-    for units in range(1, max(SHARES) + 1):
-        target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": units})
-        model = load_model(path, target)
-        libraries[units] = scratch / f"{name}-{units}.so"
-        link(compiled(model, target), libraries[units])
+    targets = {
+        units: tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": units})
+        for units in range(1, max(SHARES) + 1)
+    }
+    model = load_model(path, targets[1])
+    shares = {units: (target, default_traces(model, target)) for units, target in targets.items()}
     manifest = {"device": f"llvm/benchmark/{cpu}"}
     folders = {}
     for count in SHARES:
-        own = {units: libraries[units] for units in range(1, count + 1)}
-        folders[str(count)] = export(scratch / f"{name}-{count}.tuned", model, own, manifest)
-    equal = dict.fromkeys(range(1, max(SHARES) + 1), libraries[1])
-    folders["4 equal"] = export(scratch / f"{name}-equal.tuned", model, equal, manifest)
+        made = {units: shares[units] for units in range(1, count + 1)}
+        link(compile_shares(model.module, made), scratch / f"{name}-{count}.so")
+        paths = dict.fromkeys(made, scratch / f"{name}-{count}.so")
+        folder = scratch / f"{name}-{count}.tuned"
+        folders[str(count)] = export(folder, model, paths, manifest, entry="main_{units}")
+    paths = {units: scratch / f"{name}-apart-{units}.so" for units in shares}
+    for units, (target, traces) in shares.items():
+        link(compile_model(model, target, traces), paths[units])
+    folders["4 apart"] = export(scratch / f"{name}-apart.tuned", model, paths, manifest)
     return folders
 
 
-def compiled(model: Any, target: Any) -> Any:
-    """A model with its default schedules."""
-    from gpu_aware_tune.compile import compile_model
+def default_traces(model: Any, target: Any) -> dict[str, str]:
+    """A model's default schedules, by task."""
     from gpu_aware_tune.schedules import default_schedule
     from gpu_aware_tune.tasks import extract
     from gpu_aware_tune.traces import trace_to_json
@@ -126,7 +132,7 @@ def compiled(model: Any, target: Any) -> Any:
         schedule = default_schedule(task.module, target)
         if schedule is not None:
             traces[task.hash] = trace_to_json(schedule.trace)
-    return compile_model(model, target, traces)
+    return traces
 
 
 def sizes(folders: dict[str, Path]) -> dict[str, Any]:
@@ -135,6 +141,8 @@ def sizes(folders: dict[str, Path]) -> dict[str, Any]:
         name: sum(path.stat().st_size for path in folder.iterdir())
         for name, folder in folders.items()
     }
+    code = sum(path.stat().st_size for path in folders["1"].glob("*.so"))
+    total["4 without an equal kernel"] = total["1"] + 3 * code
     return {
         "bytes": total,
         "files": {name: len(list(folder.glob("*.so"))) for name, folder in folders.items()},
