@@ -166,14 +166,19 @@ class ModelRun:
         save_weights(self.model.weights, path)
         return path
 
-    def export(self) -> Iterator[Event]:
-        """Check the whole model's numbers on each share, then write the folder."""
+    def export(self, together: Path | None) -> Iterator[Event]:
+        """Check the whole model's numbers on each share, then write the folder.
+
+        Args:
+            together: the library of all shares, None where there is one share.
+        """
         from gpu_aware_tune.library import export
 
-        tuned = {units: self.libraries["tuned", units] for units in self.units}
+        tuned = {units: together or self.libraries["tuned", units] for units in self.units}
+        entry = "main_{units}" if together else "main"
         if self.settings.verify:
             for units, path in tuned.items():
-                yield self._verify(units, path)
+                yield self._verify(units, path, entry.format(units=units))
         facts = manifest(
             self.device,
             self.backend,
@@ -182,7 +187,7 @@ class ModelRun:
             self._share_results(),
             self._choices,
         )
-        export(self.settings.output_folder(self.path), self.model, tuned, facts)
+        export(self.settings.output_folder(self.path), self.model, tuned, facts, entry)
 
     def finish(
         self,
@@ -235,10 +240,10 @@ class ModelRun:
             origin="default" if trace else "plain",
         )
 
-    def _verify(self, units: int, path: Path) -> Note:
+    def _verify(self, units: int, path: Path, entry: str) -> Note:
         from gpu_aware_tune.verify import verify_library
 
-        report = verify_library(self.model, path, self.settings.seed)
+        report = verify_library(self.model, path, self.settings.seed, entry=entry)
         if not report.ok:
             raise TuneError(
                 f"{self.name}: the library for {units} units computes wrong numbers"

@@ -15,7 +15,7 @@ from gpu_aware_tune.records import RecordKey, Store
 from gpu_aware_tune.retiming import Reorder, retime
 from gpu_aware_tune.search import Search
 from gpu_aware_tune.settings import Settings
-from gpu_aware_tune.shipping import compile_all
+from gpu_aware_tune.shipping import compile_all, compile_together
 from gpu_aware_tune.workers import WorkerHost
 
 if TYPE_CHECKING:
@@ -219,7 +219,6 @@ class Run:
         for model in self.models:
             mine = {key[1:]: path for key, path in paths.items() if key[0] == model.name}
             model.libraries = mine
-        self.pools.builders.close()
 
     def time(self) -> Iterator[Event]:
         """Time every library on its own partition, before and after, one at a time."""
@@ -227,9 +226,13 @@ class Run:
             yield from model.time(self.host, self.pools, self.search)
 
     def export(self) -> Iterator[Event]:
-        """Verify and write the folders."""
+        """Compile the shares of each model into one library, verify and write the folders."""
+        several = [model for model in self.models if len(model.units) > 1]
+        wanted = [item for model in several for item in model.wanted(self.search, ("tuned",))]
+        together = compile_together(wanted, self.pools.builders, self.host.scratch)
+        self.pools.builders.close()
         for model in self.models:
-            yield from model.export()
+            yield from model.export(together.get(model.name))
 
     def finish(self) -> Iterator[Finished]:
         """Close the runs' rows and say what came of each model."""
