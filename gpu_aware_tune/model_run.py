@@ -130,7 +130,8 @@ class ModelRun:
         for units in self.units:
             pair = {n: path for (n, u), path in self.libraries.items() if u == units}
             spent = time_on(host, pools.partition_of(units), pair, weights, self.model)
-            if spent["untuned"] < spent["tuned"]:
+            slower = spent["untuned"] < spent["tuned"]
+            if slower and self.settings.objective not in ONE_SET:  # one set stays one set
                 self._keep_untuned(units, search)
                 yield Note(
                     f"{self.name}, {units} units: the whole model is faster untuned"
