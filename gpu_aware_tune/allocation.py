@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpu_aware_tune.tasks import Task
@@ -101,19 +101,20 @@ class Allocation:
         """The task's search space has nothing new."""
         self._states[task].exhausted = True
 
-    def next(self, left: Mapping[str, int]) -> str | None:
+    def next(self, left: Mapping[str, int], busy: Collection[str] = ()) -> str | None:
         """The task that should get the next draft, or None when every one is at its limit.
 
         Args:
             left: trials that each model's budget still allows; those asked for and not finished
                 count against it. A model that is not named gets none.
+            busy: tasks that are being drafted for already.
         """
         open_goals = [g for g in self._goals if left.get(g.model, 0) > self.in_flight(g.model)]
         worth = self._worth(open_goals)
         states = [self._states[t] for t in worth if worth[t] and self._room(self._states[t]) > 0]
         top = max((self._rate(state) for state in states), default=0.0)
         return max(
-            (state.task.hash for state in states),
+            (state.task.hash for state in states if state.task.hash not in busy),
             key=lambda hash_: self._value(self._states[hash_], worth[hash_], top),
             default=None,
         )

@@ -291,6 +291,8 @@ class _TaskSearch:
         """Take in results: TVM learns from its own candidates, tiles only count for whose turn it is."""
         pairs = []
         for number, seconds in results:
+            if number not in self._waiting:
+                continue  # drafted by a searcher that this one replaced
             candidate = self._waiting.pop(number)
             source = "tiles" if candidate is None else "evolution"
             if seconds is not None:

@@ -10,7 +10,7 @@ class Failure:
     """Why a candidate has no number; a value, never an exception.
 
     `kind` is one of "schedule", "build", "build-timeout", "load", "run", "crash", "timeout", "memory",
-    "wrong".
+    "wrong", "lost".
     """
 
     kind: str

@@ -12,7 +12,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpu_aware_tune.builder import BuildPool, Built, remove
@@ -70,19 +70,28 @@ class Demand:
     """What the pipeline asks the search for while it runs.
 
     Args:
-        next_task: the task to draft for, or None for no more.
-        accept: how many of a draft's candidates may be built (0 and fewer: none).
+        next_task: the task to draft for, or None for no more; told which tasks' searcher is at
+            work.
+        accept: which of a draft's candidates are to be built here.
         exhausted: told the tasks whose space has nothing new.
         lost: told when the search itself died on a task, with how it ended.
+        note: told what is worth telling people, such as a machine that is gone.
         best_s: the best seconds of a task by units, for stopping early.
+        more: candidates that have come in from elsewhere since it was last asked.
+        wait: asked when nothing is left to do; may sleep; whether more is still to come.
         stop: whether to end now, leaving what is under way.
     """
 
-    next_task: Callable[[], str | None] = lambda: None
-    accept: Callable[[str, int], int] = lambda task, count: count
+    next_task: Callable[[Collection[str]], str | None] = lambda busy: None
+    accept: Callable[[str, Sequence[Candidate]], Sequence[Candidate]] = lambda task, drafted: (
+        drafted
+    )
     exhausted: Callable[[str], None] = lambda task: None
     lost: Callable[[str, str], None] = lambda task, text: None
+    note: Callable[[str], None] = lambda text: None
     best_s: Callable[[str], Mapping[int, float]] = lambda task: {}
+    more: Callable[[], Iterable[Candidate]] = lambda: ()
+    wait: Callable[[], bool] = lambda: False
     stop: Callable[[], bool] = lambda: False
 
 
@@ -120,7 +129,7 @@ class Pipeline:
         self._searchers = list(searchers)
         self._builders = builders
         self._slices = list(slices)
-        self._cores = cores
+        self.cores = cores
         self._low_water = low_water
         self._to_build: deque[Candidate] = deque()
         self._ready: deque[_Artifact] = deque()
@@ -128,6 +137,11 @@ class Pipeline:
         self._alone = False
         self._seen: dict[tuple[str, str], _Artifact] = {}  # by task and digest
         self.measure_core_s = 0.0
+
+    @property
+    def capacity(self) -> int:
+        """How many candidates at a time keep every worker at work."""
+        return self._low_water + len(self._builders.workers) + len(self._slices)
 
     @property
     def builds_in_flight(self) -> int:
@@ -176,12 +190,15 @@ class Pipeline:
         self._to_build.extend(candidates)
         try:
             while not demand.stop():
+                self._to_build.extend(demand.more())
                 self._draft(demand)
                 self._build()
                 yield from self._finish_measurements()
                 self._start_measurements(demand, effort)
                 if not self._wait_list() and not self._ready and not self._to_build:
-                    return
+                    if not demand.wait():
+                        return
+                    continue
                 yield from self._collect(demand)
         finally:
             self._drop()
@@ -198,20 +215,19 @@ class Pipeline:
         return self._searchers[int(task) % len(self._searchers)]
 
     def _draft(self, demand: Demand) -> None:
-        if len(self._to_build) >= self._low_water or self._running() >= self._cores:
+        if len(self._to_build) >= self._low_water or self._running() >= self.cores:
             return
-        idle = [s for s in self._searchers if s.worker.busy_since is None]
-        if not idle:
+        if all(searcher.worker.busy_since is not None for searcher in self._searchers):
             return
-        task = demand.next_task()
-        if task is None:
-            return
-        searcher = self._searcher_of(task)
-        if searcher.worker.busy_since is None:
-            searcher.ask(task)
+        task = demand.next_task([task for task in self._tasks if self._searches(task)])
+        if task is not None:
+            self._searcher_of(task).ask(task)
+
+    def _searches(self, task: str) -> bool:
+        return self._searcher_of(task).worker.busy_since is not None
 
     def _build(self) -> None:
-        while self._to_build and self._builders.idle and self._running() < self._cores:
+        while self._to_build and self._builders.idle and self._running() < self.cores:
             if len(self._ready) >= 4 * _WINDOW * max(1, len(self._slices)):
                 return  # bounded: measuring has to catch up
             candidate = self._to_build.popleft()
@@ -347,8 +363,7 @@ class Pipeline:
         if not answer.candidates:
             demand.exhausted(task)
             return
-        accepted = demand.accept(task, len(answer.candidates))
-        self._to_build.extend(answer.candidates[: max(0, accepted)])
+        self._to_build.extend(demand.accept(task, answer.candidates))
 
     def _drop(self) -> None:
         """Forget what waits and let go of what is under way (after a stop)."""

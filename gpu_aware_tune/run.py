@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,14 @@ from gpu_aware_tune.model_run import ModelRun
 from gpu_aware_tune.pools import Pools, PoolSettings, available_cores, plan_slices
 from gpu_aware_tune.records import RecordKey, Store
 from gpu_aware_tune.retiming import Reorder, retime
-from gpu_aware_tune.search import Search
+from gpu_aware_tune.search import Search, Workers
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.shipping import compile_all, compile_together
 from gpu_aware_tune.workers import WorkerHost
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Device
+    from gpu_aware_tune.pipeline import TaskSpec
     from gpu_aware_tune.tasks import Task
 
 # Plain loops are measured where they might win: threads cost more than such a task takes.
@@ -155,16 +156,40 @@ class Run:
         from gpu_aware_tune.traces import module_to_json
 
         units_of = self.search.allocation.units_of
-        self.pools = self._stack.enter_context(Pools(self.host, self._pool_settings()))
-        text = self.pools.start(
-            {task.hash: TaskSpec(task.args, units_of(task.hash)) for task in self.tasks},
-            {task.hash: module_to_json(task.module) for task in self.tasks},
-        )
+        settings = self._pool_settings()
+        specs = {task.hash: TaskSpec(task.args, units_of(task.hash)) for task in self.tasks}
+        modules = {task.hash: module_to_json(task.module) for task in self.tasks}
+        self.pools = self._stack.enter_context(Pools(self.host, settings))
+        text = self.pools.start(specs, modules)
+        pipeline: Workers = self.pools.pipeline
+        if self.settings.ray is not None:  # the local ones stay for what comes after the search
+            pipeline = yield from self._join_cluster(self.settings.ray, settings, specs, modules)
         for model in self.models:
             row = self.store.start_run(model.settings.as_dict(), self._machine(model))
             self._run_ids[model.name] = row
-        self.search.start(self.pools.pipeline, self._run_ids, self._default_traces())
+        self.search.start(pipeline, self._run_ids, self._default_traces())
         yield Note(text)
+
+    def _join_cluster(
+        self,
+        address: str,
+        pools: PoolSettings,
+        specs: Mapping[str, TaskSpec],
+        modules: Mapping[str, str],
+    ) -> Generator[Event, None, Workers]:
+        """Start workers like this machine's own on every machine of a Ray cluster."""
+        import tvm
+
+        from gpu_aware_tune import __version__
+        from gpu_aware_tune.cluster import NodeSetup, connect
+
+        versions = (__version__, tvm.__version__)
+        setup = NodeSetup(pools, specs, modules, self.settings.arch, versions)
+        cluster, text = connect(address, setup, self._stack)
+        yield Note(text)
+        for line in cluster.wait():
+            yield Note(line)
+        return cluster
 
     def _pool_settings(self) -> PoolSettings:
         from gpu_aware_tune.candidates import SearchSettings
@@ -299,6 +324,6 @@ class Run:
         """Where the cores' time went since the clock was started, in core seconds."""
         elapsed = time.monotonic() - self._started
         main = time.process_time() - self._main_from_s
-        spent = {**self.pools.pipeline.core_seconds(), "main": main}
-        total = elapsed * available_cores()
+        spent = {**self.search.pipeline.core_seconds(), "main": main}
+        total = elapsed * self.search.pipeline.cores
         return {**spent, "idle": max(0.0, total - sum(spent.values())), "total": total}

@@ -6,8 +6,9 @@ import dataclasses
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from gpu_aware_tune.allocation import Allocation, Goal
 from gpu_aware_tune.budget import Budget
@@ -16,7 +17,7 @@ from gpu_aware_tune.events import Event, Note, Progress, Trial
 from gpu_aware_tune.measure import SEARCH, Effort
 from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.objectives import combined
-from gpu_aware_tune.pipeline import Demand, Outcome, Pipeline
+from gpu_aware_tune.pipeline import Demand, Outcome
 from gpu_aware_tune.records import Record, RecordKey, Store
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.tasks import Task
@@ -26,6 +27,44 @@ _FLUSH_S = 0.8  # a finished trial is on disk within a second
 _KNOWN = 64  # measured schedules that a search starts from
 _DRIFT_TASKS = 3  # the heaviest tasks of a model, for the drift of the machine
 _SEEDS = 4  # schedules of other units or devices that are tried first
+
+
+class Workers(Protocol):
+    """What a search needs of a pipeline: one machine's, or that of a cluster."""
+
+    def add_task(self, task: NewTask) -> None:
+        """Make a task known to the search."""
+
+    def tell(self, candidate: Candidate, seconds: float | None) -> None:
+        """Let the search learn what a candidate came to."""
+
+    def run(
+        self,
+        candidates: Iterable[Candidate],
+        demand: Demand | None = None,
+        effort: Effort = SEARCH,
+        alone: bool = False,
+    ) -> Iterator[Outcome]:
+        """Give an outcome for each candidate, the given ones first and then the drafted ones."""
+
+    def core_seconds(self) -> dict[str, float]:
+        """What the workers have used so far."""
+
+    @property
+    def cores(self) -> int:
+        """How many cores they use."""
+
+    @property
+    def builds_in_flight(self) -> int:
+        """Builds under way."""
+
+    @property
+    def waiting_to_measure(self) -> int:
+        """Artifacts that wait for a measuring worker."""
+
+    @property
+    def slices(self) -> Sequence[tuple[str, str | None]]:
+        """Each slice's name and the task that it measures now, if any."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +101,7 @@ class Search:
     interrupted: bool = field(default=False, init=False)
     _effort: Effort = field(init=False)
     _past: dict[str, _Past] = field(default_factory=dict, init=False)
-    _pipeline: Pipeline | None = field(default=None, init=False)
+    _pipeline: Workers | None = field(default=None, init=False)
     _run_ids: Mapping[str, int] = field(default_factory=dict, init=False)
     _defaults: Mapping[str, Sequence[str]] = field(default_factory=dict, init=False)
     _names: dict[str, str] = field(init=False)
@@ -99,7 +138,7 @@ class Search:
 
     def start(
         self,
-        pipeline: Pipeline,
+        pipeline: Workers,
         run_ids: Mapping[str, int],
         defaults: Mapping[str, Sequence[str]],
     ) -> None:
@@ -125,7 +164,7 @@ class Search:
             pipeline.add_task(NewTask(task.hash, module_to_json(task.module), pairs, tried))
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> Workers:
         """The workers; only after `start`."""
         assert self._pipeline is not None
         return self._pipeline
@@ -179,17 +218,18 @@ class Search:
                 if trace not in known:
                     candidates.append(Candidate(task.hash, trace, "default"))
             candidates.extend(self._seeds(task, known))
-        demand = Demand(stop=lambda: self.interrupted)
+        demand = Demand(stop=lambda: self.interrupted, note=self._warn)
         yield from self._run(candidates, demand)
 
     def trials(self) -> Iterator[Event]:
         """Spend the budgets."""
         self._search_from_s = next(iter(self.budgets.values())).elapsed_s()
         demand = Demand(
-            next_task=lambda: self.allocation.next(self._left()),
+            next_task=lambda busy: self.allocation.next(self._left(), busy),
             accept=self._accept,
             exhausted=self.allocation.exhaust,
             lost=self._lost,
+            note=self._warn,
             best_s=self.allocation.best_s,
             stop=lambda: self.interrupted or not self._left(),
         )
@@ -234,13 +274,16 @@ class Search:
     def _lost(self, task: str, text: str) -> None:
         """The search died on a task: leave the task, and say so with the next event."""
         self.allocation.exhaust(task)
-        self._notes.append(Note(f"search of {self._names[task]} ended: {text}", "warning"))
+        self._warn(f"search of {self._names[task]} ended: {text}")
 
-    def _accept(self, task: str, count: int) -> int:
+    def _warn(self, text: str) -> None:
+        self._notes.append(Note(text, "warning"))
+
+    def _accept(self, task: str, drafted: Sequence[Candidate]) -> Sequence[Candidate]:
         left = self._left()
         models = [model for model in self.allocation.models_of(task) if model in left]
         most = max((left[m] - self.allocation.in_flight(m) for m in models), default=0)
-        return self.allocation.start(task, min(count, most))
+        return drafted[: self.allocation.start(task, min(len(drafted), most))]
 
     def _keep(self, outcome: Outcome) -> Iterator[Event]:
         """Record one outcome and pass it on to the allocation, the search and the caller."""

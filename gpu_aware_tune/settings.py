@@ -59,7 +59,7 @@ class Settings:
     `share` says where a model's `gpu_pct` comes from if it is not given: "equal" parts for several
     models, "auto" by their work, "knee" of the model's own curve. `slices` is how many measure side
     by side, 0: one for each model. `exclusive` measures one candidate at a time with nothing else
-    running.
+    running. `ray` spreads the search over a Ray cluster: "auto" or HOST:PORT.
     """
 
     gpu_pct: tuple[int, ...] = (100,)
@@ -92,6 +92,7 @@ class Settings:
     memory_limit_mb: int = 4096
     slices: int = 0
     exclusive: bool = False
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("--effort", self.effort, tuple(EFFORTS))
@@ -104,6 +105,8 @@ class Settings:
         _check_choice("--objective", self.objective, OBJECTIVES)
         if self.share not in (None, KNEE):
             _check_choice("--share", str(self.share), SHARES)
+        if self.ray is not None:
+            check_ray(self.ray)
         if not self.gpu_pct:
             raise UserError(
                 "--gpu-pct is empty: give one or more whole percentages, such as 30 or 30,50,100"
@@ -254,6 +257,16 @@ def parse_inputs(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
             raise UserError(f"--input names {name!r} twice: give each input once")
         shapes[name] = shape
     return shapes
+
+
+def check_ray(address: str) -> str:
+    """Returns `address` where it is "auto" or HOST:PORT."""
+    if address != "auto" and not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}", address):
+        raise UserError(
+            f"--ray {address!r} is not an address: give auto, or HOST:PORT as `ray start --head`"
+            " prints it"
+        )
+    return address
 
 
 def check_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

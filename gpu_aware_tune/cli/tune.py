@@ -65,6 +65,11 @@ NOISE_SHOWN = 4000  # bytes
     default=0,
     help="How many parts of the device measure side by side [default: one for each model].",
 )
+@click.option(
+    "--ray",
+    metavar="auto|ADDRESS",
+    help="Spread the search over a Ray cluster: the one of this machine (or a new one), or HOST:PORT.",
+)
 @click.option("--exclusive", is_flag=True, help="Measure one candidate at a time, always alone.")
 @click.option(
     "--target",

@@ -52,6 +52,7 @@ ORDER = [
     ["profiles"],
     ["results"],
     ["model_run"],
+    ["cluster"],
     ["run"],
     ["knees"],
     ["tuning"],
@@ -67,7 +68,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Which modules (by the start of their path) may import what.
 HOMES = {
     "sqlite3": ("records",),
-    "ray": ("cluster",),
+    "ray": ("cluster/",),
     "pynvml": ("partition/",),
     "cuda": ("partition/",),
     "cuda.bindings.nvrtc": ("cuda_toolchain",),

@@ -1,0 +1,139 @@
+"""Which candidate waits, which is on what machine, and what becomes of a lost machine's; knows no Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from gpu_aware_tune.candidates import Candidate, NewTask
+
+_LOSSES = 2  # a candidate that was on so many machines when they died is not tried again
+_KNOWN = 64  # measured schedules that a search which moves starts from
+
+
+@dataclasses.dataclass
+class _Entry:
+    candidate: Candidate
+    losses: int = 0
+    node: str = ""
+
+
+class Ledger:
+    """Every candidate of a run of the pipeline that has no outcome yet."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Entry] = deque()
+        self._given: dict[int, _Entry] = {}
+        self._ids = itertools.count()
+
+    def add(self, candidates: Iterable[Candidate]) -> None:
+        """Take candidates that nobody works on."""
+        self._waiting.extend(_Entry(candidate) for candidate in candidates)
+
+    @property
+    def waiting(self) -> int:
+        """How many nobody works on."""
+        return len(self._waiting)
+
+    def open(self) -> int:
+        """How many have no outcome."""
+        return len(self._waiting) + len(self._given)
+
+    def load(self, node: str) -> int:
+        """How many a machine has."""
+        return sum(entry.node == node for entry in self._given.values())
+
+    def give(self, node: str, count: int) -> list[tuple[int, Candidate]]:
+        """Hand out the next ones to a machine, each with a number of its own."""
+        given = []
+        for _ in range(min(count, len(self._waiting))):
+            entry, number = self._waiting.popleft(), next(self._ids)
+            entry.node = node
+            self._given[number] = entry
+            given.append((number, entry.candidate))
+        return given
+
+    def finish(self, number: int) -> Candidate | None:
+        """Take out one that has its outcome; None for one that was given up or is elsewhere now."""
+        entry = self._given.pop(number, None)
+        return entry.candidate if entry else None
+
+    def lose(self, node: str) -> list[Candidate]:
+        """A machine is gone: its candidates go first to others; gives those not to be tried again."""
+        lost = []
+        for number in [n for n, entry in self._given.items() if entry.node == node]:
+            entry = self._given.pop(number)
+            entry.losses += 1
+            if entry.losses >= _LOSSES:
+                lost.append(entry.candidate)
+            else:
+                self._waiting.appendleft(entry)
+        return lost
+
+    def orphan(self, tasks: Sequence[str]) -> None:
+        """The searcher that drafted some tasks' candidates is gone: nobody else knows its numbers."""
+        for entry in (*self._waiting, *self._given.values()):
+            if entry.candidate.task in tasks:
+                entry.candidate = dataclasses.replace(entry.candidate, number=-1)
+
+    def clear(self) -> None:
+        """Forget everything; outcomes that still come are of no interest."""
+        self._waiting.clear()
+        self._given.clear()
+
+
+class Searches:
+    """Which machine's searcher looks after which task, and what it is given when it takes one over."""
+
+    def __init__(self) -> None:
+        self._new: dict[str, NewTask] = {}
+        self._scores: dict[str, dict[str, float]] = {}
+        self._tried: dict[str, dict[str, None]] = {}
+        self._owner: dict[str, str] = {}
+
+    def add(self, task: NewTask) -> None:
+        """Make a task known; nobody looks after it yet."""
+        self._new[task.task] = task
+        self._scores[task.task] = dict(task.known)
+        self._tried[task.task] = dict.fromkeys(task.tried)
+
+    @property
+    def tasks(self) -> Iterable[str]:
+        """Every task that can be drafted for."""
+        return self._new
+
+    def owner(self, task: str) -> str | None:
+        """The machine that looks after a task."""
+        return self._owner.get(task)
+
+    def owned(self, node: str) -> list[str]:
+        """The tasks that a machine looks after."""
+        return [task for task, owner in self._owner.items() if owner == node]
+
+    def take(self, task: str, node: str) -> NewTask | None:
+        """Let a machine look after a task; what it has to be told first, None if it knows the task."""
+        if self._owner.get(task) == node:
+            return None
+        self._owner[task] = node
+        scores = sorted(self._scores[task].items(), key=lambda item: item[1])
+        tried = tuple(self._tried[task])
+        return dataclasses.replace(self._new[task], known=tuple(scores[:_KNOWN]), tried=tried)
+
+    def forget(self, node: str) -> list[str]:
+        """A machine is gone; the tasks that it looked after are anybody's."""
+        tasks = self.owned(node)
+        for task in tasks:
+            del self._owner[task]
+        return tasks
+
+    def drafted(self, candidates: Sequence[Candidate]) -> None:
+        """Remember what will be built, so that no other searcher drafts it again."""
+        for candidate in candidates:
+            self._tried[candidate.task][candidate.trace] = None
+
+    def learn(self, candidate: Candidate, seconds: float | None) -> None:
+        """Remember a result for a searcher that may have to take over."""
+        if candidate.task in self._scores and candidate.trace and seconds is not None:
+            self._scores[candidate.task][candidate.trace] = seconds
