@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 
 import ray
@@ -11,6 +13,7 @@ from gpu_aware_tune.cluster.messages import Batch, NodeSetup, ToNode
 from gpu_aware_tune.cluster.node import Node
 
 _CLOSE_S = 15.0
+_WATCH_S = 0.5
 
 
 @ray.remote(concurrency_groups={"post": 1, "poll": 1})
@@ -18,6 +21,7 @@ class NodeActor:
     """Passes messages on; a group with one thread each, so that they stay in order."""
 
     def __init__(self, setup: NodeSetup, part: tuple[int, int]) -> None:
+        _die_with_parent()
         _be_nice_to_nobody()
         self._node = Node(setup, _own_gpu(), part)
 
@@ -35,6 +39,21 @@ class NodeActor:
     def close(self) -> None:
         """End the workers in good order."""
         self._node.close(_CLOSE_S)
+
+
+def _die_with_parent() -> None:
+    """End this process soon after its raylet ended in whatever way; its workers end with it.
+
+    Ray's own workers do not always: an actor of a raylet that got SIGKILL was seen to stay.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _be_nice_to_nobody() -> None:

@@ -213,7 +213,8 @@ def _cluster_gone(error: Exception) -> SetupError:
 
 
 def _short(error: Exception) -> str:
-    """The end of what Ray has to say, in one line."""
+    """What Ray has to say in the end, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line or "cause" in line.lower()]
-    return f"{type(error).__name__}: {(named or lines or [''])[-1][:200]}"
+    sentence = (named or lines or [""])[-1].split(". ")[0]
+    return f"{type(error).__name__}: {sentence[:200]}"
