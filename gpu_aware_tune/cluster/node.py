@@ -81,6 +81,7 @@ class Node:
         self._thread.join(timeout_s)
 
     def _serve(self) -> None:
+        stands = False
         try:
             _keep_to(self._part)
             with (
@@ -91,10 +92,11 @@ class Node:
                 cores = available_cores()
                 searchers, _ = worker_counts(cores)
                 self.tell(Ready(pools.pipeline.capacity, searchers, cores, text))
+                stands = True
                 while (begin := self._next_run()) is not None:
                     _Run(self, pools.pipeline, begin).work()
-        except TuneError as error:
-            self.tell(Gone(str(error), refused=True))
+        except TuneError as error:  # a machine that has worked is worth another try
+            self.tell(Gone(str(error), refused=not stands))
         except BaseException as error:
             traceback.print_exc()  # Ray takes it to the user
             self.tell(Gone(f"{type(error).__name__}: {error}"))
