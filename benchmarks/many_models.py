@@ -113,7 +113,7 @@ def run_side(
             result = run_stock(paths[0], tasks, trials, per_iter, repeat, started)
             result["models"] = {paths[0].stem: {"latency_s": result["latency_s"]}}
         else:
-            ray = {"ray": "local"} if side == "ray" else {}
+            ray = {"ray": "auto"} if side == "ray" else {}
             percent = 50 if side in ("turns-1", "slices") else 100
             run = opened(
                 paths, tasks, trials=tasks * trials, max_trials_per_task=trials,
