@@ -18,7 +18,12 @@ _SILENT_S = 30.0  # a machine that does not answer for so long is given up
 _START_S = 180.0  # until workers stand: TVM's import, on a machine that is busy
 _STARTS = 3  # of one machine's actor, before it is left alone
 _CLOSE_S = 20.0
-_GPU_ENV = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+# In an actor's environment before it starts: CUDA_VISIBLE_DEVICES is left to the partitions, and the
+# worker host is left to end by itself when the actor has ended, so that it can tidy up.
+_ENV = {
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    "RAY_kill_child_processes_on_worker_exit": "0",
+}
 
 
 @dataclass(eq=False)
@@ -144,8 +149,7 @@ class Members:
             num_gpus=place.gpus,
             max_restarts=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
-            # There before the process starts, as CUDA wants it.
-            runtime_env={"env_vars": _GPU_ENV} if place.gpus else None,
+            runtime_env={"env_vars": _ENV},
         ).remote(self._setup, place.part)
         member = Member(place.key, place.name, actor)
         self._members[place.key] = member

@@ -62,6 +62,12 @@ def wait_until_gone(*names: str) -> dict[int, str]:
 WORKERS = ("NodeActor", "gpu_aware_tune.workers.host")
 
 
+def scratch_folders() -> set[Path]:
+    """The folders in which the cluster's workers keep artifacts now."""
+    lines = marked("gpu_aware_tune.workers.host").values()
+    return {Path(line.split()[-1]) for line in lines if line.split()[-1].startswith("/")}
+
+
 def raylet(node: Any) -> int:
     """The process id of a node's raylet."""
     return int(node.all_processes["raylet"][0].process.pid)
@@ -95,9 +101,11 @@ def test_machines_join_and_die_and_the_run_goes_on(
     tmp_path: Path,
 ) -> None:
     (first,) = cluster.worker_nodes
+    folders: set[Path] = set()
 
     def kill_actor() -> None:
         (actor,) = (pid for pid in marked("NodeActor") if parent(pid) != raylet(first))
+        folders.update(scratch_folders())
         os.kill(actor, signal.SIGKILL)
 
     script = Script(
@@ -119,6 +127,7 @@ def test_machines_join_and_die_and_the_run_goes_on(
     trials = sum(isinstance(event, Trial) for event in events)
     assert len(records(tmp_path)) == trials, "nothing is lost, nothing is there twice"
     assert wait_until_gone(*WORKERS) == {}
+    assert folders and not any(folder.exists() for folder in folders)
 
 
 def test_a_killed_driver_leaves_its_records_and_no_process(
@@ -136,9 +145,11 @@ def test_a_killed_driver_leaves_its_records_and_no_process(
     )
     wait_for_records(tmp_path, 25)
     assert marked("NodeActor")
+    folders = scratch_folders()
     reported = len(records(tmp_path))
     process.kill()
     output, _ = process.communicate()
     assert output == "", "-q is quiet, in workers too"
     assert wait_until_gone(*WORKERS) == {}
+    assert folders and not any(folder.exists() for folder in folders)
     assert len(records(tmp_path)) >= reported
