@@ -22,7 +22,7 @@ class NodeActor:
 
     def __init__(self, setup: NodeSetup, part: tuple[int, int]) -> None:
         _die_with_parent()
-        _be_nice_to_nobody()
+        _be_as_nice_as_the_raylet()
         self._node = Node(setup, _own_gpu(), part)
 
     @ray.method(concurrency_group="post")
@@ -56,14 +56,15 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _be_nice_to_nobody() -> None:
+def _be_as_nice_as_the_raylet() -> None:
     """Undo the low priority that Ray gives its workers, where that is allowed.
 
     At niceness 15 anything else on the machine takes the cores from under a measurement.
     """
-    if os.getpriority(os.PRIO_PROCESS, 0) > 0:
+    wanted = os.getpriority(os.PRIO_PROCESS, os.getppid())
+    if os.getpriority(os.PRIO_PROCESS, 0) > wanted:
         try:
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
+            os.setpriority(os.PRIO_PROCESS, 0, wanted)
         except PermissionError:
             print(
                 "this worker runs at low priority, which makes timings less steady:"

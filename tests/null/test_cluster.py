@@ -6,6 +6,7 @@ import itertools
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -313,3 +314,34 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SetupError, match="pip install ray"), connected("auto"):
         pass
+
+
+def fake_ray(error: Exception) -> Any:
+    """A Ray whose `init` fails."""
+
+    def init(**options: Any) -> None:
+        raise error
+
+    return SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9\n"),
+            "Version mismatch: .* Ray: 2.9.: install the cluster's versions",
+        ),
+        (ConnectionError("no raylet"), "this machine is no part of that cluster: run `ray start"),
+        (ValueError("bad\n\nvalue"), "Ray refused .bad value.: see `ray status"),
+    ],
+)
+def test_what_ray_refuses_is_one_line_with_the_fix(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(error))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(SetupError, match=text) as caught, connected(address):
+            pass
+    assert "\n" not in str(caught.value)
