@@ -45,7 +45,7 @@ class Effort:
 
 SEARCH = Effort()
 RETIME = Effort(
-    probe_s=0.005, repeat_s=0.005, min_repeats=11, max_repeats=41, budget_s=0.4, spread=0.002
+    probe_s=0.005, repeat_s=0.002, min_repeats=15, max_repeats=151, budget_s=0.4, spread=0.002
 )
 LONG = Effort(probe_s=0.01, repeat_s=0.1, min_repeats=10, max_repeats=10, budget_s=60, spread=0.0)
 
@@ -85,10 +85,10 @@ def spread_of(samples: Sequence[float]) -> float:
 
 
 def _typical(samples: Sequence[float]) -> float:
-    """The lower quartile: disturbances on a shared machine only ever add time."""
+    """The lowest tenth: disturbances on a shared machine only ever add time."""
     if len(samples) < 3:
         return min(samples)
-    return statistics.quantiles(samples, n=4, method="inclusive")[0]
+    return statistics.quantiles(samples, n=10, method="inclusive")[0]
 
 
 def measure(timer: Timer, best_s: float | None, effort: Effort = SEARCH) -> Measurement:
