@@ -14,7 +14,6 @@ from typing import Any
 from gpu_aware_tune.builder import BuildPool
 from gpu_aware_tune.candidates import Searcher, SearchSettings
 from gpu_aware_tune.cuda_toolchain import environment
-from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.measure import Measurer, Slice
 from gpu_aware_tune.partition import Device, Partition, Share, open_slices, usable_cores
 from gpu_aware_tune.pipeline import Pipeline, TaskSpec
@@ -124,6 +123,13 @@ class Pools:
         """A worker that measures on so many units."""
         return next(measurer for measurer in self._measurers if measurer.units == units)
 
+    def evidence(self, units: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+        """What the partitions' checks saw, by units: one for each slice that has them."""
+        return {
+            str(wanted): [m.evidence for m in self._measurers if m.units == wanted]
+            for wanted in units
+        }
+
     def _measurer(self, partition: Partition) -> Measurer:
         settings = self._settings
         measurer = Measurer(self._host, partition, settings.run_timeout_s, settings.memory_bytes)
@@ -134,7 +140,7 @@ class Pools:
 
 
 def plan_slices(
-    shares: Sequence[Share], device: Device, nested: bool, most: int
+    shares: Sequence[Share], device: Device, most: int, instances: Sequence[int] | None = None
 ) -> tuple[tuple[Share, ...], ...]:
     """Divide a device into slices that measure side by side.
 
@@ -144,16 +150,16 @@ def plan_slices(
     Args:
         shares: one for each model; equal ones may be given several times.
         device: what is divided.
-        nested: whether a slice can also measure shares smaller than itself.
         most: how many slices at most.
+        instances: the units of each part, where the device is divided already (MIG).
 
     Returns:
         For each slice the shares that can be measured in it, the largest first.
-
-    Raises:
-        UserError: the shares do not fit on the device side by side, and the backend cannot nest.
     """
     ordered = sorted(shares, key=lambda share: -share.units)
+    distinct = list({share.units: share for share in ordered}.values())
+    if instances is not None:
+        return _deal_instances(ordered, distinct, list(instances), most)
     widest: list[Share] = []
     free = device.units_total
     for share in ordered:
@@ -163,16 +169,31 @@ def plan_slices(
     while widest and len(widest) < most and ordered[-1].units <= free:
         widest.append(ordered[-1])
         free -= ordered[-1].units
-    distinct = list({share.units: share for share in ordered}.values())
-    if nested:
-        return tuple(tuple(s for s in distinct if s.units <= own.units) for own in widest)
-    left_out = {share.units for share in ordered} - {share.units for share in widest}
-    if left_out:
-        raise UserError(
-            f"shares of {', '.join(str(s.units) for s in ordered)} units do not fit side by side on"
-            f" {device.units_total}: lower --gpu-pct, or tune the models one after the other"
-        )
-    return tuple((share,) for share in widest)
+    return tuple(tuple(s for s in distinct if s.units <= own.units) for own in widest)
+
+
+def _deal_instances(
+    ordered: Sequence[Share], distinct: Sequence[Share], free: list[int], most: int
+) -> tuple[tuple[Share, ...], ...]:
+    """A slice for each share, in an instance of its size; equal ones may have to take turns.
+
+    Sizes that are left when there are `most` slices are measured in turns with the last slice,
+    each in an instance of its own.
+    """
+    slices: list[list[Share]] = []
+    for share in distinct:  # every size has an instance before any has a second one
+        if share.units in free:
+            free.remove(share.units)
+        if len(slices) < most:
+            slices.append([share])
+        else:
+            slices[-1].append(share)
+    again = [share for share in ordered if not any(share is first for first in distinct)]
+    for share in [*again, *[ordered[-1]] * most]:
+        if len(slices) < most and share.units in free:
+            free.remove(share.units)
+            slices.append([share])
+    return tuple(tuple(own) for own in slices)
 
 
 def worker_counts(cores: int) -> tuple[int, int]:

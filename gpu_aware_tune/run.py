@@ -65,7 +65,7 @@ class Run:
 
     def open_device(self) -> Iterator[Event]:
         """Find the device and the backend that makes shares of it real."""
-        from gpu_aware_tune.partition import choose_backend, find_device
+        from gpu_aware_tune.partition import SIDE_BY_SIDE, choose_backend, find_device
 
         settings = self.settings
         self.device, note = find_device(settings.target, settings.device, settings.arch)
@@ -76,6 +76,8 @@ class Run:
         wanted = settings.partition
         self._backend, why = choose_backend(self.device, wanted, percents, side_by_side=several)
         yield Note(f"partition {self._backend}: {why}")
+        if several and self._backend not in SIDE_BY_SIDE:
+            yield Note(f"partition {self._backend} has no slices: one share is measured at a time")
 
     def load_models(self) -> Iterator[Event]:
         """Import the ONNX files, list their kernels, and give each model its units."""
@@ -193,18 +195,19 @@ class Run:
 
     def _pool_settings(self) -> PoolSettings:
         from gpu_aware_tune.candidates import SearchSettings
-        from gpu_aware_tune.partition import NESTED, SIDE_BY_SIDE
+        from gpu_aware_tune.partition import SIDE_BY_SIDE, instance_units
 
         settings, models = self.settings, self.models
         shares = [share for model in models for share in model.shares]
-        nested = self._backend in NESTED
         most = settings.slices or len(models)
         if self._backend not in SIDE_BY_SIDE:
             most = 1
         return PoolSettings(
             device=self.device,
             backend=self._backend,
-            slices=plan_slices(shares, self.device, nested, most),
+            slices=plan_slices(
+                shares, self.device, most, instance_units(self.device, self._backend)
+            ),
             target=self.target,
             search=SearchSettings(
                 settings.population,
@@ -303,6 +306,7 @@ class Run:
             "device": self.device.key,
             "units": model.units,
             "backend": self._backend,
+            "evidence": self.pools.evidence(model.units),
             "cores": available_cores(),
             "python": platform.python_version(),
             "tvm": tvm.__version__,

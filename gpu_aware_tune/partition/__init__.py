@@ -6,9 +6,9 @@ from gpu_aware_tune.partition.attach import partition_for
 from gpu_aware_tune.partition.backends import (
     BACKENDS,
     GPU_BACKENDS,
-    NESTED,
     SIDE_BY_SIDE,
     choose_backend,
+    instance_units,
     open_partitions,
     open_slices,
     probe_backends,
@@ -29,7 +29,6 @@ from gpu_aware_tune.partition.topology import spare_cpus, usable_cores
 __all__ = [
     "BACKENDS",
     "GPU_BACKENDS",
-    "NESTED",
     "SIDE_BY_SIDE",
     "Availability",
     "CoresPartition",
@@ -47,6 +46,7 @@ __all__ = [
     "disturbances",
     "find_device",
     "host_mcpu",
+    "instance_units",
     "open_partitions",
     "open_slices",
     "own_processes",

@@ -27,7 +27,6 @@ _OF_KIND = {"llvm": ("cores",), "cuda": GPU_BACKENDS, "null": ("null",)}
 # Backends whose partitions work at the same time in processes of their own. Without MPS the contexts
 # of two processes take turns on a GPU, so green contexts are measured one at a time.
 SIDE_BY_SIDE = ("cores", "mps", "mig", "null")
-NESTED = ("cores", "mps", "green", "full", "null")  # smaller shares fit inside a larger one's place
 
 
 def probe_backends(index: int = 0) -> list[Availability]:
@@ -142,6 +141,9 @@ def open_slices(
 ) -> list[list[Partition]]:
     """Open disjoint slices of a device, and in each of them a partition for each of its shares.
 
+    An MPS client is limited in how many SMs it uses, not in which: slices under MPS are disjoint as
+    far as the driver spreads them, and the hashes in `Partition.evidence` tell.
+
     Args:
         slices: the shares of each slice, the largest first.
         device: the device of all of them.
@@ -161,10 +163,16 @@ def open_slices(
             [cores.CoresPartition(share, own[: share.units]) for share in shares]
             for shares, own in zip(slices, places, strict=True)
         ]
-    disjoint = backend == "mig"
     flat = [share for shares in slices for share in shares]
-    opened = iter(open_partitions(flat, device, backend, disjoint=disjoint))
+    opened = iter(open_partitions(flat, device, backend, disjoint=backend == "mig"))
     return [[next(opened) for _ in shares] for shares in slices]
+
+
+def instance_units(device: Device, backend: str) -> list[int] | None:
+    """The units of each part of a device that is divided for good; None where it is not (not MIG)."""
+    if backend != "mig" or not device.measurable:
+        return None
+    return [instance.sm_count for instance in mig.find_instances(device.index)]
 
 
 def _require(backend: str, index: int) -> None:

@@ -34,10 +34,12 @@ from gpu_aware_tune.partition import (
     gpu,
     gpus,
     green,
+    instance_units,
     mig,
     mps,
     nvml,
     open_partitions,
+    open_slices,
     probe_backends,
     share_of,
     topology,
@@ -854,6 +856,90 @@ def test_a_gpu_without_instances(monkeypatch: pytest.MonkeyPatch) -> None:
     use_nvml(monkeypatch, FakeNvml(INSTANCES, missing=("nvmlDeviceGetMigMode",)))
     with pytest.raises(SetupError, match="MIG is not available: Not Supported"):
         mig.find_instances(0)
+
+
+# Slices -------------------------------------------------------------------------------------------
+
+
+def mps_machine(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """A GPU that is not reached through MPS when it is asked about; a worker's client is."""
+    fake = use_driver(monkeypatch, FakeDriver())
+    probed = tuple(gpus.read_gpus(fake))
+    for module in (backends, device):
+        monkeypatch.setattr(module, "query_gpus", lambda: (probed, ""))
+    return fake
+
+
+def test_auto_prefers_slices_that_work_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, fake_mps: Path
+) -> None:
+    mps_machine(monkeypatch)
+    use_nvml(monkeypatch, FakeNvml())
+    assert choose_backend(fake_gpu(), percents=(30, 30))[0] == "green"
+    assert choose_backend(fake_gpu(), percents=(30, 30), side_by_side=True)[0] == "mps"
+    use_nvml(monkeypatch, FakeNvml(INSTANCES))
+    assert choose_backend(fake_gpu(), percents=(30, 30), side_by_side=True)[0] == "mig"
+    use_nvml(monkeypatch, FakeNvml())
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert choose_backend(fake_gpu(), percents=(30, 30), side_by_side=True)[0] == "green"
+
+
+def test_three_slices_under_mps_are_clients_of_one_daemon(
+    monkeypatch: pytest.MonkeyPatch, fake_mps: Path
+) -> None:
+    fake = mps_machine(monkeypatch)
+    fake.mps = True
+    large, small = (share_of(fake_gpu(), percent, "mps") for percent in (40, 30))
+    slices = open_slices([[large, small], [small], [small]], fake_gpu(), "mps")
+    parts = [part for own in slices for part in own]
+    assert [[part.share.units for part in own] for own in slices] == [[52, 38], [38], [38]]
+    assert len(mps_folders()) == 1
+    assert len({part.env()["CUDA_MPS_PIPE_DIRECTORY"] for part in parts}) == 1
+    limits = [part.env()["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] for part in parts]
+    assert limits == ["40", "29", "29", "29"]
+    assert all(part.fault_group is parts[0].fault_group for part in parts), "a fault reaches all"
+    for part in parts:
+        fake.visible = part.share.units
+        with monkeypatch.context() as patch:
+            client = in_worker(part, patch)
+            client.enter_worker()
+            client.verify()
+            assert client.evidence()["sms_seen"] == part.share.units
+            client.close()
+    for part in parts[1:]:
+        part.close()
+        assert len(mps_folders()) == 1
+    parts[0].close()
+    assert mps_folders() == fake.leaks() == []
+
+
+def test_two_slices_of_mig_are_two_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use_driver(monkeypatch, FakeDriver(visible=32))
+    use_nvml(monkeypatch, FakeNvml({"MIG-a": 32, "MIG-b": 32, "MIG-c": 60}))
+    assert instance_units(fake_gpu(), "mig") == [32, 32, 60]
+    assert instance_units(fake_gpu(), "green") is None
+    share = share_of(fake_gpu(), 30, "mig")
+    parts = [part for own in open_slices([[share], [share]], fake_gpu(), "mig") for part in own]
+    assert [part.env()["CUDA_VISIBLE_DEVICES"] for part in parts] == ["MIG-a", "MIG-b"]
+    assert parts[0].fault_group is not parts[1].fault_group, "an instance is a fault domain"
+    for part in parts:
+        with monkeypatch.context() as patch:
+            worker = in_worker(part, patch)
+            worker.enter_worker()
+            worker.verify()
+            assert worker.ordinal == 0, "the one device that the worker sees"
+            worker.close()
+    assert fake.leaks() == []
+    with pytest.raises(SetupError, match="no free MIG instance has 32 SMs; free ones have: 60"):
+        open_slices([[share]] * 3, fake_gpu(), "mig")
+
+
+@pytest.mark.parametrize("backend", ["green", "full"])
+def test_shares_that_would_take_turns_are_no_slices(fake_driver: FakeDriver, backend: str) -> None:
+    share = Share(30, 32, fake_gpu())
+    with pytest.raises(SetupError, match=f"{backend} cannot measure several slices"):
+        open_slices([[share], [share]], fake_gpu(), backend)
+    assert fake_driver.leaks() == []
 
 
 # NVML ---------------------------------------------------------------------------------------------

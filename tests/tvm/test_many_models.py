@@ -96,7 +96,10 @@ def test_models_with_the_same_kernels_are_searched_once_and_side_by_side(tmp_pat
         check_numbers(model, event.output)
     with Store(tmp_path / "db" / "records.sqlite", readonly=True) as store:
         rows = [(run.machine["model"], run.status) for run in store.runs()]
+        seen = [run.machine["evidence"] for run in store.runs()]
     assert rows == [("ten", "finished"), ("twenty", "finished")]
+    units = finished[0].shares[0].units
+    assert seen == [{str(units): [{"backend": "cores", "units": units}] * 2}] * 2, "of both slices"
 
 
 def test_a_second_model_with_another_head_only_searches_the_head(tmp_path: Path) -> None:
