@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help="Which library, by its cores or SMs [default: nearest to what is visible].",
 )
+@click.option(
+    "--partition",
+    metavar="NAME",
+    help="How the GPU is shared: green, mps, mig, or full for all of it [default: as tuned].",
+)
 @click.option("--repeat", type=click.IntRange(1), help="Time so many runs [default: by seconds].")
 @click.option(
     "--seconds",
@@ -54,6 +60,7 @@ def run(
     inputs_file: Path | None,
     outputs_file: Path | None,
     units: int | None,
+    partition: str | None,
     repeat: int | None,
     seconds: float,
     seed: int,
@@ -65,12 +72,12 @@ def run(
     from gpu_aware_tune.library import load
     from gpu_aware_tune.model import random_inputs
 
-    loaded = load(library, units)
-    inputs = given if given is not None else random_inputs(loaded.inputs, seed)
-    outputs = loaded(inputs)
-    if outputs_file is not None:
-        _write_arrays(outputs_file, outputs)
-    stats = loaded.benchmark(repeat, seconds, inputs)
+    with contextlib.closing(load(library, units, partition=partition)) as loaded:
+        inputs = given if given is not None else random_inputs(loaded.inputs, seed)
+        outputs = loaded(inputs)
+        if outputs_file is not None:
+            _write_arrays(outputs_file, outputs)
+        stats = loaded.benchmark(repeat, seconds, inputs)
     if as_json:
         print(json.dumps(_as_json(loaded, outputs, stats)))
     else:
@@ -109,6 +116,7 @@ def _as_json(
         "model": library.manifest["model"]["name"],
         "device": library.manifest.get("device"),
         "units": library.units,
+        **({"partition": library.evidence} if library.evidence else {}),
         "latency": asdict(stats),
         "outputs": {
             name: {"shape": list(array.shape), "dtype": str(array.dtype)}
@@ -125,6 +133,8 @@ def _show(library: Library, outputs: dict[str, np.ndarray], stats: LatencyStats)
     device = library.manifest.get("device", "this device")
     name = library.manifest["model"]["name"]
     console.print(f"{name}: {library.units} units of {device}", highlight=False)
+    if seen := library.evidence:
+        console.print(f"partition {seen['backend']}: {seen['units']} SMs", highlight=False)
     table = Table("median", "p10", "p90", "min", "mean", "runs")
     row = (stats.median_ms, stats.p10_ms, stats.p90_ms, stats.min_ms, stats.mean_ms)
     table.add_row(*(f"{value:.3f} ms" for value in row), str(stats.n))

@@ -27,10 +27,10 @@ from gpu_aware_tune.library.manifest import (
     read_manifest,
     visible_units,
 )
+from gpu_aware_tune.library.places import places_for
 from gpu_aware_tune.library.program import Program, Weights, open_vm
-from gpu_aware_tune.library.threads import CallerThread, CoreThread
+from gpu_aware_tune.library.threads import CoreThread, PartitionThread
 from gpu_aware_tune.model import TensorSpec, random_inputs
-from gpu_aware_tune.partition.topology import allowed_cpus, usable_cores
 
 Result = TypeVar("Result")
 
@@ -62,7 +62,7 @@ class _Lane:
 
     units: int
     program: Program
-    thread: CoreThread | CallerThread
+    thread: CoreThread | PartitionThread
 
 
 class Library:
@@ -71,8 +71,10 @@ class Library:
     Called with one array per input it gives one array per output. It starts with the library that
     `load` chose; `use` switches to another one, also while calls are under way. On a CPU a library
     runs in a thread of its own, on as many cores as it is used for (see `CoreThread`), so several
-    can be used in one process, and the caller's threads keep their cores. Calls wait for each
-    other. The threads end with `close`, or with the library.
+    can be used in one process, and the caller's threads keep their cores. On a GPU it runs in a
+    thread inside the partition that the manifest names (see `PartitionThread`), and the libraries
+    of a process take turns. Calls wait for each other. The threads end with `close`, or with the
+    library.
 
     The folder needs nothing of this package; with TVM alone a library is run like this::
 
@@ -93,7 +95,9 @@ class Library:
     TVM_NUM_THREADS to the library's units before, or TVM takes half of the machine's cores).
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], units: int) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], units: int, partition: str | None = None
+    ) -> None:
         """Open the library for `units`, one of those the manifest has; see `load`."""
         self.path = path
         self.manifest = manifest
@@ -103,12 +107,12 @@ class Library:
         self._weights = Weights(path / WEIGHTS)
         self._closed = False
         self._switching = threading.Lock()
-        self._lanes: dict[tuple[str, str, tuple[int, ...]], _Lane] = {}
-        self._threads: dict[tuple[int, ...], CoreThread] = {}
-        self._cores: dict[tuple[frozenset[int], int], tuple[int, ...]] = {}
-        weakref.finalize(self, _stop, self._threads)
+        self._lanes: dict[tuple[str, str, CoreThread | PartitionThread], _Lane] = {}
+        self._places = places_for(path, manifest, partition)
+        # A process that ends does not wait for a GPU: the driver takes everything back.
+        weakref.finalize(self, self._places.stop).atexit = on_cpu(manifest)
         check_weights(path, manifest)
-        self._lane = self._open(units, self._cores_for(units))
+        self._lane = self._open(units, units)
 
     def __repr__(self) -> str:
         return f"Library({str(self.path)!r}, units={self.units})"
@@ -123,6 +127,12 @@ class Library:
         """The cores that the library in use runs on; empty on a GPU."""
         return self._lane.thread.cores
 
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """What the check of the GPU's partition in use has seen; empty on a CPU."""
+        thread = self._lane.thread
+        return dict(thread.evidence) if isinstance(thread, PartitionThread) else {}
+
     def use(self, units: int | None = None) -> Library:
         """Switch to the library for a share, as when the share has changed.
 
@@ -131,8 +141,9 @@ class Library:
         is open (see `preload`), switching to it takes microseconds.
 
         On a CPU the library also runs on that many cores from then on, or on all that are visible
-        where those are fewer. On a GPU the SMs are the business of whoever gives the process its
-        share; only the code changes here.
+        where those are fewer. On a GPU it runs on that many SMs in a green context, or on all that
+        are visible. Under MPS and in a MIG instance, and with partition "full", the SMs stay as
+        they are and only the code changes. Opening a library uses the GPU, so calls wait for it.
 
         Args:
             units: the cores or SMs of the new share; the library tuned for the nearest number is
@@ -142,7 +153,9 @@ class Library:
             The library itself.
 
         Raises:
-            UserError: `units` is below 1, the library is closed, or its file is damaged.
+            UserError: `units` is below 1, the library is closed, its file is damaged, or the GPU
+                has no partition of so many SMs.
+            SetupError: the partition cannot be had.
         """
         if units is not None and units < 1:
             raise UserError(f"use({units}): a share has at least 1 unit")
@@ -150,7 +163,7 @@ class Library:
             self._check_open()
             seen = visible_units(self.manifest) if units is None else units
             chosen = nearest(self._known, seen)
-            self._lane = self._open(chosen, self._cores_for(seen))
+            self._lane = self._open(chosen, seen)
         return self
 
     def preload(self) -> Library:
@@ -166,7 +179,7 @@ class Library:
         for units in self._known:
             with self._switching:
                 self._check_open()
-                lane = self._open(units, self._cores_for(units))
+                lane = self._open(units, units)
             _run_once(lane, inputs)
         return self
 
@@ -209,10 +222,13 @@ class Library:
         return LatencyStats.of(self._run(measure))
 
     def close(self) -> None:
-        """End the library's threads after what they are doing; it cannot be called afterwards."""
+        """End the library's threads after what they are doing; it cannot be called afterwards.
+
+        On a GPU this waits until they have closed their partitions.
+        """
         with self._switching:
             self._closed = True
-            _stop(self._threads)
+            self._places.close()
 
     def _run(self, function: Callable[[Program], Result]) -> Result:
         self._check_open()
@@ -223,34 +239,30 @@ class Library:
         if self._closed:
             raise UserError(f"{self!r} is closed: load it again")
 
-    def _open(self, units: int, cores: tuple[int, ...]) -> _Lane:
-        """The lane of a library on some cores, opened when it is first asked for."""
+    def _open(self, units: int, place: int) -> _Lane:
+        """The library for `units` on `place` cores or SMs, opened when it is first asked for."""
         file, entry = library_of(self.manifest, units)
-        lane = self._lanes.get((file, entry, cores))
+        thread = self._places.thread_for(place)
+        lane = self._lanes.get((file, entry, thread))
         if lane is None:
             check_library(self.path, self.manifest, units)
-            program = open_vm(self.path / file, self._weights, entry=entry)
-            lane = self._lanes[file, entry, cores] = _Lane(units, program, self._thread(cores))
+            program = self._program(file, entry, thread)
+            lane = self._lanes[file, entry, thread] = _Lane(units, program, thread)
         return lane if lane.units == units else dataclasses.replace(lane, units=units)
 
-    def _thread(self, cores: tuple[int, ...]) -> CoreThread | CallerThread:
-        if not cores:
-            return CallerThread()
-        if cores not in self._threads:
-            self._threads[cores] = CoreThread(len(cores), cores)
-        return self._threads[cores]
-
-    def _cores_for(self, units: int) -> tuple[int, ...]:
-        """The first cores that may be used; empty on a GPU."""
-        if not on_cpu(self.manifest):
-            return ()
-        key = (allowed_cpus(), units)  # what may be used is looked up anew only where this changes
-        if key not in self._cores:
-            self._cores[key] = usable_cores()[:units]
-        return self._cores[key]
+    def _program(self, file: str, entry: str, thread: CoreThread | PartitionThread) -> Program:
+        path, weights = self.path / file, self._weights
+        if isinstance(thread, CoreThread):
+            return open_vm(path, weights, entry=entry)
+        return thread.run(lambda: open_vm(path, weights, entry=entry))  # kernels pack the weights
 
 
-def load(path: str | Path, units: int | None = None, preload: bool = False) -> Library:
+def load(
+    path: str | Path,
+    units: int | None = None,
+    preload: bool = False,
+    partition: str | None = None,
+) -> Library:
     """Load a tuned model from its folder.
 
     Args:
@@ -259,15 +271,19 @@ def load(path: str | Path, units: int | None = None, preload: bool = False) -> L
             (or SMs this GPU has) that comes nearest.
         preload: open the libraries of the other shares too, for `Library.use`; the weights are
             shared, so this costs little memory.
+        partition: how a GPU is shared, in place of what the library was tuned with: "green", "mps",
+            "mig", or "full" for all that this process sees.
 
     Raises:
-        UserError: the folder is missing, damaged, or was made by other versions.
-        SetupError: the device it was tuned for is not there.
+        UserError: the folder is missing, damaged, or was made by other versions, or the GPU has no
+            such partition.
+        SetupError: the device it was tuned for is not there, or its share is one that this process
+            would have to be started in.
     """
     path = Path(path)
     manifest = read_manifest(path)
     check_versions(path, manifest)
-    library = Library(path, manifest, choose_units(path, manifest, units))
+    library = Library(path, manifest, choose_units(path, manifest, units), partition)
     return library.preload() if preload else library
 
 
@@ -303,11 +319,6 @@ def check_inputs(
 
 def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in entries)
-
-
-def _stop(threads: Mapping[tuple[int, ...], CoreThread]) -> None:
-    for thread in threads.values():
-        thread.stop()
 
 
 def _run_once(lane: _Lane, inputs: list[np.ndarray]) -> None:

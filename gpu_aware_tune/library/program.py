@@ -47,6 +47,7 @@ class Weights:
                         f"{self._path} cannot be read ({_last_line(error)}): tune again"
                     ) from error
                 self._by_device[key] = [_on(tensor, device) for tensor in tensors]
+                device.sync()  # copies use the default stream, kernels a partition's
             return self._by_device[key]
 
 

@@ -1,7 +1,8 @@
-"""Where a loaded library runs: on a CPU a thread bound with TVM's pool to so many cores."""
+"""Threads that a loaded library runs in: on a CPU bound to cores, on a GPU inside a partition."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -10,33 +11,29 @@ from typing import Any, TypeVar
 
 import tvm
 
-from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.errors import TuneError, UserError
+from gpu_aware_tune.partition import Partition
 from gpu_aware_tune.partition.topology import usable_cores
 
 _ONE_CORE_PER_THREAD = -2  # TVM's threading::ThreadGroup::kSpecifyOneCorePerThread
 
+# TVM has one pool of GPU memory for a process: what a library has freed goes to whoever asks next,
+# also while kernels on the first one's stream still use it. So only one partition is at work.
+_one_on_gpu = threading.Lock()
+
 Result = TypeVar("Result")
 
 
-class CoreThread:
-    """Runs functions one after the other on `units` cores.
+class LibraryThread:
+    """Runs functions one after the other in a thread of its own; what that is worth is a subclass's.
 
-    TVM keeps a pool of threads for each thread that calls it; the pool never grows, and the calling
-    thread does the first part of every kernel without being bound, so it can land on a core that a
-    pool thread is bound to (seen: two threads no faster than one). In a thread of its own the pool
-    has the right size and every thread a core, while the caller's thread and what it is bound to
-    stay as they are. Handing a call over costs about 20 microseconds.
-
-    The cores are the first ones this process may use: processes that run side by side should be
-    given cores of their own, for instance with `taskset`.
-
-    Args:
-        units: how many cores.
-        cores: which ones, where the caller has looked them up.
+    A subclass says what the thread does before its first function, around each, and at its end.
+    Handing a function over costs about 20 microseconds.
     """
 
-    def __init__(self, units: int, cores: Sequence[int] | None = None) -> None:
-        self.cores = tuple(usable_cores() if cores is None else cores)[:units]
+    cores: tuple[int, ...] = ()  # that the thread is bound to; empty on a GPU
+
+    def __init__(self) -> None:
         self._stopped = False
         self._queueing = threading.Lock()  # nothing is put behind the end, where it would wait
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = (
@@ -64,26 +61,60 @@ class CoreThread:
         return result
 
     def stop(self) -> None:
-        """Let the thread and its pool end after what it has been given."""
+        """Let the thread end after what it has been given."""
         with self._queueing:
             self._stopped = True
             self._jobs.put(None)
 
+    def _enter(self) -> None:
+        """In the thread, before its first function; again before the next one where it fails."""
+
+    def _call(self, function: Callable[[], Result]) -> Result:
+        """In the thread: call a function."""
+        return function()
+
+    def _leave(self) -> None:
+        """In the thread, after its last function."""
+
     def _serve(self) -> None:
-        bound = False
+        entered = False
         while (job := self._jobs.get()) is not None:
             function, answer = job
             try:
-                if not bound:
-                    self._bind()
-                    bound = True
-                answer.result = function()
+                if not entered:
+                    self._enter()
+                    entered = True
+                answer.result = self._call(function)
             except BaseException as error:  # belongs to the caller
                 answer.error = error
             answer.ready.release()
             del job, function, answer  # what they hold, such as the library, may go
+        if entered:
+            self._leave()
 
-    def _bind(self) -> None:
+
+class CoreThread(LibraryThread):
+    """Runs functions on `units` cores.
+
+    TVM keeps a pool of threads for each thread that calls it; the pool never grows, and the calling
+    thread does the first part of every kernel without being bound, so it can land on a core that a
+    pool thread is bound to (seen: two threads no faster than one). In a thread of its own the pool
+    has the right size and every thread a core, while the caller's thread and what it is bound to
+    stay as they are. The pool ends with the thread.
+
+    The cores are the first ones this process may use: processes that run side by side should be
+    given cores of their own, for instance with `taskset`.
+
+    Args:
+        units: how many cores.
+        cores: which ones, where the caller has looked them up.
+    """
+
+    def __init__(self, units: int, cores: Sequence[int] | None = None) -> None:
+        self.cores = tuple(usable_cores() if cores is None else cores)[:units]
+        super().__init__()
+
+    def _enter(self) -> None:
         """Make TVM's pool for this thread, and give each of its threads a core."""
         names = [str(core) for core in self.cores]
         configure = tvm.get_global_func("runtime.config_threadpool")
@@ -91,18 +122,50 @@ class CoreThread:
         os.sched_setaffinity(0, {self.cores[0]})  # of this thread only; TVM leaves it unbound
 
 
-class CallerThread:
-    """Runs functions in the thread that calls, one after the other: what a GPU's library needs."""
+class PartitionThread(LibraryThread):
+    """Runs functions inside a partition of a GPU, and waits for what they have launched.
 
-    cores: tuple[int, ...] = ()
+    TVM launches on the current stream of the calling thread, and a partition is entered and left in
+    one thread: this one. The threads of a process take turns.
 
-    def __init__(self) -> None:
-        self._running = threading.Lock()
+    Args:
+        open_partition: gives the partition, entered and verified.
 
-    def run(self, function: Callable[[], Result]) -> Result:
-        """Call a function once no other one runs."""
-        with self._running:
-            return function()
+    Raises:
+        UserError: there is no such partition.
+        SetupError: it cannot be had here.
+    """
+
+    _partition: Partition
+
+    def __init__(self, open_partition: Callable[[], Partition]) -> None:
+        self._open_partition = open_partition
+        super().__init__()
+        try:
+            self.evidence: dict[str, Any] = self.run(lambda: self._partition.evidence())
+        except BaseException:
+            self.stop()
+            raise
+
+    def join(self) -> None:
+        """Wait until the partition is closed; `stop` comes before."""
+        self._thread.join()
+
+    def _enter(self) -> None:
+        with _one_on_gpu:
+            self._partition = self._open_partition()
+
+    def _call(self, function: Callable[[], Result]) -> Result:
+        with _one_on_gpu, self._partition.timing_context():
+            try:
+                return function()
+            finally:
+                self._partition.sync()  # also after an error: what it launched holds memory
+
+    def _leave(self) -> None:
+        # After a fault nothing can be given back, and nothing is lost: the context is gone.
+        with _one_on_gpu, contextlib.suppress(TuneError):
+            self._partition.close()
 
 
 class _Answer:

@@ -19,7 +19,7 @@ from gpu_aware_tune.partition.gpus import GpuFacts, read_gpus
 from gpu_aware_tune.partition.green import plan_partitions
 from gpu_aware_tune.partition.shares import Share, mps_percentage
 
-_HERE = ("green", "full")
+IN_PROCESS = ("green", "full")  # what a running process can open, one beside the other
 
 
 def partition_for(
@@ -52,7 +52,7 @@ def partition_for(
     backend = backend or str(manifest.get("backend", "full"))
     gpu = _gpu(index)
     wanted = gpu.sm_count if units is None else units
-    if backend not in (*_HERE, "mps", "mig"):
+    if backend not in (*IN_PROCESS, "mps", "mig"):
         raise UserError(f"partition {backend!r} is not known; allowed: green, full, mps, mig")
     if not 1 <= wanted <= gpu.sm_count:
         raise UserError(f"{wanted} SMs were asked for; this process sees {gpu.sm_count}")

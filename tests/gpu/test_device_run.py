@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ pytestmark = requires_gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_tune_at_30_percent_and_run_there(tmp_path: Path, dtype: str) -> None:
     from benchmarks.gpu.models import write_model
-    from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.library import load, open_vm
     from gpu_aware_tune.partition.green import GreenPartition
 
     path = write_model("bert", tmp_path, tiny=True)
@@ -46,6 +47,14 @@ def test_tune_at_30_percent_and_run_there(tmp_path: Path, dtype: str) -> None:
         program = open_vm(tmp_path / "out" / entry["file"], tmp_path / "out" / "weights.bin")
         (got,) = program(program.place(list(inputs.values())))
         samples = program.timer(inputs)(0.1)
+    with contextlib.closing(load(tmp_path / "out", units)) as loaded:
+        assert loaded.evidence["backend"] == "green"
+        assert 0 < loaded.evidence["sms_seen"] <= units
+        (again,) = loaded(inputs).values()
+        (on_more,) = loaded.use(units + 16)(inputs).values()
+        assert loaded.evidence["units"] == units + 16
+    np.testing.assert_array_equal(again, got)  # the same kernels, whichever SMs run them
+    np.testing.assert_array_equal(on_more, got)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (wanted,) = session.run(None, inputs)
     limit = 5e-2 if dtype == "float16" else 1e-3

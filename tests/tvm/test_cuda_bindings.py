@@ -56,6 +56,18 @@ for units in (32, 132):
     part.sync()
     part.close()
 
+import contextlib
+from gpu_aware_tune.library.places import PartitionPlaces
+from gpu_aware_tune.partition.gpu import GpuPartition
+
+GpuPartition.timing_context = lambda self: contextlib.nullcontext(self.stream)  # TVM's is too real
+places = PartitionPlaces(manifest)
+threads = [places.thread_for(units) for units in (16, 64, 16)]
+assert threads[0] is threads[2] is not threads[1]
+assert [thread.evidence["sms_seen"] for thread in threads] == [16, 64, 16]
+assert threads[1].run(lambda: "done") == "done"
+places.close()
+
 device = from_facts(facts)
 shares = [Share(24, 32, device), Share(48, 64, device), Share(12, 16, device)]
 parts = plan_partitions(shares, True)

@@ -44,7 +44,7 @@ from gpu_aware_tune.library import (
 from gpu_aware_tune.library import loaded as loaded_module
 from gpu_aware_tune.library.folder import _exchange
 from gpu_aware_tune.library.loaded import nearest
-from gpu_aware_tune.library.threads import CallerThread, CoreThread
+from gpu_aware_tune.library.threads import CoreThread
 from gpu_aware_tune.model import Model, load_model, random_inputs
 from gpu_aware_tune.partition.topology import usable_cores
 from gpu_aware_tune.tasks import extract
@@ -700,25 +700,6 @@ def test_a_call_that_meets_the_end_is_refused_not_left_waiting() -> None:
     with pytest.raises(UserError, match="is closed"):
         thread.run(lambda: done.append(2))
     assert done == [1]
-
-
-def test_a_gpus_library_runs_in_the_callers_thread_one_call_at_a_time() -> None:
-    thread = CallerThread()
-    assert thread.run(threading.get_ident) == threading.get_ident()
-    inside, most = [], []
-
-    def work() -> None:
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.001)
-        inside.pop()
-
-    callers = [threading.Thread(target=lambda: thread.run(work)) for _ in range(8)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join(30)
-    assert most == [1] * 8
 
 
 def test_the_nearest_library_is_taken(tiny: tuple[Model, Path]) -> None:
