@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any, ClassVar
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.environment import environment, write_results  # noqa: E402
 from benchmarks.light_models import seeded  # noqa: E402
 from gpu_aware_tune.cluster import members  # noqa: E402
 from gpu_aware_tune.cluster.messages import NodeSetup  # noqa: E402
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     members.Members = CountingMembers  # type: ignore[misc]
+    about = environment()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="ray-overhead-") as name:
         path = Path(name) / f"{args.model}.onnx"
@@ -91,10 +92,8 @@ def main() -> None:
         "setup_bytes": through[0]["setup_bytes"],
     }
     print(json.dumps(result, indent=1))
-    about = {"platform": platform.platform(), "date": time.strftime("%Y-%m-%d"), **vars(args)}
-    text = json.dumps({"about": about, "all": result, "rounds": rows}, indent=1, default=str)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(text + "\n")
+    how = {"model": args.model, "trials": args.trials, "rounds": args.rounds}
+    write_results(args.results, about, {"how": how, "all": result, "rounds": rows})
 
 
 def tune_once(path: Path, folder: Path, trials: int, ray: str | None) -> dict[str, Any]:
