@@ -22,8 +22,8 @@ _COMPILE = "gpu_aware_tune.shipping:compile_to_file"
 _TOGETHER = "gpu_aware_tune.shipping:compile_shares_to_file"
 _TIME = "gpu_aware_tune.shipping:time_libraries"
 _CALL = "gpu_aware_tune.measure.worker:call"
-_ROUNDS = 5
-_ROUND_S = 0.6
+_ROUNDS = 10
+_ROUND_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,10 @@ def time_on(
     weights: Path,
     model: Model,
 ) -> dict[str, float]:
-    """Median seconds of one inference of each library on a partition, in a worker of its own.
+    """Seconds of one inference of each library on a partition, in a worker of its own.
 
-    The libraries take turns, so that drift of the machine meets all of them alike.
+    The libraries take turns, so that drift of the machine meets all of them alike, and the lowest
+    tenth of each is told, as for kernels: on a shared machine disturbances only ever add time.
     """
     specs = [(spec.name, spec.shape, spec.dtype) for spec in model.inputs]
     args = ({name: str(path) for name, path in libraries.items()}, str(weights), specs)
@@ -193,9 +194,8 @@ def time_libraries(
     libraries: Mapping[str, str], weights: str, specs: Sequence[tuple[str, tuple[int, ...], str]]
 ) -> dict[str, float]:
     """See `time_on` (in the worker)."""
-    import statistics
-
     from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.measure.timing import lowest_tenth
     from gpu_aware_tune.model import TensorSpec, random_inputs
 
     inputs = random_inputs([TensorSpec(*spec) for spec in specs], seed=0)
@@ -204,7 +204,7 @@ def time_libraries(
     for _ in range(_ROUNDS):
         for name, timer in timers.items():
             samples[name].extend(timer(_ROUND_S / len(timers)))
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return {name: lowest_tenth(values) for name, values in samples.items()}
 
 
 def traces_of(choices: Iterator[Any] | Sequence[Any], units: int) -> dict[str, str]:

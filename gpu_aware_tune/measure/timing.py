@@ -73,7 +73,7 @@ def compare(timers: Sequence[Timer], effort: Effort) -> list[Measurement]:
         spent = used_s > effort.budget_s * len(timers)
         if turn + 1 >= effort.min_repeats and (decided or spent):
             break
-    return [Measurement(_typical(each), spread_of(each), len(each)) for each in samples]
+    return [Measurement(lowest_tenth(each), spread_of(each), len(each)) for each in samples]
 
 
 def spread_of(samples: Sequence[float]) -> float:
@@ -84,8 +84,8 @@ def spread_of(samples: Sequence[float]) -> float:
     return (high - low) / 2 / middle
 
 
-def _typical(samples: Sequence[float]) -> float:
-    """The lowest tenth: disturbances on a shared machine only ever add time."""
+def lowest_tenth(samples: Sequence[float]) -> float:
+    """What a call takes undisturbed: on a shared machine disturbances only ever add time."""
     if len(samples) < 3:
         return min(samples)
     return statistics.quantiles(samples, n=10, method="inclusive")[0]
@@ -112,4 +112,4 @@ def measure(timer: Timer, best_s: float | None, effort: Effort = SEARCH) -> Meas
         used_s = sum(samples) * number
         if used_s > effort.budget_s or spread_of(samples) < effort.spread:
             break
-    return Measurement(_typical(samples), spread_of(samples), len(samples))
+    return Measurement(lowest_tenth(samples), spread_of(samples), len(samples))
