@@ -378,7 +378,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     print(f"\n{total['candidates']} candidates, medians over tasks   better half    all")
     for key in rows[0]["all"]:
         print(f"{key:40} {text(total['better_half'][key]):>12} {text(total['all'][key]):>6}")
-    print("\nreplayed: tau of the better half        quartile minimum median   s/candidate")
+    print("\nreplayed: tau of the better half         lowest quartile minimum median  s/candidate")
     for title, found in total["efforts"].items():
         taus = "  ".join(f"{value:6.2f}" for value in found["tau"].values())
         print(f"{title:42} {taus}   {found['seconds']:.4f}")

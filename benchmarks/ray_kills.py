@@ -6,7 +6,8 @@ Two nodes of a cluster on this machine tune a light model. At random moments a p
 killed, and after each kill the records on disk must go on growing with none lost. A raylet that was
 killed is replaced by a node that joins; after the driver is killed its workers must be gone within
 seconds, and it is started again on the same records. In the end the run is interrupted as by Ctrl-C
-and must export a library that is verified, and leave no process.
+and must export a library that is verified, and leave no process. What was seen goes to
+benchmarks/results/ray-kills.json, whether it was as it should be or not.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from ray.cluster_utils import Cluster
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.environment import environment, write_results  # noqa: E402
 from benchmarks.kills import count, wait_until_gone  # noqa: E402
 from benchmarks.light_models import light_models  # noqa: E402
 
+RESULTS = ROOT / "benchmarks" / "results" / "ray-kills.json"
 KINDS = ("actor", "raylet", "host", "measuring worker", "other worker", "driver")
 MARK = "GPU_AWARE_TUNE_KILLS"
 GOES_ON_S = 180.0
+COMES_BACK_S = 60.0  # until a process of a kind is there again after the kill before
 GROWTH = 5  # records after a kill that show that the run goes on
 
 
@@ -45,8 +49,11 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--within", type=float, default=15.0, help="longest wait before a kill (s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     moment = random.Random(args.seed)
+    about = environment()
+    seen: dict[str, Any] = {"seed": args.seed, "ok": False, "kills": [], "last_run": None}
     kinds = [kind for kind in args.kinds.split(",") for _ in range(args.times)]
     moment.shuffle(kinds)
     with tempfile.TemporaryDirectory(prefix="ray-kills-") as name:
@@ -55,19 +62,27 @@ def main() -> None:
         os.environ[MARK], os.environ["PYTHONPATH"] = name, str(ROOT)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         try:
-            follow(cluster, folder, kinds, moment, args.within)
+            follow(cluster, folder, kinds, moment, args.within, seen)
         finally:
             cluster.shutdown()
-        left = wait_until_gone(folder)
-        print(f"left behind: {left or 'nothing'}")
-        if left:
+            seen["left_behind"] = wait_until_gone(folder)
+            verified = bool(seen["last_run"]) and seen["last_run"]["verified"]
+            seen["ok"] = verified and not seen["left_behind"]
+            write_results(args.results, about, seen)
+        print(f"left behind: {seen['left_behind'] or 'nothing'}")
+        if seen["left_behind"]:
             raise SystemExit("FAILED: something was left behind")
 
 
 def follow(
-    cluster: Any, folder: Path, kinds: list[str], moment: random.Random, within_s: float
+    cluster: Any,
+    folder: Path,
+    kinds: list[str],
+    moment: random.Random,
+    within_s: float,
+    seen: dict[str, Any],
 ) -> None:
-    """One run after the other, with kills in between, and a proper end."""
+    """One run after the other, with kills in between, and a proper end; told in `seen`."""
     for _ in range(2):
         cluster.add_node(num_cpus=1)
     driver = start(cluster, folder)
@@ -85,13 +100,16 @@ def follow(
             print(f"kill {number}: no {kind} there just now")
             continue
         grew_s = grow(folder, driver, GROWTH)
+        seen["kills"].append({"kind": kind, "before": before, "goes_on_after_s": round(grew_s, 1)})
         print(f"kill {number}, {kind}: {before} records before, goes on after {grew_s:.0f} s")
     driver.send_signal(signal.SIGINT)
     output, errors = driver.communicate(timeout=600)
     if driver.returncode:
         raise SystemExit(f"FAILED: exit code {driver.returncode}: {errors[-2000:]}")
     finished = json.loads(output)
-    print(f"last run: {count(folder)} records, verified: {finished['shares'][0]['verified']}")
+    verified = finished["shares"][0]["verified"]
+    seen["last_run"] = {"records": count(folder), "verified": verified}
+    print(f"last run: {count(folder)} records, verified: {verified}")
 
 
 def start(cluster: Any, folder: Path) -> subprocess.Popen[str]:
@@ -125,9 +143,11 @@ def grow(folder: Path, driver: subprocess.Popen[str], more: int) -> float:
 
 def kill_one(cluster: Any, kind: str, moment: random.Random) -> bool:
     """Kill a random process of a kind, if there is one; a new node takes a raylet's place."""
-    found = victims(cluster, kind)
-    if not found:
-        return False
+    end = time.monotonic() + COMES_BACK_S
+    while not (found := victims(cluster, kind)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
     victim = moment.choice(found)
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)
