@@ -11,7 +11,9 @@ ort        ONNX Runtime with as many threads, on the same folded graph
 
 The four take turns, in blocks of a fraction of a second with a pause between, because the waiting
 threads of one would take cores from the next. Weights are seeded, inputs random. Each result is
-compared with ONNX Runtime's. The figures go to benchmarks/results/model-latency.json.
+compared with ONNX Runtime's. In the same turns ONNX Runtime multiplies two large matrices: the rate of
+that is what these cores can do, and a model's multiplications and additions over it the floor, the
+milliseconds that no direct convolution goes below. The figures go to benchmarks/results/model-latency.json.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from benchmarks.environment import environment, write_results  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "model-latency.json"
 SLIM = ROOT.parent / "shared" / "models" / "version-slim-320.onnx"
+SIDE = 1024  # of the matrices
 PAUSE_S = 0.3  # TVM's threads wait for more work for half of that
 Timer = Callable[[float], list[float]]  # seconds to run for -> seconds of each run
 
@@ -106,6 +109,7 @@ def measure(
     from gpu_aware_tune.library import open_vm, save_weights
     from gpu_aware_tune.library.threads import CoreThread
     from gpu_aware_tune.model import load_model, random_inputs
+    from gpu_aware_tune.tasks import extract
     from gpu_aware_tune.verify import difference
 
     cpu = str(tvm.target.codegen.llvm_get_system_cpu())
@@ -126,13 +130,19 @@ def measure(
         library = next(e for e in manifest["libraries"] if e["units"] == args.threads)
         program = open_vm(folder / library["file"], folder / "weights.bin")
         outputs["tuned"], timers["tuned"] = contestant(program, inputs, cores)
-    timers["ort"], reference = onnxruntime_timer(model, inputs, args.threads)
+    timers["ort"], reference = onnxruntime_timer(model.prepared, inputs, args.threads)
+    timers["matmul"], _ = onnxruntime_timer(matmul(), matrices(), args.threads)
     samples = take_turns(timers, args.rounds, args.seconds)
     cores.stop()
+    rate = 2 * SIDE**3 / statistics.median(samples.pop("matmul"))
+    flops = sum(task.flops * task.weight for task in extract(model, target))
     medians = {kind: statistics.median(values) * 1e3 for kind, values in samples.items()}
     return {
         "ms": {kind: summary(values) for kind, values in samples.items()},
         "ratios": ratios(medians),
+        "flops": flops,
+        "matmul_flops_per_s": rate,
+        "floor_ms": 1e3 * flops / rate,
         "errors": {
             kind: max(difference(g, w) for g, w in zip(got, reference, strict=True))
             for kind, got in outputs.items()
@@ -166,8 +176,24 @@ def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
     return path
 
 
+def matmul() -> bytes:
+    """An ONNX model that multiplies two square matrices."""
+    from onnx import TensorProto, helper
+
+    a, b, c = (helper.make_tensor_value_info(n, TensorProto.FLOAT, (SIDE, SIDE)) for n in "abc")
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "g", [a, b], [c])
+    opset = [helper.make_opsetid("", 17)]
+    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
+
+
+def matrices() -> dict[str, np.ndarray]:
+    """Its inputs."""
+    rng = np.random.default_rng(0)
+    return {name: rng.random((SIDE, SIDE), dtype=np.float32) for name in "ab"}
+
+
 def onnxruntime_timer(
-    model: Any, inputs: dict[str, np.ndarray], threads: int
+    model: bytes, inputs: dict[str, np.ndarray], threads: int
 ) -> tuple[Timer, list[np.ndarray]]:
     """ONNX Runtime as a contestant, and its outputs."""
     import onnxruntime
@@ -175,10 +201,8 @@ def onnxruntime_timer(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.prepared, options, providers=["CPUExecutionProvider"]
-    )
-    names = [spec.name for spec in model.outputs]
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
 
     def sample(seconds: float) -> list[float]:
         samples: list[float] = []
@@ -228,7 +252,8 @@ def line(name: str, row: dict[str, Any]) -> str:
     )
     factors = ", ".join(f"{pair} {value:.2f}" for pair, value in row["ratios"].items())
     errors = ", ".join(f"{kind} {value:.0e}" for kind, value in row["errors"].items())
-    return f"{name}: {times}\n    {factors}; errors {errors}"
+    floor = f"floor {row['floor_ms']:.2f} ms ({1e-9 * row['matmul_flops_per_s']:.0f} GFLOP/s)"
+    return f"{name}: {times}\n    {factors}; {floor}; errors {errors}"
 
 
 if __name__ == "__main__":

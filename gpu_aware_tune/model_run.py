@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gpu_aware_tune.partition import Device, Share
     from gpu_aware_tune.pools import Pools
     from gpu_aware_tune.tasks import Task
+    from gpu_aware_tune.verify import References
     from gpu_aware_tune.workers import WorkerHost
 
 
@@ -174,12 +175,14 @@ class ModelRun:
             together: the library of all shares, None where there is one share.
         """
         from gpu_aware_tune.library import export
+        from gpu_aware_tune.verify import References
 
         tuned = {units: together or self.libraries["tuned", units] for units in self.units}
         entry = "main_{units}" if together else "main"
         if self.settings.verify:
+            references = References(self.model, self.settings.seed)
             for units, path in tuned.items():
-                yield self._verify(units, path, entry.format(units=units))
+                yield self._verify(units, path, entry.format(units=units), references)
         facts = manifest(
             self.device,
             self.backend,
@@ -241,10 +244,10 @@ class ModelRun:
             origin="default" if trace else "plain",
         )
 
-    def _verify(self, units: int, path: Path, entry: str) -> Note:
+    def _verify(self, units: int, path: Path, entry: str, references: References) -> Note:
         from gpu_aware_tune.verify import verify_library
 
-        report = verify_library(self.model, path, self.settings.seed, entry=entry)
+        report = verify_library(self.model, path, entry=entry, references=references)
         if not report.ok:
             raise TuneError(
                 f"{self.name}: the library for {units} units computes wrong numbers"

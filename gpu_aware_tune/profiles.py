@@ -67,7 +67,7 @@ def profile(
 
     _check_effort(seconds, rounds)
     given = [libraries] if isinstance(libraries, str | Path) else list(libraries)
-    folders = _open_folders([Path(path) for path in given], tuned_at)
+    folders = open_folders([Path(path) for path in given], tuned_at)
     found = _device(folders, device)
     backend, _ = choose_backend(found, partition, _GRID_PERCENT)
     known = {count for folder in folders for count in folder.known}
@@ -154,8 +154,8 @@ def share_for(device: Device, backend: str, units: int) -> Share:
 
 
 @dataclass(frozen=True)
-class _Folder:
-    """A tuned model to profile, checked."""
+class TunedFolder:
+    """A tuned model to profile, checked; `known` are the units that it has libraries for."""
 
     path: Path
     manifest: dict[str, Any]
@@ -164,10 +164,12 @@ class _Folder:
 
     @property
     def model(self) -> str:
+        """Its name."""
         return str(self.manifest["model"]["name"])
 
     @property
     def specs(self) -> tuple[Spec, ...]:
+        """Its inputs."""
         entries = self.manifest["inputs"]
         return tuple((e["name"], tuple(e["shape"]), e["dtype"]) for e in entries)
 
@@ -183,7 +185,16 @@ class _Folder:
         return Subject(partition, self.path / file, weights, self.specs, units, entry)
 
 
-def _open_folders(paths: Sequence[Path], tuned_at: int | None) -> list[_Folder]:
+def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[TunedFolder]:
+    """Check the folders that `tune` wrote; gives them by batch size.
+
+    Args:
+        paths: the folders, each of another batch size.
+        tuned_at: the library of each that is to run at every share.
+
+    Raises:
+        UserError: a folder cannot be used, with why.
+    """
     from gpu_aware_tune.library.manifest import (
         check_versions,
         check_weights,
@@ -192,14 +203,14 @@ def _open_folders(paths: Sequence[Path], tuned_at: int | None) -> list[_Folder]:
         read_manifest,
     )
 
-    folders: list[_Folder] = []
+    folders: list[TunedFolder] = []
     for path in paths:
         manifest = read_manifest(path)
         check_versions(path, manifest)
         if tuned_at is not None:
             choose_units(path, manifest, tuned_at)
         check_weights(path, manifest)
-        folders.append(_Folder(path, manifest, known_units(manifest), tuned_at))
+        folders.append(TunedFolder(path, manifest, known_units(manifest), tuned_at))
     batches: dict[int, Path] = {}
     for folder in folders:
         batch = batch_of(folder.specs)
@@ -212,7 +223,7 @@ def _open_folders(paths: Sequence[Path], tuned_at: int | None) -> list[_Folder]:
     return sorted(folders, key=lambda folder: batch_of(folder.specs))
 
 
-def _device(folders: Sequence[_Folder], index: int) -> Device:
+def _device(folders: Sequence[TunedFolder], index: int) -> Device:
     """The device of this machine that the folders are for."""
     keys = {str(folder.manifest.get("device", "llvm")) for folder in folders}
     kinds = {key.partition("/")[0] for key in keys}

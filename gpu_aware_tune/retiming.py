@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import select
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpu_aware_tune.builder import BuildPool, remove
 from gpu_aware_tune.events import Event, Note
-from gpu_aware_tune.measure import RETIME, Contest
+from gpu_aware_tune.measure import RETIME, Contest, Effort
 from gpu_aware_tune.objectives import ONE_SET, one_for_all
 from gpu_aware_tune.pools import Pools
 from gpu_aware_tune.records import Record
@@ -18,6 +19,8 @@ from gpu_aware_tune.tasks import Task
 
 _WAIT_S = 0.1
 _WORTH = 0.002  # tasks below this part of a model's latency are not measured again
+_HEAVY = 0.05  # tasks from this part on get all of the time that a comparison may take
+_LEAST = 0.2  # the part of that time that any task gets
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def retime(
             if not traces:
                 continue
             files = tuple(paths[trace] for trace in traces)
-            contest = Contest(files, task.args, task.hash, RETIME)
+            contest = Contest(files, task.args, task.hash, _effort(search, task, units))
             seconds = {}
             for trace, measurement in zip(
                 traces, pools.measurer_of(units).compare(contest), strict=True
@@ -77,7 +80,7 @@ def _finalists(search: Search, task: Task, top_k: int) -> dict[int, list[str]]:
     """
     finalists: dict[int, list[str]] = {}
     for units in search.allocation.units_of(task.hash):
-        if not _worth(search, task, units):
+        if _part(search, task, units) < _WORTH:
             continue
         key = search.keys[task.hash, units]
         untuned = search.store.untuned(key)
@@ -115,15 +118,21 @@ def _reorder(first: str, seconds: Mapping[str, float]) -> Reorder:
     return Reorder(seconds[first] > best, seconds[first] / best - 1)
 
 
-def _worth(search: Search, task: Task, units: int) -> bool:
-    """Whether a task is a part of some model's latency that one can notice."""
+def _effort(search: Search, task: Task, units: int) -> Effort:
+    """How long to look at a task's kernels: less where a wrong pick costs the model little."""
+    part = min(1.0, max(_LEAST, _part(search, task, units) / _HEAVY))
+    return dataclasses.replace(RETIME, budget_s=part * RETIME.budget_s)
+
+
+def _part(search: Search, task: Task, units: int) -> float:
+    """The part of a model's latency that a task's kernels take, the largest of all models."""
     best_s = search.allocation.best_s(task.hash).get(units, 0.0)
-    for goal in search.goals:
-        if goal.units == units and task.hash in goal.weights:
-            latency_s = search.allocation.latency_s(goal.model)[units]
-            if goal.weights[task.hash] * best_s > _WORTH * latency_s:
-                return True
-    return False
+    parts = [
+        goal.weights[task.hash] * best_s / (search.allocation.latency_s(goal.model)[units] or 1.0)
+        for goal in search.goals
+        if goal.units == units and task.hash in goal.weights
+    ]
+    return max(parts, default=0.0)
 
 
 def _best_for_all(search: Search, task: Task, units: int) -> list[Record]:

@@ -11,6 +11,7 @@ the type and from how many terms were added in another order:
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -90,12 +91,39 @@ def verify_kernel(
     return KernelCheck(ok, worst, allowed)
 
 
+class References:
+    """What a model computes for random inputs without schedules, and in ONNX Runtime.
+
+    Worked out when first needed and kept, since all libraries of a model are compared with the
+    same numbers and the plain loops are slow.
+
+    Args:
+        model: what the libraries were compiled from.
+        seed: of the inputs.
+        use_onnxruntime: run it there too, where it is installed and can run the model.
+    """
+
+    def __init__(self, model: Model, seed: int, use_onnxruntime: bool = True) -> None:
+        self._model = model
+        self._use_onnxruntime = use_onnxruntime
+        self.inputs = random_inputs(model.inputs, seed)
+
+    @functools.cached_property
+    def outputs(self) -> dict[str, list[np.ndarray] | str]:
+        """By the reference's name: its outputs, or why there are none."""
+        found = {"plain loops": _plain_outputs(self._model, self.inputs)}
+        if self._use_onnxruntime:
+            found["ONNX Runtime"] = _onnxruntime_outputs(self._model, self.inputs)
+        return found
+
+
 def verify_library(
     model: Model,
     library: Runnable | Path | str,
-    seed: int,
+    seed: int = 0,
     use_onnxruntime: bool = True,
     entry: str = "main",
+    references: References | None = None,
 ) -> VerifyReport:
     """Run a library, the same model without schedules, and ONNX Runtime on the same random inputs.
 
@@ -105,14 +133,14 @@ def verify_library(
         seed: of the inputs.
         use_onnxruntime: compare with it too, where it is installed and can run the model.
         entry: the function of a `.so` that holds several shares: "main_2" for 2 units.
+        references: of the model, where several libraries are verified; in the place of `seed` and
+            `use_onnxruntime`.
     """
-    inputs = random_inputs(model.inputs, seed)
-    got = _library_outputs(model, library, inputs, entry)
-    references = {"plain loops": _plain_outputs(model, inputs)}
-    if use_onnxruntime:
-        references["ONNX Runtime"] = _onnxruntime_outputs(model, inputs)
-    errors = {n: _largest(got, r) for n, r in references.items() if not isinstance(r, str)}
-    notes = [reference for reference in references.values() if isinstance(reference, str)]
+    known = references or References(model, seed, use_onnxruntime)
+    got = _library_outputs(model, library, known.inputs, entry)
+    outputs = known.outputs
+    errors = {n: _largest(got, r) for n, r in outputs.items() if not isinstance(r, str)}
+    notes = [reference for reference in outputs.values() if isinstance(reference, str)]
     if not errors:
         raise TuneError(f"the library cannot be verified: {'; '.join(notes)}")
     allowed = _MODEL_FLOAT16 if _uses_float16(model) else _MODEL_FLOAT32

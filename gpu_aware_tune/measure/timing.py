@@ -29,6 +29,8 @@ class Effort:
         budget_s: the repeats stop when they took this long together.
         spread: they also stop when the relative spread is below this.
         drop_ratio: a probe this many times slower than the best is not looked at further.
+        leave_ratio: kernels that are compared leave when they are this many times slower than the
+            best, and their own spread on top.
         cold: empty a GPU's L2 before each call; by default a call finds it as the one before left
             it, which is how the kernels of a model that fits follow one another.
     """
@@ -40,6 +42,7 @@ class Effort:
     budget_s: float = 0.05
     spread: float = 0.01
     drop_ratio: float = 1.4
+    leave_ratio: float = 1.03
     cold: bool = False
 
 
@@ -53,27 +56,46 @@ LONG = Effort(probe_s=0.01, repeat_s=0.1, min_repeats=10, max_repeats=10, budget
 def compare(timers: Sequence[Timer], effort: Effort) -> list[Measurement]:
     """Time several kernels in turns, so that what drifts on the machine meets all of them alike.
 
+    A kernel that is clearly behind after the least number of repeats leaves; what it took is then
+    told against the best of those turns, since the later ones may meet another machine.
+
     Args:
         timers: one for each kernel, see `measure`.
-        effort: length and number of the repeats; each kernel gets the same number of them.
+        effort: length and number of the repeats.
     """
     numbers = []
     for timer in timers:
         probe = min(timer(1, 3))
         numbers.append(max(1, math.ceil(effort.repeat_s / max(probe, 1e-9))))
     samples: list[list[float]] = [[] for _ in timers]
+    behind: dict[int, float] = {}  # how many times the best's seconds, of those that have left
+    racing = list(range(len(timers)))
     used_s = 0.0
     for turn in range(effort.max_repeats):
-        order = range(len(timers)) if turn % 2 == 0 else reversed(range(len(timers)))
-        for place in order:
+        for place in racing if turn % 2 == 0 else reversed(racing):
             (seconds,) = timers[place](numbers[place], 1)
             samples[place].append(seconds)
             used_s += seconds * numbers[place]
-        decided = all(spread_of(each) < effort.spread for each in samples)
-        spent = used_s > effort.budget_s * len(timers)
-        if turn + 1 >= effort.min_repeats and (decided or spent):
+        if turn + 1 < effort.min_repeats:
+            continue
+        best_s = min(lowest_tenth(samples[place]) for place in racing)
+        for place in list(racing):
+            ratio = lowest_tenth(samples[place]) / best_s
+            if ratio > effort.leave_ratio + spread_of(samples[place]):
+                behind[place] = ratio
+                racing.remove(place)
+        decided = len(racing) == 1 or all(spread_of(samples[p]) < effort.spread for p in racing)
+        if decided or used_s > effort.budget_s * len(timers):
             break
-    return [Measurement(lowest_tenth(each), spread_of(each), len(each)) for each in samples]
+    best_s = min(lowest_tenth(samples[place]) for place in racing)
+    return [
+        Measurement(
+            best_s * behind[place] if place in behind else lowest_tenth(each),
+            spread_of(each),
+            len(each),
+        )
+        for place, each in enumerate(samples)
+    ]
 
 
 def spread_of(samples: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -92,13 +93,43 @@ def test_compared_kernels_take_turns_and_drift_meets_all_of_them() -> None:
 
         return timer
 
-    timers = [timer_of(0, 1.00e-3), timer_of(1, 0.99e-3), timer_of(2, 1.10e-3)]
+    timers = [timer_of(0, 1.00e-3), timer_of(1, 0.99e-3), timer_of(2, 1.02e-3)]
     results = compare(timers, RETIME)
     seconds = [result.seconds or 0.0 for result in results]
     assert sorted(range(3), key=lambda place: seconds[place]) == [1, 0, 2]
     assert len({result.repeats for result in results}) == 1
     assert results[0].repeats >= RETIME.min_repeats
     assert order[3:9] == [0, 1, 2, 2, 1, 0]
+
+
+def test_a_kernel_that_is_behind_leaves_the_comparison_and_stays_behind() -> None:
+    """The machine gets slower after the least number of repeats; who left never met that."""
+    effort = dataclasses.replace(RETIME, min_repeats=5, max_repeats=101, budget_s=9.0)
+
+    def timer_of(seconds: float) -> Timer:
+        turns = itertools.count()
+
+        def timer(number: int, repeat: int) -> list[float]:
+            if repeat > 1:  # the probe
+                return [seconds] * repeat
+            turn = next(turns)
+            slow = 1.5 if turn >= effort.min_repeats else 1.0
+            noise = 1 + 0.01 * (turn % 3)  # never as quiet as the effort asks for
+            return [seconds * slow * noise]
+
+        return timer
+
+    best, near, behind = compare([timer_of(1.00e-3), timer_of(1.01e-3), timer_of(1.10e-3)], effort)
+    assert best.seconds and near.seconds and behind.seconds
+    assert behind.repeats == effort.min_repeats < near.repeats == best.repeats
+    assert best.seconds < near.seconds < behind.seconds
+    assert behind.seconds / best.seconds == pytest.approx(1.10, rel=0.02)
+
+
+def test_a_comparison_ends_when_all_but_one_are_behind() -> None:
+    noise = (0.0, 0.01, 0.02)
+    best, behind = compare([FakeTimer(1e-3, noise), FakeTimer(2e-3, noise)], RETIME)
+    assert best.repeats == behind.repeats == RETIME.min_repeats
 
 
 def test_a_comparison_ends_when_its_budget_is_used() -> None:
