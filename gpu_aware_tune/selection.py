@@ -115,27 +115,20 @@ def _checks(
     choices: Sequence[Choice], builders: BuildPool, target: object, seed: int
 ) -> Iterator[tuple[Choice, str | None]]:
     """Check kernels in the build workers; gives what is wrong with each, or None."""
-    import select
-
     from gpu_aware_tune.traces import module_to_json
 
-    waiting = list(choices)
-    while waiting or builders.busy:
-        while waiting and builders.idle:
-            choice = waiting.pop()
-            module = module_to_json(choice.task.module)
-            builders.call(choice, _WORKER, module, choice.trace, target, seed)
-        ready = select.select(builders.busy, [], [], 0.1)[0]
-        for choice, answer in builders.collect(ready):
-            if not isinstance(answer, Built):
-                yield choice, answer
-                continue
-            assert answer.failure is not None
-            if (
-                answer.failure.kind == CALL_FAILED
-            ):  # no verdict: the record must not be marked wrong
-                raise TuneError(f"checking {choice.task.name} failed: {answer.failure.text}")
-            yield choice, answer.failure.kind  # the kernel crashed, hung or ate the memory
+    def start(choice: Choice) -> None:
+        module = module_to_json(choice.task.module)
+        builders.call(choice, _WORKER, module, choice.trace, target, seed)
+
+    for choice, answer in builders.work_off(choices, start):
+        if not isinstance(answer, Built):
+            yield choice, answer
+            continue
+        assert answer.failure is not None
+        if answer.failure.kind == CALL_FAILED:  # no verdict: the record must not be marked wrong
+            raise TuneError(f"checking {choice.task.name} failed: {answer.failure.text}")
+        yield choice, answer.failure.kind  # the kernel crashed, hung or ate the memory
 
 
 _WORKER = "gpu_aware_tune.selection:check_kernel"
