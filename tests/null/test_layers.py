@@ -57,6 +57,7 @@ ORDER = [
     ["knees"],
     ["tuning"],
     ["tables"],
+    ["console"],
     ["progress"],
     ["report"],
     ["cli"],
