@@ -17,7 +17,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +28,7 @@ from ray.cluster_utils import Cluster
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.kills import count, wait_until_gone  # noqa: E402
-from benchmarks.light_models import light_models  # noqa: E402
+from benchmarks.kills import Run, count, start, wait_until_gone  # noqa: E402
 
 KINDS = ("actor", "raylet", "host", "measuring worker", "other worker", "driver")
 MARK = "GPU_AWARE_TUNE_KILLS"
@@ -51,7 +49,6 @@ def main() -> None:
     moment.shuffle(kinds)
     with tempfile.TemporaryDirectory(prefix="ray-kills-") as name:
         folder = Path(name)
-        (folder / "tmp").mkdir()
         os.environ[MARK], os.environ["PYTHONPATH"] = name, str(ROOT)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         try:
@@ -70,7 +67,7 @@ def follow(
     """One run after the other, with kills in between, and a proper end."""
     for _ in range(2):
         cluster.add_node(num_cpus=1)
-    driver = start(cluster, folder)
+    driver = endless(cluster, folder)
     grow(folder, driver, GROWTH)
     for number, kind in enumerate(kinds, 1):
         time.sleep(moment.uniform(0, within_s))
@@ -80,35 +77,29 @@ def follow(
             driver.communicate()
             if left := gone(("NodeActor", "workers.host")):
                 raise SystemExit(f"FAILED: still there after the driver was killed: {left}")
-            driver = start(cluster, folder)
+            driver = endless(cluster, folder)
         elif not kill_one(cluster, kind, moment):
             print(f"kill {number}: no {kind} there just now")
             continue
         grew_s = grow(folder, driver, GROWTH)
         print(f"kill {number}, {kind}: {before} records before, goes on after {grew_s:.0f} s")
     driver.send_signal(signal.SIGINT)
-    output, errors = driver.communicate(timeout=600)
+    output, _ = driver.communicate(timeout=600)
     if driver.returncode:
-        raise SystemExit(f"FAILED: exit code {driver.returncode}: {errors[-2000:]}")
+        log = (folder / "driver.log").read_text()[-2000:]
+        raise SystemExit(f"FAILED: exit code {driver.returncode}: {log}")
     finished = json.loads(output)
     print(f"last run: {count(folder)} records, verified: {finished['shares'][0]['verified']}")
 
 
-def start(cluster: Any, folder: Path) -> subprocess.Popen[str]:
+def endless(cluster: Any, folder: Path) -> Run:
     """Start a run that never ends by itself."""
-    model = str(light_models()["squeezenet"])
-    flags = ["--target", "llvm", "--trials", "100000", "--json", "--ray", cluster.address]
-    places = ["--db", str(folder / "db"), "-o", str(folder / "out")]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), model, *flags, *places],
-        stdout=subprocess.PIPE,
-        stderr=(folder / "driver.log").open("a"),
-        text=True,
-        env={**os.environ, "TMPDIR": str(folder / "tmp")},
-    )
+    flags = ["--trials", "100000", "--json", "--ray", cluster.address]
+    with (folder / "driver.log").open("a") as log:
+        return start(folder, *flags, messages=log)
 
 
-def grow(folder: Path, driver: subprocess.Popen[str], more: int) -> float:
+def grow(folder: Path, driver: Run, more: int) -> float:
     """Wait for so many new records; gives the seconds that took."""
     begun, before = time.monotonic(), count(folder)
     while (now := count(folder)) < before + more:

@@ -14,9 +14,7 @@ these numbers.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,8 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.environment import environment, stamp, write_results  # noqa: E402
-from benchmarks.light_models import seeded  # noqa: E402
+from benchmarks.cells import FLAG, answer, resumed, run_apart  # noqa: E402
+from benchmarks.light_models import write_seeded  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "vs-metaschedule.json"
 
@@ -46,10 +44,10 @@ def main() -> None:
         "--quick", action="store_true", help="squeezenet, 4 tasks, 32 trials, 16 an iteration"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument(FLAG, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print("RESULT " + json.dumps(run_one(**json.loads(args.one))))
+    if args.cell:
+        answer(args.cell, run_one)
         return
     if args.quick:
         args.models, args.tasks, args.trials, args.per_iter, args.repeats = (
@@ -67,24 +65,7 @@ def main() -> None:
         for per_iter in map(int, args.per_iter.split(","))
         for side in ("stock", "ours")
     ]  # fmt: skip
-    known = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
-    for cell in cells:
-        if not any(run["cell"] == cell for run in known):
-            about = environment()
-            known.append({**measured(cell), "measured": stamp(about)})
-            write_results(args.results, about, {"runs": known})
-    show([run for run in known if run["cell"] in cells])
-
-
-def measured(cell: dict[str, Any]) -> dict[str, Any]:
-    """Run one cell in a process of its own."""
-    print(f"running {cell} ...", flush=True)
-    command = [sys.executable, __file__, "--one", json.dumps(cell)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith("RESULT "):
-            return {"cell": cell, **json.loads(line[7:])}
-    raise SystemExit(f"{cell} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    show(resumed(args.results, cells, lambda cell: run_apart("benchmarks.vs_metaschedule", cell)))
 
 
 def run_one(
@@ -93,8 +74,7 @@ def run_one(
     """Tune once with one side, then measure its best kernels again."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vs-metaschedule-") as folder:
-        path = Path(folder) / f"{model}.onnx"
-        path.write_bytes(seeded(model, 0).SerializeToString())
+        path = write_seeded(model, Path(folder))
         tune = run_stock if side == "stock" else run_ours
         result = tune(path, tasks, trials, per_iter, repeat, started)
     return result
