@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.environment import environment, write_results  # noqa: E402
 from benchmarks.light_models import light_models  # noqa: E402
 
-Run = subprocess.Popen[str]
 RESULTS = ROOT / "benchmarks" / "results" / "kills.json"
 
 GRACE_S = 10.0
@@ -99,7 +98,7 @@ def last_run(folder: Path, known: int) -> dict[str, Any]:
     }
 
 
-def start(folder: Path, *flags: str, messages: IO[str] | int = subprocess.DEVNULL) -> Run:
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     """Start a run that marks its processes and temporary files with the folder."""
     (folder / "tmp").mkdir(exist_ok=True)
     model = str(light_models()["squeezenet"])
@@ -107,7 +106,7 @@ def start(folder: Path, *flags: str, messages: IO[str] | int = subprocess.DEVNUL
     return subprocess.Popen(
         [sys.executable, str(ROOT / "cli.py"), model, "--target", "llvm", *places, *flags],
         stdout=subprocess.PIPE,
-        stderr=messages,
+        stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "TMPDIR": str(folder / "tmp")},
     )

@@ -17,6 +17,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +29,8 @@ from ray.cluster_utils import Cluster
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.kills import Run, count, start, wait_until_gone  # noqa: E402
+from benchmarks.kills import count, wait_until_gone  # noqa: E402
+from benchmarks.light_models import light_models  # noqa: E402
 
 KINDS = ("actor", "raylet", "host", "measuring worker", "other worker", "driver")
 MARK = "GPU_AWARE_TUNE_KILLS"
@@ -49,6 +51,7 @@ def main() -> None:
     moment.shuffle(kinds)
     with tempfile.TemporaryDirectory(prefix="ray-kills-") as name:
         folder = Path(name)
+        (folder / "tmp").mkdir()
         os.environ[MARK], os.environ["PYTHONPATH"] = name, str(ROOT)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         try:
@@ -67,7 +70,7 @@ def follow(
     """One run after the other, with kills in between, and a proper end."""
     for _ in range(2):
         cluster.add_node(num_cpus=1)
-    driver = endless(cluster, folder)
+    driver = start(cluster, folder)
     grow(folder, driver, GROWTH)
     for number, kind in enumerate(kinds, 1):
         time.sleep(moment.uniform(0, within_s))
@@ -77,29 +80,35 @@ def follow(
             driver.communicate()
             if left := gone(("NodeActor", "workers.host")):
                 raise SystemExit(f"FAILED: still there after the driver was killed: {left}")
-            driver = endless(cluster, folder)
+            driver = start(cluster, folder)
         elif not kill_one(cluster, kind, moment):
             print(f"kill {number}: no {kind} there just now")
             continue
         grew_s = grow(folder, driver, GROWTH)
         print(f"kill {number}, {kind}: {before} records before, goes on after {grew_s:.0f} s")
     driver.send_signal(signal.SIGINT)
-    output, _ = driver.communicate(timeout=600)
+    output, errors = driver.communicate(timeout=600)
     if driver.returncode:
-        log = (folder / "driver.log").read_text()[-2000:]
-        raise SystemExit(f"FAILED: exit code {driver.returncode}: {log}")
+        raise SystemExit(f"FAILED: exit code {driver.returncode}: {errors[-2000:]}")
     finished = json.loads(output)
     print(f"last run: {count(folder)} records, verified: {finished['shares'][0]['verified']}")
 
 
-def endless(cluster: Any, folder: Path) -> Run:
+def start(cluster: Any, folder: Path) -> subprocess.Popen[str]:
     """Start a run that never ends by itself."""
-    flags = ["--trials", "100000", "--json", "--ray", cluster.address]
-    with (folder / "driver.log").open("a") as log:
-        return start(folder, *flags, messages=log)
+    model = str(light_models()["squeezenet"])
+    flags = ["--target", "llvm", "--trials", "100000", "--json", "--ray", cluster.address]
+    places = ["--db", str(folder / "db"), "-o", str(folder / "out")]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), model, *flags, *places],
+        stdout=subprocess.PIPE,
+        stderr=(folder / "driver.log").open("a"),
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder / "tmp")},
+    )
 
 
-def grow(folder: Path, driver: Run, more: int) -> float:
+def grow(folder: Path, driver: subprocess.Popen[str], more: int) -> float:
     """Wait for so many new records; gives the seconds that took."""
     begun, before = time.monotonic(), count(folder)
     while (now := count(folder)) < before + more:
