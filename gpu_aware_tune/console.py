@@ -12,9 +12,9 @@ from rich.live import Live
 PLAIN_WIDTH = 120
 
 
-def open_console(stream: TextIO) -> Console:
-    """A console on a stream; text is printed as it is."""
-    width = None if stream.isatty() else PLAIN_WIDTH
+def open_console(stream: TextIO, plain_width: int = PLAIN_WIDTH) -> Console:
+    """A console on a stream, so many columns wide where that is no terminal; text stays as it is."""
+    width = None if stream.isatty() else plain_width
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
