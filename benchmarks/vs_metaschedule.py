@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,7 @@ def run_stock(
 
     run = opened([path], tasks, trials=tasks * trials, max_trials_per_task=trials)
     (model,) = run.models
-    rng = ms.utils.fork_seed(repeat + 1, n=len(model.tasks))
-    contexts = [
-        ms.TuneContext(
-            mod=task.module, target=run.tvm_target(), space_generator="post-order-apply",
-            search_strategy="evolutionary", task_name=task.name, rand_state=seed,
-        ).clone()
-        for task, seed in zip(model.tasks, rng, strict=True)
-    ]  # fmt: skip
+    contexts = stock_contexts(model.tasks, run.tvm_target(), repeat + 1)
     history: list[tuple[float, str, float, str, str]] = []
     failed = 0
 
@@ -195,6 +189,19 @@ def run_stock(
         "failed": failed,
         **kernels,
     }
+
+
+def stock_contexts(tasks: Sequence[Any], target: Any, seed: int) -> list[Any]:
+    """The tasks as `tune_tasks` takes them, each with a random state of its own."""
+    from tvm.s_tir import meta_schedule as ms
+
+    return [
+        ms.TuneContext(
+            mod=task.module, target=target, space_generator="post-order-apply",
+            search_strategy="evolutionary", task_name=task.name, rand_state=state,
+        ).clone()
+        for task, state in zip(tasks, ms.utils.fork_seed(seed, n=len(tasks)), strict=True)
+    ]  # fmt: skip
 
 
 def retimed(
