@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from gpu_aware_tune.builder import BuildPool, remove
 from gpu_aware_tune.events import Event, Note
 from gpu_aware_tune.measure import RETIME, Contest
-from gpu_aware_tune.objectives import ONE_SET, one_for_all
+from gpu_aware_tune.objectives import ONE_SET, one_for_all, usable
 from gpu_aware_tune.pools import Pools
 from gpu_aware_tune.records import Record
 from gpu_aware_tune.search import Search
-from gpu_aware_tune.selection import usable
 from gpu_aware_tune.tasks import Task
 
 _WORTH = 0.002  # tasks below this part of a model's latency are not measured again

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from gpu_aware_tune.builder import CALL_FAILED, BuildPool, Built
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.events import Event, Note
-from gpu_aware_tune.objectives import ONE_SET, one_for_all
-from gpu_aware_tune.records import Record, RecordKey, Store
+from gpu_aware_tune.objectives import ONE_SET, one_for_all, usable
+from gpu_aware_tune.records import RecordKey, Store
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.tasks import Task
 
@@ -99,16 +99,6 @@ def fastest_s(key: RecordKey, store: Store) -> float | None:
     records = [r for r in store.all(key) if r.best_s is not None and not r.wrong]
     again = [r for r in records if r.retimed is not None]
     return min((r.best_s for r in again or records if r.best_s is not None), default=None)
-
-
-def usable(records: Mapping[int, Sequence[Record]]) -> dict[str, dict[int, float]]:
-    """Seconds by trace and units of the kernels that ran and are right."""
-    seconds: dict[str, dict[int, float]] = {}
-    for units, found in records.items():
-        for record in found:
-            if record.best_s is not None and not record.wrong:
-                seconds.setdefault(record.trace, {})[units] = record.best_s
-    return seconds
 
 
 def _checks(
