@@ -35,11 +35,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import seeded  # noqa: E402
+from benchmarks.model_latency import SLIM, SLIM_NAME, default_traces, model_file  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "curves.json"
 SHARES = (1, 2, 4)
-SLIM = ROOT.parent / "shared" / "models" / "version-slim-320.onnx"
 
 # In a process of its own; the model's first call is not part of loading.
 LOAD = """
@@ -70,7 +69,7 @@ def main() -> None:
     models: dict[str, Any] = {}
     profiles = None
     with tempfile.TemporaryDirectory() as scratch:
-        for name in [*args.models.split(","), *(["slim-320"] if args.slim.is_file() else [])]:
+        for name in [*args.models.split(","), *([SLIM_NAME] if args.slim.is_file() else [])]:
             folders = make_folders(name, args.slim, Path(scratch))
             models[name] = {
                 "sizes": sizes(folders),
@@ -88,17 +87,13 @@ def main() -> None:
 
 def make_folders(name: str, slim: Path, scratch: Path) -> dict[str, Path]:
     """Export a model with 1, 2 and 4 shares in one library, and with 4 in libraries of their own."""
-    import onnx
     import tvm
 
     from gpu_aware_tune.compile import compile_model, compile_shares
     from gpu_aware_tune.library import export, link
     from gpu_aware_tune.model import load_model
 
-    path = slim
-    if name != "slim-320":
-        path = scratch / f"{name}.onnx"
-        onnx.save(seeded(name, seed=0), path)
+    path = model_file(name, slim, scratch)
     cpu = str(tvm.target.codegen.llvm_get_system_cpu())
     targets = {
         units: tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": units})
@@ -119,20 +114,6 @@ def make_folders(name: str, slim: Path, scratch: Path) -> dict[str, Path]:
         link(compile_model(model, target, traces), paths[units])
     folders["4 apart"] = export(scratch / f"{name}-apart.tuned", model, paths, manifest)
     return folders
-
-
-def default_traces(model: Any, target: Any) -> dict[str, str]:
-    """A model's default schedules, by task."""
-    from gpu_aware_tune.schedules import default_schedule
-    from gpu_aware_tune.tasks import extract
-    from gpu_aware_tune.traces import trace_to_json
-
-    traces = {}
-    for task in extract(model, target):
-        schedule = default_schedule(task.module, target)
-        if schedule is not None:
-            traces[task.hash] = trace_to_json(schedule.trace)
-    return traces
 
 
 def sizes(folders: dict[str, Path]) -> dict[str, Any]:

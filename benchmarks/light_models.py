@@ -60,6 +60,13 @@ def seeded(name: str, seed: int) -> ModelProto:
     return model
 
 
+def write_seeded(name: str, folder: Path) -> Path:
+    """Write a light model with the weights of seed 0 as `folder`/`name`.onnx."""
+    path = folder / f"{name}.onnx"
+    onnx.save(seeded(name, 0), path)
+    return path
+
+
 def _calm_last_layer(model: ModelProto, generator: np.random.Generator) -> None:
     graph = model.graph
     layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]

@@ -20,9 +20,7 @@ search, imports included. At the end each model's best kernels are measured agai
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,8 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.environment import environment, stamp, write_results  # noqa: E402
-from benchmarks.light_models import seeded  # noqa: E402
+from benchmarks.cells import FLAG, answer, resumed, run_apart  # noqa: E402
+from benchmarks.light_models import write_seeded  # noqa: E402
 from benchmarks.vs_metaschedule import opened, run_stock, searched  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "many-models.json"
@@ -53,10 +51,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument(FLAG, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print("RESULT " + json.dumps(run_side(**json.loads(args.one))))
+    if args.cell:
+        answer(args.cell, run_side)
         return
     cells = [
         {"side": side, "models": args.models, "tasks": args.tasks, "trials": args.trials,
@@ -64,21 +62,15 @@ def main() -> None:
         for repeat in range(args.repeats)
         for side in args.sides.split(",")
     ]  # fmt: skip
-    known = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
-    for cell in cells:
-        if not any(run["cell"] == cell for run in known):
-            about = environment()
-            known.append({"cell": cell, **measured(cell), "measured": stamp(about)})
-            write_results(args.results, about, {"runs": known})
-    show([run for run in known if run["cell"] in cells])
+    show(resumed(args.results, cells, measured))
 
 
 def measured(cell: dict[str, Any]) -> dict[str, Any]:
     """One side: a process for all models, or one for each in turn."""
-    print(f"running {cell} ...", flush=True)
     names = cell["models"].split(",")
     groups = [names] if cell["side"] in ("together", "ray", "slices") else [[n] for n in names]
-    parts = [one_process({**cell, "models": ",".join(group)}) for group in groups]
+    apart = [{**cell, "models": ",".join(group)} for group in groups]
+    parts = [run_apart("benchmarks.many_models", each) for each in apart]
     models = {name: found for part in parts for name, found in part["models"].items()}
     return {
         "wall_s": sum(part["wall_s"] for part in parts),
@@ -88,27 +80,13 @@ def measured(cell: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def one_process(cell: dict[str, Any]) -> dict[str, Any]:
-    """Run some models in a process of their own."""
-    command = [sys.executable, __file__, "--one", json.dumps(cell)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith("RESULT "):
-            result: dict[str, Any] = json.loads(line[7:])
-            return result
-    raise SystemExit(f"{cell} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-
-
 def run_side(
     side: str, models: str, tasks: int, trials: int, per_iter: int, repeat: int
 ) -> dict[str, Any]:
     """Tune (in the process); the wall time leaves out the second measurement at the end."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="many-models-") as folder:
-        paths = []
-        for name in models.split(","):
-            paths.append(Path(folder) / f"{name}.onnx")
-            paths[-1].write_bytes(seeded(name, 0).SerializeToString())
+        paths = [write_seeded(name, Path(folder)) for name in models.split(",")]
         if side == "stock":
             result = run_stock(paths[0], tasks, trials, per_iter, repeat, started)
             result["models"] = {paths[0].stem: {"latency_s": result["latency_s"]}}

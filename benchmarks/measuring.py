@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import math
 import random
 import select
@@ -39,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import seeded  # noqa: E402
+from benchmarks.light_models import write_seeded  # noqa: E402
 from benchmarks.ranking import (  # noqa: E402
     EFFORTS,
     Series,
@@ -113,8 +112,7 @@ class Bench:
 
         self.tvm_target = tvm.target.Target(self._target)
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="measuring-"))
-        path = Path(folder) / f"{model}.onnx"
-        path.write_bytes(seeded(model, 0).SerializeToString())
+        path = write_seeded(model, Path(folder))
         self.tasks = extract(load_model(path, self.tvm_target), self.tvm_target)[:tasks]
 
     def __enter__(self) -> Bench:
@@ -171,15 +169,14 @@ class Bench:
 
     def built(self, task: Any, traces: Sequence[str | None]) -> list[str]:
         """Artifacts of the candidates that build; of equal machine code only one."""
-        waiting, paths = list(traces), {}
-        while waiting or self._builders.busy:
-            while waiting and self._builders.idle:
-                self._builders.submit(None, task.hash, waiting.pop())
-            ready = select.select(self._builders.busy, [], [], 0.1)[0]
-            for _, answer in self._builders.collect(ready):
-                if answer.failure is None:
-                    digest = hashlib.sha256(Path(answer.path).read_bytes()).hexdigest()
-                    paths.setdefault(digest, answer.path)
+        paths: dict[str, str] = {}
+
+        def start(trace: str | None) -> None:
+            self._builders.submit(None, task.hash, trace)
+
+        for _, answer in self._builders.work_off(traces, start):
+            if answer.failure is None:
+                paths.setdefault(answer.digest, answer.path)
         return list(paths.values())
 
     def visits(self, task: Any, paths: Sequence[str], sentinel: str) -> list[dict[str, Any]]:

@@ -35,9 +35,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment, write_results  # noqa: E402
+from benchmarks.light_models import write_seeded  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "model-latency.json"
 SLIM = ROOT.parent / "shared" / "models" / "version-slim-320.onnx"
+SLIM_NAME = "slim-320"
 SIDE = 1024  # of the matrices
 PAUSE_S = 0.3  # TVM's threads wait for more work for half of that
 Timer = Callable[[float], list[float]]  # seconds to run for -> seconds of each run
@@ -64,10 +66,10 @@ def main() -> None:
     about = environment()
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models.split(","):
-            path = model_file(name, args.slim, Path(scratch))
-            if path is None:
+            if name == SLIM_NAME and not args.slim.is_file():
                 print(f"{name}: left out, {args.slim} is missing (give --slim)")
                 continue
+            path = model_file(name, args.slim, Path(scratch))
             if args.tune and name not in folders:
                 folders[name] = tuned(path, name, args, Path(scratch))
             rows[name] = measure(name, path, folders.get(name), args, Path(scratch))
@@ -76,17 +78,9 @@ def main() -> None:
     print(f"written to {args.results}")
 
 
-def model_file(name: str, slim: Path, scratch: Path) -> Path | None:
+def model_file(name: str, slim: Path, scratch: Path) -> Path:
     """The ONNX file of a model; the light ones get seeded weights."""
-    import onnx
-
-    from benchmarks.light_models import seeded
-
-    if name == "slim-320":
-        return slim if slim.is_file() else None
-    path = scratch / f"{name}.onnx"
-    onnx.save(seeded(name, seed=0), path)
-    return path
+    return slim if name == SLIM_NAME else write_seeded(name, scratch)
 
 
 def tuned(path: Path, name: str, args: argparse.Namespace, scratch: Path) -> Path:
@@ -162,18 +156,24 @@ def contestant(
 def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
     """Compile a model without schedules or with the default ones."""
     from gpu_aware_tune.compile import compile_model
+
+    traces = default_traces(model, target) if kind == "untuned" else {}
+    compile_model(model, target, traces).export_library(str(path))
+    return path
+
+
+def default_traces(model: Any, target: Any) -> dict[str, str]:
+    """A model's default schedules, by task."""
     from gpu_aware_tune.schedules import default_schedule
     from gpu_aware_tune.tasks import extract
     from gpu_aware_tune.traces import trace_to_json
 
     traces = {}
-    if kind == "untuned":
-        for task in extract(model, target):
-            schedule = default_schedule(task.module, target)
-            if schedule is not None:
-                traces[task.hash] = trace_to_json(schedule.trace)
-    compile_model(model, target, traces).export_library(str(path))
-    return path
+    for task in extract(model, target):
+        schedule = default_schedule(task.module, target)
+        if schedule is not None:
+            traces[task.hash] = trace_to_json(schedule.trace)
+    return traces
 
 
 def matmul() -> bytes:

@@ -21,13 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment, stamp, write_results  # noqa: E402
-from benchmarks.light_models import light_models, seeded  # noqa: E402
-from benchmarks.model_latency import SLIM, compiled  # noqa: E402
+from benchmarks.light_models import light_models  # noqa: E402
+from benchmarks.model_latency import SLIM, SLIM_NAME, compiled, model_file  # noqa: E402
 from gpu_aware_tune.events import Finished  # noqa: E402
 from gpu_aware_tune.settings import Settings  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "numerics.json"
-SLIM_NAME = "slim-320"
 
 
 def main() -> None:
@@ -76,9 +75,7 @@ def check(name: str, slim: Path, trials: int) -> dict[str, Any]:
 
     load_tvm()
     with tempfile.TemporaryDirectory(prefix="numerics-") as folder:
-        path = Path(folder) / f"{name}.onnx"
-        content = slim.read_bytes() if name == SLIM_NAME else seeded(name, 0).SerializeToString()
-        path.write_bytes(content)
+        path = model_file(name, slim, Path(folder))
         output = Path(folder) / "out"
         how = Settings(target="llvm", trials=trials, db=Path(folder) / "db", output=output)
         finished = [event for event in tune_events(path, how) if isinstance(event, Finished)][-1]

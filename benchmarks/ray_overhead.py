@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import seeded  # noqa: E402
+from benchmarks.light_models import write_seeded  # noqa: E402
 from gpu_aware_tune.cluster import members  # noqa: E402
 from gpu_aware_tune.cluster.messages import NodeSetup  # noqa: E402
 from gpu_aware_tune.events import Note, Stage, Trial  # noqa: E402
@@ -70,8 +70,7 @@ def main() -> None:
     about = environment()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="ray-overhead-") as name:
-        path = Path(name) / f"{args.model}.onnx"
-        path.write_bytes(seeded(args.model, 0).SerializeToString())
+        path = write_seeded(args.model, Path(name))
         for number in range(args.rounds):
             ways = (None, "auto") if number % 2 == 0 else ("auto", None)
             for way in ways:

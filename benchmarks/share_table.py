@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import seeded  # noqa: E402
+from benchmarks.light_models import write_seeded  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "share-table.json"
 
@@ -58,8 +58,7 @@ def one_model(
     name: str, args: argparse.Namespace, about: dict[str, Any], scratch: Path
 ) -> dict[str, Any]:
     """Tune one model both ways and fill its table."""
-    path, db = scratch / f"{name}.onnx", scratch / f"{name}-records"
-    path.write_bytes(seeded(name, 0).SerializeToString())
+    path, db = write_seeded(name, scratch), scratch / f"{name}-records"
     folders = {way: scratch / f"{name}-{way}.tuned" for way in ("share", "robust")}
     expected = {
         way: tuned(path, way, args.percents, args.trials, folder, db)

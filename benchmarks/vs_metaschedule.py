@@ -14,20 +14,19 @@ these numbers.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.environment import environment, stamp, write_results  # noqa: E402
-from benchmarks.light_models import seeded  # noqa: E402
+from benchmarks.cells import FLAG, answer, resumed, run_apart  # noqa: E402
+from benchmarks.light_models import write_seeded  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "vs-metaschedule.json"
 
@@ -46,10 +45,10 @@ def main() -> None:
         "--quick", action="store_true", help="squeezenet, 4 tasks, 32 trials, 16 an iteration"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument(FLAG, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print("RESULT " + json.dumps(run_one(**json.loads(args.one))))
+    if args.cell:
+        answer(args.cell, run_one)
         return
     if args.quick:
         args.models, args.tasks, args.trials, args.per_iter, args.repeats = (
@@ -67,24 +66,7 @@ def main() -> None:
         for per_iter in map(int, args.per_iter.split(","))
         for side in ("stock", "ours")
     ]  # fmt: skip
-    known = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
-    for cell in cells:
-        if not any(run["cell"] == cell for run in known):
-            about = environment()
-            known.append({**measured(cell), "measured": stamp(about)})
-            write_results(args.results, about, {"runs": known})
-    show([run for run in known if run["cell"] in cells])
-
-
-def measured(cell: dict[str, Any]) -> dict[str, Any]:
-    """Run one cell in a process of its own."""
-    print(f"running {cell} ...", flush=True)
-    command = [sys.executable, __file__, "--one", json.dumps(cell)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith("RESULT "):
-            return {"cell": cell, **json.loads(line[7:])}
-    raise SystemExit(f"{cell} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    show(resumed(args.results, cells, lambda cell: run_apart("benchmarks.vs_metaschedule", cell)))
 
 
 def run_one(
@@ -93,8 +75,7 @@ def run_one(
     """Tune once with one side, then measure its best kernels again."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vs-metaschedule-") as folder:
-        path = Path(folder) / f"{model}.onnx"
-        path.write_bytes(seeded(model, 0).SerializeToString())
+        path = write_seeded(model, Path(folder))
         tune = run_stock if side == "stock" else run_ours
         result = tune(path, tasks, trials, per_iter, repeat, started)
     return result
@@ -170,14 +151,7 @@ def run_stock(
 
     run = opened([path], tasks, trials=tasks * trials, max_trials_per_task=trials)
     (model,) = run.models
-    rng = ms.utils.fork_seed(repeat + 1, n=len(model.tasks))
-    contexts = [
-        ms.TuneContext(
-            mod=task.module, target=run.tvm_target(), space_generator="post-order-apply",
-            search_strategy="evolutionary", task_name=task.name, rand_state=seed,
-        ).clone()
-        for task, seed in zip(model.tasks, rng, strict=True)
-    ]  # fmt: skip
+    contexts = stock_contexts(model.tasks, run.tvm_target(), repeat + 1)
     history: list[tuple[float, str, float, str, str]] = []
     failed = 0
 
@@ -215,6 +189,19 @@ def run_stock(
         "failed": failed,
         **kernels,
     }
+
+
+def stock_contexts(tasks: Sequence[Any], target: Any, seed: int) -> list[Any]:
+    """The tasks as `tune_tasks` takes them, each with a random state of its own."""
+    from tvm.s_tir import meta_schedule as ms
+
+    return [
+        ms.TuneContext(
+            mod=task.module, target=target, space_generator="post-order-apply",
+            search_strategy="evolutionary", task_name=task.name, rand_state=state,
+        ).clone()
+        for task, state in zip(tasks, ms.utils.fork_seed(seed, n=len(tasks)), strict=True)
+    ]  # fmt: skip
 
 
 def retimed(

@@ -10,26 +10,30 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import select
 import shutil
 import statistics
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.errors import SetupError, last_line
 from gpu_aware_tune.measurement import Failure
 from gpu_aware_tune.workers import Worker, WorkerHost
+
+Key = TypeVar("Key")
 
 _ENTRY = "gpu_aware_tune.builder:serve"
 CALL_FAILED = "error"  # kind of a failure that is not the kernel's but the called function's
 _PATIENCE = 5.0  # a build may take so many times the median ...
 _LEAST_LIMIT_S = 1.0  # ... and at least this much CPU time ...
 _JUDGES = 16  # ... once so many builds have been seen
+_WAIT_S = 0.1  # between two looks for workers that are to be given up
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,22 @@ class BuildPool:
             elif worker.rss_bytes() > self._memory_bytes:
                 yield self._given_up(worker, "memory", f"over {self._memory_bytes >> 20} MiB")
 
+    def work_off(
+        self, keys: Iterable[Key], start: Callable[[Key], None]
+    ) -> Iterator[tuple[Key, Any]]:
+        """Keep the workers busy until every key's job is through; gives what `collect` gives.
+
+        Args:
+            keys: tell the jobs apart.
+            start: submits or calls the job of a key; a worker is idle then.
+        """
+        waiting = list(keys)
+        while waiting or self.busy:
+            while waiting and self.idle:
+                start(waiting.pop())
+            ready = select.select(self.busy, [], [], _WAIT_S)[0]
+            yield from self.collect(ready)
+
     def abandon(self) -> None:
         """Give up every job under way."""
         for worker in self.busy:
@@ -220,8 +240,7 @@ def _build(job: Build, module: Any, target: Any) -> Built:
     except (
         Exception
     ) as error:  # whatever a bad schedule makes TVM raise is this candidate's failure
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        text = f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"
+        text = f"{type(error).__name__}: {last_line(error)}"
         return Built(job.path, time.process_time() - start, Failure("build", text))
     digest = hashlib.blake2b(Path(job.path).read_bytes(), digest_size=16).hexdigest()
     return Built(job.path, time.process_time() - start, digest=digest)

@@ -19,3 +19,9 @@ class SetupError(TuneError):
     """The machine lacks something: a compiler, a driver, a writable folder."""
 
     exit_code = 3
+
+
+def last_line(error: Exception) -> str:
+    """The line of a TVM error that says what happened, or ""; C++ frames come before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""

@@ -201,7 +201,8 @@ class ModelRun:
         core_seconds: Mapping[str, float],
     ) -> Finished:
         """What came of it."""
-        mine = [r for (t, u), r in reorders.items() if u in self.units and t in self._hashes()]
+        units, hashes = set(self.units), {task.hash for task in self.tasks}
+        mine = [r for (t, u), r in reorders.items() if u in units and t in hashes]
         return Finished(
             model=self.name,
             output=self.settings.output_folder(self.path),
@@ -222,9 +223,6 @@ class ModelRun:
 
     def _share_results(self) -> tuple[ShareResult, ...]:
         return share_results(self.shares, self._latency_s, self._errors, self._losses)
-
-    def _hashes(self) -> set[str]:
-        return {task.hash for task in self.tasks}
 
     def _keep_untuned(self, units: int, search: Search) -> None:
         """Ship the default schedules on one share."""

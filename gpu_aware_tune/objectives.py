@@ -9,7 +9,9 @@ requests is kept.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+from gpu_aware_tune.records import Record
 
 ONE_SET = ("robust", "mean")
 
@@ -17,6 +19,16 @@ ONE_SET = ("robust", "mean")
 def combined(ratios: Iterable[float], objective: str) -> float:
     """One number of a kernel's seconds on each share, relative to the best there; 1 is best."""
     return max(ratios) if objective == "robust" else statistics.fmean(ratios)
+
+
+def usable(records: Mapping[int, Sequence[Record]]) -> dict[str, dict[int, float]]:
+    """Seconds by trace and units of the kernels that ran and are right."""
+    seconds: dict[str, dict[int, float]] = {}
+    for units, found in records.items():
+        for record in found:
+            if record.best_s is not None and not record.wrong:
+                seconds.setdefault(record.trace, {})[units] = record.best_s
+    return seconds
 
 
 def one_for_all(

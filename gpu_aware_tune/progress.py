@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gpu_aware_tune.console import LiveView, open_console
 from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, Stage, Trial
 from gpu_aware_tune.tables import (
     closing_lines,
@@ -25,11 +24,10 @@ from gpu_aware_tune.tables import (
     task_table,
 )
 
-PLAIN_WIDTH = 120
 ROWS_SHOWN = 24
 
 
-class Display:
+class Display(LiveView):
     """Shows events as they come; a context manager, so the terminal is always left as it was.
 
     Args:
@@ -48,40 +46,14 @@ class Display:
         interval_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._messages = None if messages is None else _console(messages)
-        self._results = None if results is None else _console(results)
+        self._messages = None if messages is None else open_console(messages)
+        self._results = None if results is None else open_console(results)
+        super().__init__(self._messages, interval_s, clock)
         self._verbose = verbose
-        self._interval_s = interval_s
-        self._clock = clock
-        self._live: Live | None = None
         self._stage = ""
         self._planned: dict[str, Planned] = {}  # by model, as the two below
         self._last: dict[str, Progress] = {}
         self._printed: dict[str, Progress] = {}
-        self._next_line = clock()
-
-    def __enter__(self) -> Display:
-        if self._messages is not None and self._messages.is_terminal:
-            # No refresh thread: events come at least once a second, and the cores are busy.
-            self._live = Live(
-                console=self._messages,
-                auto_refresh=False,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def show(self, event: Event) -> None:
         """Draws one event."""
@@ -90,7 +62,7 @@ class Display:
                 self._say(f"{'warning: ' if event.level == 'warning' else ''}{event.text}")
             case Stage():
                 self._stage = event.text
-                if self._live is None:
+                if not self.live:
                     self._say(event.text)
             case Planned():
                 self._show_plan(event)
@@ -102,11 +74,8 @@ class Display:
                 self._show_progress_lines()
             case Finished():
                 self._show_finished(event)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        if self._live is not None:
-            self._live.update(self._draw(), refresh=True)
+        if self.live:
+            self.redraw(self._draw())
 
     def _say(self, text: str) -> None:
         if self._messages is not None:
@@ -131,8 +100,7 @@ class Display:
             self._messages.print(plan_table(planned))
 
     def _show_progress_lines(self) -> None:
-        if self._live is None and self._clock() >= self._next_line:
-            self._next_line = self._clock() + self._interval_s
+        if self.line_due():
             for progress in self._last.values():
                 self._print_progress(progress)
 
@@ -170,11 +138,9 @@ class Display:
     def _show_finished(self, finished: Finished) -> None:
         last = self._last.get(finished.model)
         printed = self._printed.get(finished.model)
-        if self._live is None and last is not None and last is not printed:
+        if not self.live and last is not None and last is not printed:
             self._print_progress(last)
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self.stop()
         if self._results is None:
             return
         if len(self._planned) > 1:
@@ -184,8 +150,3 @@ class Display:
             self._results.print(task_table(finished.tasks, self._labels(finished.model), rows))
         for line in closing_lines(finished, self._verbose):
             self._results.print(Text(line), soft_wrap=True)
-
-
-def _console(stream: TextIO) -> Console:
-    width = None if stream.isatty() else PLAIN_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)

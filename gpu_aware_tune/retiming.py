@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import select
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpu_aware_tune.builder import BuildPool, remove
 from gpu_aware_tune.events import Event, Note
 from gpu_aware_tune.measure import RETIME, Contest, Effort
-from gpu_aware_tune.objectives import ONE_SET, one_for_all
+from gpu_aware_tune.objectives import ONE_SET, one_for_all, usable
 from gpu_aware_tune.pools import Pools
 from gpu_aware_tune.records import Record
 from gpu_aware_tune.search import Search
-from gpu_aware_tune.selection import usable
 from gpu_aware_tune.tasks import Task
 
-_WAIT_S = 0.1
 _WORTH = 0.002  # tasks below this part of a model's latency are not measured again
 _HEAVY = 0.05  # tasks from this part on get all of the time that a comparison may take
 _LEAST = 0.2  # the part of that time that any task gets
@@ -96,20 +93,20 @@ def _build(
     builders: BuildPool, wanted: Mapping[str, Mapping[int, Sequence[str]]]
 ) -> dict[str, dict[str, str]]:
     """Build every finalist once; paths by task and trace, without those that did not build."""
-    waiting = [
+    jobs = [
         (task, trace)
         for task, by_units in wanted.items()
         for trace in dict.fromkeys(t for traces in by_units.values() for t in traces)
     ]
+
+    def start(job: tuple[str, str]) -> None:
+        task, trace = job
+        builders.submit(job, task, trace or None)
+
     artifacts: dict[str, dict[str, str]] = {}
-    while waiting or builders.busy:
-        while waiting and builders.idle:
-            task, trace = waiting.pop()
-            builders.submit((task, trace), task, trace or None)
-        ready = select.select(builders.busy, [], [], _WAIT_S)[0]
-        for (task, trace), built in builders.collect(ready):
-            if built.failure is None:
-                artifacts.setdefault(task, {})[trace] = built.path
+    for (task, trace), built in builders.work_off(jobs, start):
+        if built.failure is None:
+            artifacts.setdefault(task, {})[trace] = built.path
     return artifacts
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from gpu_aware_tune.builder import CALL_FAILED, BuildPool, Built
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.events import Event, Note
-from gpu_aware_tune.objectives import ONE_SET, one_for_all
-from gpu_aware_tune.records import Record, RecordKey, Store
+from gpu_aware_tune.objectives import ONE_SET, one_for_all, usable
+from gpu_aware_tune.records import RecordKey, Store
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.tasks import Task
 
@@ -101,41 +101,24 @@ def fastest_s(key: RecordKey, store: Store) -> float | None:
     return min((r.best_s for r in again or records if r.best_s is not None), default=None)
 
 
-def usable(records: Mapping[int, Sequence[Record]]) -> dict[str, dict[int, float]]:
-    """Seconds by trace and units of the kernels that ran and are right."""
-    seconds: dict[str, dict[int, float]] = {}
-    for units, found in records.items():
-        for record in found:
-            if record.best_s is not None and not record.wrong:
-                seconds.setdefault(record.trace, {})[units] = record.best_s
-    return seconds
-
-
 def _checks(
     choices: Sequence[Choice], builders: BuildPool, target: object, seed: int
 ) -> Iterator[tuple[Choice, str | None]]:
     """Check kernels in the build workers; gives what is wrong with each, or None."""
-    import select
-
     from gpu_aware_tune.traces import module_to_json
 
-    waiting = list(choices)
-    while waiting or builders.busy:
-        while waiting and builders.idle:
-            choice = waiting.pop()
-            module = module_to_json(choice.task.module)
-            builders.call(choice, _WORKER, module, choice.trace, target, seed)
-        ready = select.select(builders.busy, [], [], 0.1)[0]
-        for choice, answer in builders.collect(ready):
-            if not isinstance(answer, Built):
-                yield choice, answer
-                continue
-            assert answer.failure is not None
-            if (
-                answer.failure.kind == CALL_FAILED
-            ):  # no verdict: the record must not be marked wrong
-                raise TuneError(f"checking {choice.task.name} failed: {answer.failure.text}")
-            yield choice, answer.failure.kind  # the kernel crashed, hung or ate the memory
+    def start(choice: Choice) -> None:
+        module = module_to_json(choice.task.module)
+        builders.call(choice, _WORKER, module, choice.trace, target, seed)
+
+    for choice, answer in builders.work_off(choices, start):
+        if not isinstance(answer, Built):
+            yield choice, answer
+            continue
+        assert answer.failure is not None
+        if answer.failure.kind == CALL_FAILED:  # no verdict: the record must not be marked wrong
+            raise TuneError(f"checking {choice.task.name} failed: {answer.failure.text}")
+        yield choice, answer.failure.kind  # the kernel crashed, hung or ate the memory
 
 
 _WORKER = "gpu_aware_tune.selection:check_kernel"

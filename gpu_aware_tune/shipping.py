@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import select
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpu_aware_tune.builder import BuildPool, Built
-from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.errors import TuneError, last_line
 from gpu_aware_tune.workers import WorkerHost
 
 if TYPE_CHECKING:
@@ -101,19 +100,16 @@ class _Call:
 
 
 def _call_all(builders: BuildPool, calls: Mapping[Key, _Call]) -> dict[Key, Path]:
-    waiting = list(calls)
+    def start(key: Key) -> None:
+        builders.call(key, calls[key].function, *calls[key].args)
+
     done: dict[Key, Path] = {}
-    while waiting or builders.busy:
-        while waiting and builders.idle:
-            key = waiting.pop()
-            builders.call(key, calls[key].function, *calls[key].args)
-        ready = select.select(builders.busy, [], [], 0.1)[0]
-        for key, answer in builders.collect(ready):
-            if isinstance(answer, Built) or answer is not None:
-                failure = answer.failure if isinstance(answer, Built) else None
-                text = failure.text if failure else answer
-                raise TuneError(f"{calls[key].what} did not compile: {text}")
-            done[key] = calls[key].path
+    for key, answer in builders.work_off(calls, start):
+        if isinstance(answer, Built) or answer is not None:
+            failure = answer.failure if isinstance(answer, Built) else None
+            text = failure.text if failure else answer
+            raise TuneError(f"{calls[key].what} did not compile: {text}")
+        done[key] = calls[key].path
     return done
 
 
@@ -160,8 +156,7 @@ def _to_file(
         else:
             link(executable, path)
     except Exception as error:  # sent to the parent, which stops the run with it
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"
+        return f"{type(error).__name__}: {last_line(error)}"
     return None
 
 

@@ -11,7 +11,7 @@ import tvm_ffi
 from tvm.s_tir.schedule import Schedule, Trace
 from tvm.tirx import FloatImm, IndexMap, IntImm
 
-from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.errors import TuneError, last_line
 
 # Trace.as_json() leaves IntImm and FloatImm inside, and Trace.apply_json_to_schedule() converts
 # nested Python lists element by element. TVM's functions below it take and give TVM's own
@@ -83,7 +83,7 @@ def apply_trace(trace_json: str, module: tvm.IRModule) -> Schedule:
     try:
         _apply_json(_parse_json(trace_json), schedule)
     except Exception as error:  # TVM raises a dozen kinds, ScheduleError and ValueError among them
-        raise TraceError(f"a trace does not fit its module: {_last_line(error)}") from error
+        raise TraceError(f"a trace does not fit its module: {_said(error)}") from error
     return schedule
 
 
@@ -101,7 +101,7 @@ def module_from_json(text: str) -> tvm.IRModule:
     try:
         module = tvm.ir.load_json(text)
     except Exception as error:  # JSONDecodeError, AttributeError or one of TVM's own
-        raise TraceError(f"the text holds no module: {_last_line(error)}") from error
+        raise TraceError(f"the text holds no module: {_said(error)}") from error
     if not isinstance(module, tvm.IRModule):
         raise TraceError(f"the JSON text holds the type {type(module).__name__}, not a module")
     return module
@@ -128,7 +128,5 @@ def _plain(value: Any) -> Any:
     raise TraceError(f"a trace holds the type {kind.__name__}, which has no JSON form")
 
 
-def _last_line(error: Exception) -> str:
-    """Return the line of a TVM error that says what happened; C++ frames come before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+def _said(error: Exception) -> str:
+    return last_line(error) or type(error).__name__

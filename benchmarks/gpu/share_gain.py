@@ -13,17 +13,24 @@ alone with the same time tells what the other three shares cost in trials.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from benchmarks.cells import FLAG, answer, run_apart
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.models import MODELS, write_model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gpu_aware_tune.partition import Partition
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "gpu-bench"  # vs_torch.py takes its libraries from here
@@ -42,10 +49,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each timing")
     parser.add_argument("--null", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument(FLAG, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        print("ANSWER " + json.dumps(latencies(**json.loads(args.child))))
+    if args.cell:
+        answer(args.cell, latencies)
         return
     if not require_gpu(args.null):
         sys.exit(NO_GPU)
@@ -71,7 +78,11 @@ def one_model(
     one = tuned(path, (100,), scratch / f"{name}-one.tuned", args, scratch / f"{name}-one")
     units = four["units"]
     lines = {
-        str(place): measured({"folder": str(kept), "units": place, "seconds": args.seconds})
+        str(place): run_apart(
+            "benchmarks.gpu.share_gain",
+            {"folder": str(kept), "units": place, "seconds": args.seconds},
+            _TIMEOUT_S,
+        )
         for place in units
     }
     return {"units": units, "on": lines, "four": four, "one": one, **gains(lines, units)}
@@ -105,36 +116,14 @@ def tuned(
     return {**found, "seconds": time.monotonic() - begun}
 
 
-def measured(cell: dict[str, Any]) -> dict[str, float]:
-    """Seconds of every library of a folder on one share, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.gpu.share_gain", "--child", json.dumps(cell)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=_TIMEOUT_S, check=False
-    )
-    for text in reversed(done.stdout.splitlines()):
-        if text.startswith("ANSWER "):
-            return dict(json.loads(text[7:]))
-    raise SystemExit(f"{cell} failed:\n{done.stderr[-3000:]}")
-
-
 def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
     """Median seconds of each library inside the partition of `units` (in the child)."""
-    import contextlib
-
     from gpu_aware_tune.library import open_vm
-    from gpu_aware_tune.model import TensorSpec, random_inputs
-    from gpu_aware_tune.partition import partition_for
 
     root = Path(folder)
-    manifest = json.loads((root / "manifest.json").read_text())
-    specs = [TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in manifest["inputs"]]
-    inputs = random_inputs(specs, seed=0)
+    manifest, inputs = described(root)
     samples: dict[str, list[float]] = {}
-    with contextlib.ExitStack() as stack:
-        partition = partition_for(manifest, units)
-        if partition is not None:
-            stack.callback(partition.close)
-            stack.enter_context(partition.timing_context())
+    with inside(manifest, units):
         timers = {
             str(entry["units"]): open_vm(root / entry["file"], root / "weights.bin").timer(inputs)
             for entry in manifest["libraries"]
@@ -143,6 +132,28 @@ def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
             for made_for, timer in timers.items():
                 samples.setdefault(made_for, []).extend(timer(seconds / _ROUNDS))
     return {made_for: statistics.median(values) for made_for, values in samples.items()}
+
+
+def described(library: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The manifest of a library's folder, and random inputs for it."""
+    from gpu_aware_tune.model import TensorSpec, random_inputs
+
+    manifest = json.loads((library / "manifest.json").read_text())
+    specs = [TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in manifest["inputs"]]
+    return manifest, random_inputs(specs, seed=0)
+
+
+@contextlib.contextmanager
+def inside(manifest: dict[str, Any], units: int) -> Iterator[Partition | None]:
+    """The partition that a library was made for; None where its backend needs none to be opened."""
+    from gpu_aware_tune.partition import partition_for
+
+    with contextlib.ExitStack() as stack:
+        partition = partition_for(manifest, units)
+        if partition is not None:
+            stack.callback(partition.close)
+            stack.enter_context(partition.timing_context())
+        yield partition
 
 
 def gains(lines: dict[str, dict[str, float]], units: list[int]) -> dict[str, Any]:

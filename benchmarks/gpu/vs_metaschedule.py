@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.models import MODELS, write_model
+from benchmarks.vs_metaschedule import stock_contexts
 
 ROOT = Path(__file__).resolve().parents[2]
 _START_S = 120.0  # imports and reading the model
@@ -180,14 +181,7 @@ def run_stock(path: Path, trials: int, per_iter: int, null: bool) -> None:
     target = tvm.target.Target(device.target(device.units_total))
     tasks = extract(load_model(path, target, {}, None), target)
     best = [float("inf")] * len(tasks)
-    seeds = ms.utils.fork_seed(1, n=len(tasks))
-    contexts = [
-        ms.TuneContext(
-            mod=task.module, target=target, space_generator="post-order-apply",
-            search_strategy="evolutionary", task_name=task.name, rand_state=seed,
-        ).clone()
-        for task, seed in zip(tasks, seeds, strict=True)
-    ]  # fmt: skip
+    contexts = stock_contexts(tasks, target, seed=1)
     done = failed = 0
 
     @derived_object

@@ -17,7 +17,6 @@ one process on the same green context and its stream, in turns; TF32 is off.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
@@ -30,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import FLAG, CellFailed, answer, run_apart
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.models import MODELS, write_model
-from benchmarks.gpu.share_gain import KEPT
+from benchmarks.gpu.share_gain import KEPT, described, inside
 
-ROOT = Path(__file__).resolve().parents[2]
 _ROUNDS = 5
 Sampler = Callable[[float], list[float]]
 
@@ -54,10 +53,10 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds for everything")
     parser.add_argument("--null", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--cell", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument(FLAG, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
-        print("ANSWER " + json.dumps(cell(**json.loads(args.cell))))
+        answer(args.cell, cell)
         return
     if not require_gpu(args.null):
         sys.exit(NO_GPU)
@@ -134,38 +133,25 @@ def tuned(
 
 
 def _in_process(given: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.gpu.vs_torch", "--cell", json.dumps(given)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, timeout=limit_s, check=False
-        )
+        return run_apart("benchmarks.gpu.vs_torch", given, limit_s)
     except subprocess.TimeoutExpired:
         return {"left_out": f"not done in {limit_s:.0f} s, the rest of the budget"}
-    for text in reversed(done.stdout.splitlines()):
-        if text.startswith("ANSWER "):
-            return dict(json.loads(text[7:]))
-    return {"failed": done.stderr[-2000:]}
+    except CellFailed as failed:
+        return {"failed": failed.stderr[-2000:]}
 
 
 def cell(model: str, library: str, units: int, dtype: str, seconds: float) -> dict[str, Any]:
     """Milliseconds of every contestant in the partition of `units` (in the child)."""
     from gpu_aware_tune.library import open_vm
-    from gpu_aware_tune.model import TensorSpec, random_inputs
-    from gpu_aware_tune.partition import partition_for
 
     root = Path(library)
-    manifest = json.loads((root / "manifest.json").read_text())
-    specs = [TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in manifest["inputs"]]
-    inputs = random_inputs(specs, seed=0)
+    manifest, inputs = described(root)
     entry = next(e for e in manifest["libraries"] if e["units"] == units)
     samplers: dict[str, Sampler] = {}
     outputs: dict[str, np.ndarray] = {}
     left_out: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        partition = partition_for(manifest, units)
-        if partition is not None:
-            stack.callback(partition.close)
-            stack.enter_context(partition.timing_context())
+    with inside(manifest, units) as partition:
         program = open_vm(root / entry["file"], root / "weights.bin")
         samplers["ours"] = program.timer(inputs)
         outputs["ours"] = program(program.place(list(inputs.values())))[0]

@@ -9,12 +9,13 @@ from pathlib import Path
 import click
 
 from gpu_aware_tune.cli.machine import Check, checks
+from gpu_aware_tune.cli.options import CONTEXT
 from gpu_aware_tune.errors import SetupError
 
 MARKS = {"ok": "ok", "info": "-", "warn": "WARN", "fail": "FAIL"}
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(context_settings=CONTEXT)
 @click.option(
     "--db",
     type=click.Path(path_type=Path),

@@ -11,6 +11,7 @@ import click
 from click_default_group import DefaultGroup
 
 from gpu_aware_tune import __version__
+from gpu_aware_tune.cli.options import CONTEXT
 from gpu_aware_tune.errors import TuneError
 
 INTERRUPTED = 130
@@ -65,7 +66,7 @@ class LazyGroup(DefaultGroup):
 @click.group(
     cls=LazyGroup,
     default="tune",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings=CONTEXT,
     no_args_is_help=True,
 )
 @click.version_option(__version__, prog_name="tune")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpu_aware_tune.cli.options import CONTEXT, debug_option
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.settings import PARTITIONS
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 10
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(context_settings=CONTEXT)
 @click.argument("libraries", metavar="LIB...", type=click.Path(path_type=Path), nargs=-1)
 @click.option(
     "--units",
@@ -66,7 +67,7 @@ _BAR_WIDTH = 10
     type=click.Path(path_type=Path),
     help="Write the points to a CSV file too.",
 )
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+@debug_option
 def profile(
     libraries: tuple[Path, ...],
     units: str | None,

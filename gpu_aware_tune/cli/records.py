@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from gpu_aware_tune.cli.options import CONTEXT, DIRECTORY, Command, db_option
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.records import Counts, Record, Store
 from gpu_aware_tune.settings import TARGETS
@@ -30,22 +31,6 @@ BEST_FIELDS = (
 )  # fmt: skip
 
 Row = Mapping[str, Any]
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-DIRECTORY = click.Path(path_type=Path)
-
-
-def db_option(command: Command) -> Command:
-    """Add --db to a command."""
-    return click.option(
-        "--db",
-        type=DIRECTORY,
-        default="tuning_logs",
-        show_default=True,
-        metavar="FOLDER",
-        help="The record store's folder.",
-    )(command)
 
 
 def choice_options(command: Command) -> Command:
@@ -315,8 +300,9 @@ def show(
 
 
 def _table(rows: Sequence[Row], fields: Sequence[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from gpu_aware_tune.console import open_console
 
     # A device's name is long and mostly the same in every row: then it is said once, above.
     devices = {str(row["device"]) for row in rows}
@@ -336,8 +322,7 @@ def _table(rows: Sequence[Row], fields: Sequence[str]) -> None:
         )
     for row in rows:
         table.add_row(*(_cell(field, row[field]) for field in shown))
-    width = None if sys.stdout.isatty() else PLAIN_WIDTH
-    Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(table)
+    open_console(sys.stdout, PLAIN_WIDTH).print(table)
 
 
 _TIMES = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpu_aware_tune.cli.records import CONTEXT, db_option
+from gpu_aware_tune.cli.options import CONTEXT, db_option
 from gpu_aware_tune.errors import SetupError, UserError
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpu_aware_tune.cli.options import CONTEXT, debug_option
 from gpu_aware_tune.errors import SetupError, UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from gpu_aware_tune.library import LatencyStats, Library
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(context_settings=CONTEXT)
 @click.argument("library", metavar="LIB", type=click.Path(path_type=Path))
 @click.option(
     "--inputs",
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of random inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+@debug_option
 def run(
     library: Path,
     inputs_file: Path | None,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
+from gpu_aware_tune.cli.options import CONTEXT, debug_option
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.jobs import Job, make_jobs
 from gpu_aware_tune.linking import find_compiler
@@ -36,7 +37,7 @@ INTERRUPTED = 130
 NOISE_SHOWN = 4000  # bytes
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(context_settings=CONTEXT)
 @click.argument(
     "models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
@@ -136,7 +137,7 @@ NOISE_SHOWN = 4000  # bytes
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Print more: every task, where time went.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+@debug_option
 def tune(
     models: tuple[Path, ...], as_json: bool, quiet: bool, verbose: bool, **options: Any
 ) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from gpu_aware_tune.cli.records import CONTEXT, db_option
+from gpu_aware_tune.cli.options import CONTEXT, db_option
 from gpu_aware_tune.errors import UserError
 
 PLAIN_INTERVAL_S = 5.0  # between lines where there is no terminal, unless --interval says more

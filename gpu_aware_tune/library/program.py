@@ -13,7 +13,7 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
-from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.errors import SetupError, UserError, last_line
 from gpu_aware_tune.packing import packed
 
 _WARM_UP = 3
@@ -44,7 +44,7 @@ class Weights:
                     tensors = tvm.runtime.load_param_dict_from_file(str(self._path)).values()
                 except Exception as error:  # TVM reports a bad file with errors of several kinds
                     raise UserError(
-                        f"{self._path} cannot be read ({_last_line(error)}): tune again"
+                        f"{self._path} cannot be read ({_said(error)}): tune again"
                     ) from error
                 self._by_device[key] = [_on(tensor, device) for tensor in tensors]
                 device.sync()  # copies use the default stream, kernels a partition's
@@ -135,7 +135,7 @@ def open_vm(
     try:
         module = tvm.runtime.load_module(str(library))
     except Exception as error:  # TVM reports a bad file with RuntimeError, ValueError and others
-        raise UserError(f"{library} cannot be loaded ({_last_line(error)}): tune again") from error
+        raise UserError(f"{library} cannot be loaded ({_said(error)}): tune again") from error
     cuda = any(imported.kind == "cuda" for imported in _imports(module))
     device = tvm.cuda(index) if cuda else tvm.cpu(0)
     if cuda and not device.exist:
@@ -156,6 +156,5 @@ def _on(tensor: Any, device: Any) -> Any:
     return tensor if device.dlpack_device_type() == 1 else tensor.copyto(device)
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+def _said(error: Exception) -> str:
+    return last_line(error)[:200] or type(error).__name__

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gpu_aware_tune.progress import PLAIN_WIDTH
+from gpu_aware_tune.console import PLAIN_WIDTH, LiveView, open_console
 from gpu_aware_tune.report.figures import units_text
 from gpu_aware_tune.report.history import History, Point, TaskHistory, latencies
 from gpu_aware_tune.report.live import State
@@ -29,7 +27,7 @@ _UNWEIGHTED = "weights unknown: each task counts once in the model's latency"
 _ROWS = 12  # of tasks where the height of the terminal does not decide
 
 
-class Screen:
+class Screen(LiveView):
     """Draws states as they come: live on a terminal, a line now and then elsewhere.
 
     Args:
@@ -41,32 +39,14 @@ class Screen:
     def __init__(
         self, stream: TextIO, interval_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._console = _console(stream)
-        self._interval_s, self._clock = interval_s, clock
-        self._next_line = clock()
-        self._live: Live | None = None
-
-    def __enter__(self) -> Screen:
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._console = open_console(stream)
+        super().__init__(self._console, interval_s, clock)
 
     def show(self, state: State) -> None:
         """Draw one state."""
-        if self._live is not None:
-            self._live.update(draw(state, self._console), refresh=True)
-        elif self._clock() >= self._next_line:
-            self._next_line = self._clock() + self._interval_s
+        if self.live:
+            self.redraw(draw(state, self._console))
+        elif self.line_due():
             text = ", ".join([*_counts(state), *_latency_texts(state)])
             self._console.print(Text(text), soft_wrap=True)
 
@@ -198,8 +178,3 @@ def _task_row(task: TaskHistory, history: History) -> list[str]:
         gain = format_gain(curve.untuned_s, curve.best_s)
         cells += [format_seconds(curve.untuned_s), format_seconds(curve.best_s), gain]
     return cells
-
-
-def _console(stream: TextIO) -> Console:
-    width = None if stream.isatty() else PLAIN_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +14,23 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import environment
+from benchmarks import cells, environment
 
 SCRIPTS = sorted(
     path
     for path in (ROOT / "benchmarks").glob("*.py")
-    if "RESULT" in path.read_text() and path.name != "environment.py"
+    if any(mark in path.read_text() for mark in ("RESULT", "write_results("))
+    and path.name != "environment.py"
 )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_results_file_is_written_with_its_environment(script: Path) -> None:
     source = script.read_text()
-    assert "write_results(" in source and "environment()" in source
+    if "benchmarks.cells import" in source:
+        assert "resumed(args.results, " in source, "cells.py is looked at itself"
+    else:
+        assert "write_results(" in source and "environment()" in source
     assert "write_text(json.dumps(" not in source, "another way to write results"
 
 
@@ -34,6 +40,66 @@ def test_results_are_written_whole_and_name_their_environment(tmp_path: Path) ->
     environment.write_results(path, {"cores": 3}, {"rows": [1, 2]})
     assert json.loads(path.read_text()) == {"environment": {"cores": 3}, "rows": [1, 2]}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_benchmark_goes_on_with_the_cells_that_its_file_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = {"commit": "abc", "date": "today", "cores": 2}
+    monkeypatch.setattr(cells, "environment", lambda: about)
+    path, ran = tmp_path / "results.json", []
+
+    def run(cell: dict[str, object]) -> dict[str, object]:
+        ran.append(cell["repeat"])
+        if cell["repeat"] == 2:
+            raise KeyboardInterrupt
+        return {"trials": 7}
+
+    wanted = [{"side": "ours", "repeat": number} for number in range(3)]
+    old = {"cell": wanted[1], "trials": 5}
+    other = {"cell": {"side": "stock", "repeat": 0}, "trials": 3}
+    path.write_text(json.dumps({"about": "an earlier version", "runs": [old, other]}))
+    with pytest.raises(KeyboardInterrupt):
+        cells.resumed(path, wanted, run)
+    assert ran == [0, 2], "the one in the middle is known"
+    new = {"cell": wanted[0], "trials": 7, "measured": {"commit": "abc", "date": "today"}}
+    assert json.loads(path.read_text()) == {"environment": about, "runs": [old, other, new]}
+    assert cells.resumed(path, wanted[:2], run) == [old, new], "nothing left to run"
+    assert ran == [0, 2]
+
+
+@pytest.mark.parametrize("script", ["vs_metaschedule", "many_models"])
+def test_what_the_committed_results_hold_is_not_run_again(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"benchmarks.{script}")
+    monkeypatch.setattr(module, "run_apart", lambda *_: pytest.fail("a known cell was run"))
+    path = tmp_path / module.RESULTS.name
+    path.write_bytes(module.RESULTS.read_bytes())
+    cell = json.loads(path.read_text())["runs"][0]["cell"]
+    flags = [f"--{name.replace('_', '-')}={cell[name]}" for name in ("tasks", "trials", "per_iter")]
+    flags += [f"--models={cell.get('models') or cell['model']}", f"--repeats={cell['repeat'] + 1}"]
+    monkeypatch.setattr(sys, "argv", [script, *flags, f"--results={path}"])
+    module.main()
+    assert cell["side"] in capsys.readouterr().out
+    assert path.read_bytes() == module.RESULTS.read_bytes()
+
+
+def test_a_cell_runs_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny_cell.py").write_text(
+        "import os, sys\nfrom benchmarks.cells import FLAG, answer\n"
+        "def run(n):\n    print('noise')\n    if n < 0: sys.exit('too small')\n"
+        "    return {'double': 2 * n, 'pid': os.getpid()}\n"
+        "assert sys.argv[1] == FLAG\nanswer(sys.argv[2], run)\nprint('more noise')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = cells.run_apart("tiny_cell", {"n": 21})
+    assert found["double"] == 42 and found["pid"] != os.getpid()
+    with pytest.raises(cells.CellFailed, match=r"(?s)'n': -1.*noise.*too small") as failed:
+        cells.run_apart("tiny_cell", {"n": -1})
+    assert failed.value.stderr == "too small\n"
 
 
 def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,9 +45,9 @@ ORDER = [
     ["compile"],
     ["verify"],
     ["library"],
-    ["selection", "shipping"],
     ["pools"],
     ["retiming"],
+    ["selection", "shipping"],
     ["planning"],
     ["curves"],
     ["profiles"],
@@ -57,6 +58,7 @@ ORDER = [
     ["knees"],
     ["tuning"],
     ["tables"],
+    ["console"],
     ["progress"],
     ["report"],
     ["cli"],
@@ -130,6 +132,13 @@ def test_the_layout_page_names_every_module() -> None:
     named = {name for name in layers if f"`{name}.py`" in page or f"`{name}/`" in page}
     unnamed = {name for name in layers - named if not name.startswith("records_")}
     assert unnamed == set()
+
+
+def test_the_layout_page_is_in_the_order_of_imports() -> None:
+    page = (PACKAGE.parent / "docs" / "layout.md").read_text()
+    named = dict.fromkeys(re.findall(r"`(\w+)(?:\.py|/)`", page))
+    levels = [LEVEL[name] for name in named if name in LEVEL]
+    assert levels == sorted(levels)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())

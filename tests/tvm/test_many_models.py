@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from small_network import write_network
 
 from gpu_aware_tune import load
 from gpu_aware_tune.candidates import Candidate
@@ -23,35 +22,8 @@ HALF = 50  # percent: one core of two
 
 
 def network(path: Path, classes: int, channels: int = 16) -> Path:
-    """Two convolutions and a classifier; models differ by their heads or by all of their kernels."""
-    rng = np.random.default_rng(classes)
-
-    def weight(name: str, *shape: int) -> onnx.TensorProto:
-        scale = np.sqrt(2 / np.prod(shape[1:]))
-        return numpy_helper.from_array((rng.standard_normal(shape) * scale).astype("float32"), name)
-
-    nodes = [
-        helper.make_node("Conv", ["x", "w1"], ["a"], pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("Conv", ["b", "w2"], ["c"], pads=[1, 1, 1, 1]),
-        helper.make_node("GlobalAveragePool", ["c"], ["e"]),
-        helper.make_node("Flatten", ["e"], ["f"]),
-        helper.make_node("Gemm", ["f", "w3"], ["y"], transB=1),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 28, 28])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, classes])],
-        [
-            weight("w1", channels, 8, 3, 3),
-            weight("w2", channels, channels, 3, 3),
-            weight("w3", classes, channels),
-        ],
-    )
-    opsets = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
-    return path
+    """Models differ by their heads or by all of their kernels."""
+    return write_network(path, classes, channels, seed=classes)
 
 
 def tuned(folder: Path, models: list[Path], **options: object) -> list[Event]:

@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import tvm
-from onnx import TensorProto, helper, numpy_helper
+from small_network import write_network
 from tvm import te
 
 import gpu_aware_tune
@@ -32,33 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two convolutions, a residual sum, pooling and a classifier, with seeded weights."""
-    rng = np.random.default_rng(0)
-
-    def weight(name: str, *shape: int) -> onnx.TensorProto:
-        scale = np.sqrt(2 / np.prod(shape[1:]))
-        return numpy_helper.from_array((rng.standard_normal(shape) * scale).astype("float32"), name)
-
-    nodes = [
-        helper.make_node("Conv", ["x", "w1"], ["a"], pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("Conv", ["b", "w2"], ["c"], pads=[1, 1, 1, 1]),
-        helper.make_node("Add", ["b", "c"], ["d"]),
-        helper.make_node("GlobalAveragePool", ["d"], ["e"]),
-        helper.make_node("Flatten", ["e"], ["f"]),
-        helper.make_node("Gemm", ["f", "w3"], ["y"], transB=1),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 28, 28])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 10])],
-        [weight("w1", 16, 8, 3, 3), weight("w2", 16, 16, 3, 3), weight("w3", 10, 16)],
-    )
-    path = tmp_path_factory.mktemp("model") / "small.onnx"
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path
-    )
-    return path
+    return write_network(tmp_path_factory.mktemp("model") / "small.onnx", residual=True)
 
 
 def settings(folder: Path, **changes: object) -> Settings:
