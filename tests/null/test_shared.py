@@ -245,6 +245,16 @@ def test_new_jobs_wait_while_suspects_are_measured_alone(start: Start) -> None:
     assert kinds(gathered([first, second, third])) == ["crash", None, None]
 
 
+def test_who_is_always_looked_at_first_shields_nobody(start: Start, host: ForkingHost) -> None:
+    first, second, third = flat(start([4], [3], [2], timeout_s=20))
+    for measurer, path in ((first, "slow:0.2"), (second, "slow:0.2"), (third, "crash")):
+        measurer.submit(job(path))
+    assert kinds(gathered([first])) == [None]
+    first.submit(job("slow:0.2"))
+    assert kinds(gathered([first, second, third])) == [None, None, "crash"]
+    assert len(host.pids) == 3, "the new job did not begin beside the bad one"
+
+
 def test_who_waits_does_not_wait_for_others_to_collect(start: Start) -> None:
     first, second = flat(start([4], [3], timeout_s=20))
     first.submit(job("fault"))
