@@ -76,6 +76,7 @@ for part in parts:
     part.verify()
 assert [part.evidence()["sms_seen"] for part in parts] == [32, 64, 16]
 assert len({part.stream for part in parts}) == 3
+assert len({sm for part in parts for sm in part.units_seen()}) == 112
 for part in parts:
     part.close()
 
