@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from gpu_aware_tune.builder import BuildPool, Built, remove
 from gpu_aware_tune.candidates import Candidate, Drafted, NewTask, Searcher
-from gpu_aware_tune.measure import SEARCH, Effort, Job, Measurer, Slice
+from gpu_aware_tune.measure import SEARCH, BaseMeasurer, Effort, Job, Slice
 from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.workers import Worker
 
@@ -319,8 +319,8 @@ class Pipeline:
     def _running(self) -> int:
         return len(self._working())
 
-    def _wait_list(self) -> list[Worker | Measurer]:
-        waiting: list[Worker | Measurer] = [w for w in self._working() if not w.paused]
+    def _wait_list(self) -> list[Worker | BaseMeasurer]:
+        waiting: list[Worker | BaseMeasurer] = [w for w in self._working() if not w.paused]
         waiting += [self._slices[n].of(begun.units) for n, begun in self._under_way.items()]
         return waiting
 

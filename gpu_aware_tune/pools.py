@@ -14,7 +14,7 @@ from typing import Any
 from gpu_aware_tune.builder import BuildPool
 from gpu_aware_tune.candidates import Searcher, SearchSettings
 from gpu_aware_tune.cuda_toolchain import environment
-from gpu_aware_tune.measure import Measurer, Slice
+from gpu_aware_tune.measure import BaseMeasurer, Measurer, SharedWorker, Slice
 from gpu_aware_tune.partition import Device, Partition, Share, open_slices, usable_cores
 from gpu_aware_tune.pipeline import Pipeline, TaskSpec
 from gpu_aware_tune.workers import WorkerHost
@@ -55,7 +55,7 @@ class Pools:
         self._host = host
         self._settings = settings
         self._stack = contextlib.ExitStack()
-        self._measurers: list[Measurer] = []
+        self._measurers: list[BaseMeasurer] = []
 
     def __enter__(self) -> Pools:
         return self
@@ -86,7 +86,8 @@ class Pools:
         self.partitions = [partition for group in opened for partition in group]
         for partition in self.partitions:
             self._stack.callback(partition.close)
-        slices = [Slice([self._measurer(partition) for partition in group]) for group in opened]
+        shared = len(opened) > 1 and opened[0][0].slices_share_worker
+        slices = [Slice(measurers) for measurers in self._measurers_on(opened, shared)]
         cores = available_cores()
         searchers, builders = worker_counts(cores)
         target = dict(settings.target)
@@ -110,6 +111,7 @@ class Pools:
             low_water=max(2 * builders, settings.search.per_draft // 2),
         )
         sliced = f", {len(slices)} slices" if len(slices) > 1 else ""
+        sliced += " in one worker" if shared else ""
         return (
             f"{builders} build workers, {searchers} search workers,"
             f" partition {settings.backend}{sliced}"
@@ -119,7 +121,7 @@ class Pools:
         """A partition with so many units."""
         return next(p for p in self.partitions if p.share.units == units)
 
-    def measurer_of(self, units: int) -> Measurer:
+    def measurer_of(self, units: int) -> BaseMeasurer:
         """A worker that measures on so many units."""
         return next(measurer for measurer in self._measurers if measurer.units == units)
 
@@ -130,13 +132,22 @@ class Pools:
             for wanted in units
         }
 
-    def _measurer(self, partition: Partition) -> Measurer:
+    def _measurers_on(
+        self, slices: Sequence[Sequence[Partition]], shared: bool
+    ) -> Sequence[Sequence[BaseMeasurer]]:
+        """What measures on the partitions: a worker for each, or a shared one."""
         settings = self._settings
-        measurer = Measurer(self._host, partition, settings.run_timeout_s, settings.memory_bytes)
-        self._stack.callback(measurer.close)
-        measurer.open()
-        self._measurers.append(measurer)
-        return measurer
+        limits = settings.run_timeout_s, settings.memory_bytes
+        groups: Sequence[Sequence[BaseMeasurer]]
+        if shared:
+            groups = SharedWorker(self._host, slices, *limits).slices
+        else:
+            groups = [[Measurer(self._host, part, *limits) for part in own] for own in slices]
+        for measurer in (measurer for group in groups for measurer in group):
+            self._stack.callback(measurer.close)
+            measurer.open()
+            self._measurers.append(measurer)
+        return groups
 
 
 def plan_slices(

@@ -1,10 +1,11 @@
-"""Measuring without RPC: adaptive timing in a killable worker that holds one partition."""
+"""Measuring without RPC: adaptive timing in a killable worker that holds one partition or several."""
 
 from __future__ import annotations
 
+from gpu_aware_tune.measure.base import BaseMeasurer
 from gpu_aware_tune.measure.measurer import Measurer, Slice
+from gpu_aware_tune.measure.shared import SharedMeasurer, SharedWorker
 from gpu_aware_tune.measure.timing import LONG, RETIME, SEARCH, Effort
-from gpu_aware_tune.measure.together import Together
 from gpu_aware_tune.measure.worker import Contest, Job
 from gpu_aware_tune.measurement import Failure, Measurement
 
@@ -12,12 +13,14 @@ __all__ = [
     "LONG",
     "RETIME",
     "SEARCH",
+    "BaseMeasurer",
     "Contest",
     "Effort",
     "Failure",
     "Job",
     "Measurement",
     "Measurer",
+    "SharedMeasurer",
+    "SharedWorker",
     "Slice",
-    "Together",
 ]

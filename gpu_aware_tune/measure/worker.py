@@ -6,12 +6,16 @@ import contextlib
 import dataclasses
 import gc
 import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from queue import SimpleQueue
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure.quality import Watch
 from gpu_aware_tune.measure.timing import Effort, Timer, compare, measure
 from gpu_aware_tune.measurement import Measurement
@@ -19,7 +23,9 @@ from gpu_aware_tune.measurement import Measurement
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Partition
 
-_START_TOGETHER_S = 30.0
+# How long a thread may keep Python to itself while another one, in the middle of a timing loop,
+# waits to launch: at Python's 5 ms a stream would run dry.
+_SWITCH_S = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """The answer to a job, to one job for each share, or to a contest: a measurement for each.
+    """The answer to a job or to a contest: a measurement for each artifact.
 
     `ends` says that the worker goes now.
     """
@@ -85,51 +91,67 @@ def serve(connection: Connection, partition: Partition) -> None:
         connection.send(Opened((partition.evidence(),)))
         gc.disable()  # no collection in the middle of a timing
         while True:
-            job: Job | Contest = connection.recv()
-            reply = station.compare(job) if isinstance(job, Contest) else station.measure(job)
+            reply = station.answer(connection.recv())
             connection.send(reply)
             if reply.ends:
                 return
 
 
-def serve_together(connection: Connection, partitions: Sequence[Partition]) -> None:
-    """Like `serve` for disjoint shares in one process: each message has a job for every share.
+def serve_slices(connection: Connection, slices: Sequence[Sequence[Partition]]) -> None:
+    """Answer jobs for several disjoint slices at the same time, each on a line of its own.
 
-    A thread for each share, since TVM's current stream is the thread's; they start together.
+    The lines' ends come first, over `connection`; the one answer there says whether all stands.
+    A thread for each slice, since TVM's current stream is the thread's. When one of them ends, the
+    process does.
     """
-    barrier = threading.Barrier(len(partitions))
-    threads = [ThreadPoolExecutor(1) for _ in partitions]
+    from gpu_aware_tune.partition import check_apart
 
-    def start(partition: Partition) -> _Station:
-        return stack.enter_context(_station(partition))
-
-    def run(station: _Station, job: Job) -> Reply:
-        barrier.wait(_START_TOGETHER_S)
-        return station.measure(job, "together")
-
-    with contextlib.ExitStack() as stack:
-        try:
-            # One after the other: a context's first steps wait for all of the device.
-            stations = [
-                t.submit(start, p).result() for t, p in zip(threads, partitions, strict=True)
-            ]
-        except Exception as error:  # as in `serve`
-            connection.send(Opened(refusal=f"{type(error).__name__}: {error}"))
+    lines = [Connection(recv_handle(connection)) for _ in slices]
+    opened: SimpleQueue[Opened] = SimpleQueue()
+    over = threading.Event()
+    evidence: list[dict[str, Any]] = []
+    for line, partitions in zip(lines, slices, strict=True):
+        # One after the other: a context's first steps wait for all of the device.
+        args = (line, partitions, opened, over)
+        threading.Thread(target=_serve_slice, args=args, daemon=True).start()
+        answer = opened.get()
+        if answer.refusal is not None:
+            connection.send(answer)
             return
-        connection.send(Opened(tuple(partition.evidence() for partition in partitions)))
-        gc.disable()
-        while True:
-            jobs: Sequence[Job] = connection.recv()
-            pending = [
-                thread.submit(run, station, job)
-                for thread, station, job in zip(threads, stations, jobs, strict=True)
-            ]
-            replies = [future.result() for future in pending]
-            measured = tuple(reply.measurements[0] for reply in replies)
-            ends = any(reply.ends for reply in replies)
-            connection.send(Reply(measured, ends))
-            if ends:
+        evidence += answer.evidence
+    try:
+        apart = check_apart(slices)
+    except SetupError as error:
+        connection.send(Opened(refusal=str(error)))
+        return
+    connection.send(Opened(tuple({**seen, "apart": apart} for seen in evidence)))
+    gc.disable()  # no collection in the middle of a timing
+    sys.setswitchinterval(_SWITCH_S)
+    over.wait()
+
+
+def _serve_slice(
+    line: Connection, partitions: Sequence[Partition], opened: SimpleQueue[Opened], over: Event
+) -> None:
+    """One slice's thread: messages are the place of a share in the slice, and a job for it."""
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stations = [stack.enter_context(_station(each)) for each in partitions]
+            except Exception as error:  # as in `serve`
+                opened.put(Opened(refusal=f"{type(error).__name__}: {error}"))
                 return
+            opened.put(Opened(tuple(partition.evidence() for partition in partitions)))
+            ends = False
+            while not ends:
+                place, job = line.recv()
+                reply = stations[place].answer(job)
+                line.send(reply)
+                ends = reply.ends
+    except (EOFError, OSError):
+        pass  # the parent closed the line
+    finally:
+        over.set()
 
 
 @contextlib.contextmanager
@@ -159,7 +181,11 @@ class _Station:
         self._policy = policy
         self._inputs = _Inputs(partition)
 
-    def measure(self, job: Job, *how: str) -> Reply:
+    def answer(self, job: Job | Contest) -> Reply:
+        """Do what is asked for."""
+        return self.compare(job) if isinstance(job, Contest) else self.measure(job)
+
+    def measure(self, job: Job) -> Reply:
         """Measure one artifact; whatever it does short of killing the process is its failure."""
         import tvm
 
@@ -171,7 +197,7 @@ class _Station:
         try:
             with self._timer(module, buffers, job.effort) as (timer, kind):
                 result = self._policy(timer, job.best_s, job.effort)
-                how = (*how, *kind())
+                how = kind()
         except Exception as error:  # as above: a kernel that refuses to run is a value
             return self._failed("run", error)
         return Reply((dataclasses.replace(result, how=how),))

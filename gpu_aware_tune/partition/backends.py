@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 
@@ -24,9 +25,9 @@ from gpu_aware_tune.partition.topology import usable_cores
 GPU_BACKENDS = ("mig", "green", "mps", "full")  # in the order in which `auto` prefers them
 BACKENDS = ("cores", *GPU_BACKENDS)
 _OF_KIND = {"llvm": ("cores",), "cuda": GPU_BACKENDS, "null": ("null",)}
-# Backends whose partitions work at the same time in processes of their own. Without MPS the contexts
-# of two processes take turns on a GPU, so green contexts are measured one at a time.
-SIDE_BY_SIDE = ("cores", "mps", "mig", "null")
+# Backends whose partitions measure at the same time, in the order in which `auto` then prefers them:
+# green contexts do so in one process (`Partition.slices_share_worker`), which a fault ends for all.
+SIDE_BY_SIDE = ("cores", "null", "mig", "mps", "green")
 
 
 def probe_backends(index: int = 0) -> list[Availability]:
@@ -71,7 +72,7 @@ def choose_backend(
         reasons = "; ".join(f"{check.backend}: {check.reason}" for check in found if not check.ok)
         raise SetupError(f"no partition backend works on {device.name}: {reasons}")
     if side_by_side:
-        usable.sort(key=lambda check: check.backend not in SIDE_BY_SIDE)  # stable
+        usable.sort(key=lambda check: SIDE_BY_SIDE.index(check.backend))
     return usable[0].backend, f"the best one available: {usable[0].reason}"
 
 
@@ -163,9 +164,40 @@ def open_slices(
             [cores.CoresPartition(share, own[: share.units]) for share in shares]
             for shares, own in zip(slices, places, strict=True)
         ]
+    if backend == "green":
+        device.require_measurable()
+        return [list(own) for own in green.place_slices(slices)]
+    if backend == "null":
+        ends = list(itertools.accumulate(shares[0].units for shares in slices))
+        return [
+            [NullPartition(share, seen=range(end - shares[0].units, end)[: share.units])
+             for share in shares]
+            for shares, end in zip(slices, ends, strict=True)
+        ]  # fmt: skip
     flat = [share for shares in slices for share in shares]
     opened = iter(open_partitions(flat, device, backend, disjoint=backend == "mig"))
     return [[next(opened) for _ in shares] for shares in slices]
+
+
+def check_apart(slices: Sequence[Sequence[Partition]]) -> bool:
+    """Whether all slices tell which units they run on; call it after `Partition.verify`.
+
+    Raises:
+        SetupError: two of them run on the same unit.
+    """
+    owners: dict[int, Partition] = {}
+    told = True
+    for partitions in slices:
+        own = {unit: each for each in partitions for unit in each.units_seen()}
+        if both := sorted(own.keys() & owners.keys()):
+            raise SetupError(
+                f"{own[both[0]]} and {owners[both[0]]} of another slice both run on "
+                f"{own[both[0]].share.device.unit} {both[0]} and {len(both) - 1} more: slices "
+                "must not overlap; use --slices 1 or another --partition"
+            )
+        owners.update(own)
+        told = told and bool(own)
+    return told
 
 
 def instance_units(device: Device, backend: str) -> list[int] | None:

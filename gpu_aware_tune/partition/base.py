@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Protocol
@@ -48,6 +48,8 @@ class Partition(ABC):
 
     backend: ClassVar[str]
     one_worker: ClassVar[bool] = True
+    # Workers of several partitions would take turns on the device, so that slices need one worker.
+    slices_share_worker: ClassVar[bool] = False
     faults_last: ClassVar[bool] = False  # an error may leave the worker's process unusable
     cores: tuple[int, ...] = ()  # logical CPUs bound to; empty where no core is
     tvm_device: str = "cpu"  # tvm.device(tvm_device, ordinal) in the worker
@@ -93,6 +95,10 @@ class Partition(ABC):
     def evidence(self) -> dict[str, Any]:
         """What `verify` saw, for the run's records."""
         return {"backend": self.backend, "units": self.share.units}
+
+    def units_seen(self) -> Collection[int]:
+        """The numbers of the units that `verify` saw; empty where units have none."""
+        return self.cores
 
     def before_kill(self, pid: int) -> None:  # noqa: B027 - most backends need nothing
         """In the parent: prepare for the end of a worker that hangs."""

@@ -103,6 +103,10 @@ class GpuPartition(Partition):
             "sm_hash": probe.ids_hash(self._sm_ids),
         }
 
+    def units_seen(self) -> tuple[int, ...]:
+        """The numbers of the SMs that ran the probe kernel."""
+        return self._sm_ids
+
     def close(self) -> None:
         """Let go of the stream and the primary context, which lives on as long as TVM uses it."""
         sentinel, self._sentinel = self._sentinel, None

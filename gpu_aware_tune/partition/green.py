@@ -11,6 +11,7 @@ can be replaced.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -25,17 +26,17 @@ from gpu_aware_tune.partition.shares import Share
 
 @dataclass(frozen=True)
 class GreenPlan:
-    """What a process splits a GPU into: the SMs of each share, and whether they may overlap."""
+    """What a process splits a GPU into: disjoint slices, and in each the SMs of its shares."""
 
     index: int
-    sizes: tuple[int, ...]
-    disjoint: bool
+    slices: tuple[tuple[int, ...], ...]
 
 
 class GreenPartition(GpuPartition):
     """One green context of a plan, and its stream."""
 
     backend: ClassVar[str] = "green"
+    slices_share_worker: ClassVar[bool] = True
 
     def __init__(self, share: Share, plan: GreenPlan, position: int) -> None:
         super().__init__(share)
@@ -104,15 +105,23 @@ class GreenPartition(GpuPartition):
 
 
 def plan_partitions(shares: Sequence[Share], disjoint: bool) -> list[GreenPartition]:
-    """The partitions of one plan, in the order of `shares`."""
-    device = shares[0].device
-    plan = GreenPlan(device.index, tuple(share.units for share in shares), disjoint)
-    if disjoint and sum(plan.sizes) > device.units_total:
+    """The partitions of one plan, in the order of `shares`, which may overlap or not."""
+    slices = [[share] for share in shares] if disjoint else [shares]
+    return [partition for own in place_slices(slices) for partition in own]
+
+
+def place_slices(slices: Sequence[Sequence[Share]]) -> list[list[GreenPartition]]:
+    """The partitions of one plan: slices are disjoint, the shares in one of them overlap."""
+    device = slices[0][0].device
+    sizes = tuple(tuple(share.units for share in own) for own in slices)
+    needed = sum(map(max, sizes))
+    if needed > device.units_total:
         raise SetupError(
-            f"shares side by side need {sum(plan.sizes)} SMs and {device.name} has "
-            f"{device.units_total}"
+            f"shares side by side need {needed} SMs and {device.name} has {device.units_total}"
         )
-    return [GreenPartition(share, plan, position) for position, share in enumerate(shares)]
+    plan = GreenPlan(device.index, sizes)
+    position = itertools.count()
+    return [[GreenPartition(share, plan, next(position)) for share in own] for own in slices]
 
 
 @dataclass
@@ -168,24 +177,25 @@ def _open(plan: GreenPlan, driver: Any, ordinal: int) -> _Split:
 
 def _resources(driver: Any, whole: Any, plan: GreenPlan) -> list[list[Any]]:
     """The SM groups of each share."""
-    if plan.disjoint:
-        return _disjoint(driver, whole, plan.sizes)
+    if len(plan.slices) > 1:
+        return _disjoint(driver, whole, plan.slices)
     # Measured one after the other, so they may overlap: a split of its own gives a share the
     # best-connected SMs.
     return [
         [whole] if size == whole.sm.smCount else _groups(driver, whole, 1, size)
-        for size in plan.sizes
+        for size in plan.slices[0]
     ]
 
 
-def _disjoint(driver: Any, whole: Any, sizes: Sequence[int]) -> list[list[Any]]:
+def _disjoint(driver: Any, whole: Any, slices: Sequence[Sequence[int]]) -> list[list[Any]]:
     """Deal out the equal groups of one split; groups of different splits may overlap."""
-    if list(sizes) == [whole.sm.smCount]:
-        return [[whole]]
-    size = math.gcd(*sizes)
-    groups = _groups(driver, whole, sum(sizes) // size, size)
-    dealt = iter(groups)
-    return [[next(dealt) for _ in range(units // size)] for units in sizes]
+    size = math.gcd(*(units for sizes in slices for units in sizes))
+    groups = iter(_groups(driver, whole, sum(map(max, slices)) // size, size))
+    resources = []
+    for sizes in slices:
+        own = list(itertools.islice(groups, max(sizes) // size))
+        resources += [own[: units // size] for units in sizes]
+    return resources
 
 
 def _groups(driver: Any, whole: Any, count: int, size: int) -> list[Any]:
@@ -194,7 +204,7 @@ def _groups(driver: Any, whole: Any, count: int, size: int) -> list[Any]:
     if got != [size] * count:
         raise SetupError(
             f"the GPU's SMs split into groups of {got or 'nothing'} where {count} of {size} were "
-            "asked for: ask for smaller or fewer shares"
+            "asked for: ask for smaller or fewer shares, or fewer --slices"
         )
     return list(groups[:made])
 

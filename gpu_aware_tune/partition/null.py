@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 from gpu_aware_tune.errors import SetupError
@@ -12,12 +12,21 @@ from gpu_aware_tune.partition.shares import Share
 
 
 class NullPartition(Partition):
-    """Counts what is asked of it. `verified_units` other than the share's makes `verify` refuse."""
+    """Counts what is asked of it.
+
+    Args:
+        share: what it stands for.
+        verified_units: another number than the share's makes `verify` refuse.
+        seen: the numbers of its units.
+    """
 
     backend: ClassVar[str] = "null"
 
-    def __init__(self, share: Share, verified_units: int | None = None) -> None:
+    def __init__(
+        self, share: Share, verified_units: int | None = None, seen: Collection[int] = ()
+    ) -> None:
         super().__init__(share)
+        self._seen = tuple(seen)
         self.calls: list[str] = []
         self._verified_units = share.units if verified_units is None else verified_units
         self._inside = False
@@ -37,6 +46,10 @@ class NullPartition(Partition):
         self.calls.append("verify")
         if self._verified_units != self.share.units:
             raise SetupError(f"{self._verified_units} units where {self.share.units} were promised")
+
+    def units_seen(self) -> tuple[int, ...]:
+        """What it was told at construction."""
+        return self._seen
 
     @contextlib.contextmanager
     def timing_context(self) -> Iterator[None]:

@@ -10,8 +10,15 @@ import pytest
 from on_gpu import first_gpu, requires_gpu
 
 from gpu_aware_tune.cuda_toolchain import runtime_environment
-from gpu_aware_tune.measure import SEARCH, Job, Measurer, Together
-from gpu_aware_tune.partition import Device, Partition, open_partitions, probe_backends, share_of
+from gpu_aware_tune.measure import SEARCH, Job, Measurer, SharedWorker
+from gpu_aware_tune.partition import (
+    Device,
+    Partition,
+    open_partitions,
+    open_slices,
+    probe_backends,
+    share_of,
+)
 from gpu_aware_tune.partition.driver import call, started_driver
 from gpu_aware_tune.workers import WorkerHost
 
@@ -106,14 +113,25 @@ def test_a_fault_of_one_mps_client_spares_no_run(
             measurer.close()
 
 
-def test_a_fault_of_one_green_share_is_all_of_the_process(
-    host: WorkerHost, gpu: Device, artifacts: dict[str, str]
+@pytest.mark.parametrize(("kind", "failure"), [("illegal", "run"), ("hang", "timeout")])
+def test_a_fault_of_one_green_slice_costs_the_others_nothing(
+    host: WorkerHost, gpu: Device, artifacts: dict[str, str], kind: str, failure: str
 ) -> None:
     from kernels import job
 
-    shares = [share_of(gpu, 25, "green")] * 2
-    together = Together(host, open_partitions(shares, gpu, "green", disjoint=True), 20)
-    failed = together.measure([job(artifacts["good"]), job(artifacts["illegal"])])
-    assert all(each.failure is not None for each in failed)
-    assert all(m.failure is None for m in together.measure([job(artifacts["good"])] * 2))
-    together.close()
+    shares = [[share_of(gpu, 25, "green")]] * 2
+    shared = SharedWorker(host, open_slices(shares, gpu, "green"), 10, 64 << 30)
+    measurers = [measurer for (measurer,) in shared.slices]
+    try:
+        found = []
+        for measurer, name in zip(measurers, ("good", kind), strict=True):
+            measurer.submit(job(artifacts[name]))
+        for measurer in measurers:
+            while (result := measurer.collect(0.1)) is None:
+                pass
+            found.append(result.failure and result.failure.kind)
+        assert found == [None, failure]
+        assert all(m.measure(job(artifacts["good"])).failure is None for m in measurers)
+    finally:
+        for measurer in measurers:
+            measurer.close()

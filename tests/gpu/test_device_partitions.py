@@ -10,12 +10,13 @@ from on_gpu import first_gpu, requires_gpu
 
 from gpu_aware_tune.cuda_toolchain import runtime_environment
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.measure import Measurer, Together
+from gpu_aware_tune.measure import Measurer, SharedWorker
 from gpu_aware_tune.measure.timing import RETIME
 from gpu_aware_tune.partition import (
     Device,
     choose_backend,
     open_partitions,
+    open_slices,
     probe_backends,
     share_of,
 )
@@ -85,15 +86,26 @@ def test_fewer_sms_take_longer(host: WorkerHost, gpu: Device, good: str) -> None
     assert seconds[0] > 1.3 * seconds[1]
 
 
-def test_disjoint_shares_measure_together(host: WorkerHost, gpu: Device, good: str) -> None:
+def test_slices_measure_at_the_same_time(host: WorkerHost, gpu: Device, good: str) -> None:
     from kernels import job
 
-    shares = [share_of(gpu, 25, "green")] * 3
-    together = Together(host, open_partitions(shares, gpu, "green", disjoint=True), 30)
-    results = together.measure([job(good)] * 3)
-    assert all(r.failure is None and "together" in r.how for r in results)
-    assert len({evidence["sm_hash"] for evidence in together.evidence}) == 3
-    together.close()
+    wide, narrow = share_of(gpu, 25, "green"), share_of(gpu, 13, "green")
+    slices = open_slices([[wide, narrow], [wide], [wide]], gpu, "green")
+    shared = SharedWorker(host, slices, 30, 8 << 30)
+    widest = [own[0] for own in shared.slices]
+    try:
+        for measurer in widest:
+            measurer.submit(job(good))
+        for measurer in widest:
+            while (result := measurer.collect(0.1)) is None:
+                pass
+            assert result.failure is None, result.failure
+        assert shared.slices[0][1].measure(job(good)).failure is None
+        assert all(measurer.evidence["apart"] is True for measurer in widest)
+        assert len({measurer.evidence["sm_hash"] for measurer in widest}) == 3
+    finally:
+        for measurer in widest:
+            measurer.close()
 
 
 def test_auto_takes_a_backend_that_works(gpu: Device) -> None:

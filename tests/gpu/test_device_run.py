@@ -11,10 +11,12 @@ import onnxruntime
 import pytest
 from on_gpu import requires_gpu
 
-from gpu_aware_tune.events import Finished, Note, Planned
+from gpu_aware_tune.events import Finished, Note, Planned, Progress
+from gpu_aware_tune.jobs import make_jobs
 from gpu_aware_tune.partition import partition_for
+from gpu_aware_tune.records import Store
 from gpu_aware_tune.settings import Settings
-from gpu_aware_tune.tuning import tune_events
+from gpu_aware_tune.tuning import tune_events, tune_jobs
 
 pytestmark = requires_gpu
 
@@ -60,3 +62,25 @@ def test_tune_at_30_percent_and_run_there(tmp_path: Path, dtype: str) -> None:
     limit = 5e-2 if dtype == "float16" else 1e-3
     assert float(np.abs(got - wanted).max()) < limit * float(np.abs(wanted).max())
     assert samples and min(samples) < 1e-2
+
+
+def test_two_models_side_by_side_without_mps(tmp_path: Path) -> None:
+    from benchmarks.gpu.models import write_model
+
+    paths = [write_model(name, tmp_path, tiny=True) for name in ("bert", "resnet50")]
+    jobs = make_jobs(
+        paths, target="cuda", partition="green", effort="quick", gpu_pct=(40,), trials=16, seed=1,
+        db=tmp_path / "db", output=tmp_path / "out",
+    )  # fmt: skip
+    events = list(tune_jobs(jobs))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert any("2 slices in one worker" in text for text in notes), notes
+    assert {len(event.slices) for event in events if isinstance(event, Progress)} == {2}
+    finished = [event for event in events if isinstance(event, Finished)]
+    assert all(event.shares[0].verified for event in finished), notes
+    with Store(tmp_path / "db" / "records.sqlite", readonly=True) as store:
+        (seen,) = store.runs()[0].machine["evidence"].values()
+        flags = [record.flags for record in store.records()]
+    assert [slice_["apart"] for slice_ in seen] == [True, True]
+    assert len({slice_["sm_hash"] for slice_ in seen}) == 2
+    assert any("together" in text for text in flags)

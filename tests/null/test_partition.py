@@ -26,6 +26,7 @@ from gpu_aware_tune.partition import (
     Partition,
     Share,
     backends,
+    check_apart,
     choose_backend,
     cores,
     device,
@@ -934,11 +935,50 @@ def test_two_slices_of_mig_are_two_instances(monkeypatch: pytest.MonkeyPatch) ->
         open_slices([[share]] * 3, fake_gpu(), "mig")
 
 
-@pytest.mark.parametrize("backend", ["green", "full"])
-def test_shares_that_would_take_turns_are_no_slices(fake_driver: FakeDriver, backend: str) -> None:
+def green_slices(slices: list[list[int]]) -> list[list[Partition]]:
+    """Slices with shares of so many percent, entered on the device that `fake_driver` is."""
+    shares = [[share_of(fake_gpu(), percent, "green") for percent in own] for own in slices]
+    opened = pickle.loads(pickle.dumps(open_slices(shares, fake_gpu(), "green")))
+    for part in (part for own in opened for part in own):
+        part.enter_worker()
+        part.verify()
+    return opened
+
+
+def test_slices_of_green_contexts_are_groups_of_one_split(fake_driver: FakeDriver) -> None:
+    opened = green_slices([[50, 30, 13], [30], [13]])
+    (wide, middle, narrow), (second,), (third,) = [
+        [set(part.units_seen()) for part in own] for own in opened
+    ]
+    assert [len(wide), len(second), len(third)] == [64, 32, 16]
+    assert narrow < middle < wide, "shares in a slice overlap"
+    assert len(wide | second | third) == 112, "slices do not"
+    assert fake_driver.calls.count("cuDevSmResourceSplitByCount") == 1, "one split, or they overlap"
+    assert check_apart(opened)
+    for own in opened:
+        for part in own:
+            assert part.slices_share_worker
+            part.close()
+    assert fake_driver.leaks() == []
+
+
+def test_slices_that_ran_on_the_same_sm_are_refused(fake_driver: FakeDriver) -> None:
+    fake_driver.probe_ids = list(range(16, 32))
+    opened = green_slices([[30], [13]])
+    with pytest.raises(SetupError, match=r"both run on SM 16 and 15 more: slices must not overlap"):
+        check_apart(opened)
+
+
+def test_slices_need_room(fake_driver: FakeDriver) -> None:
+    shares = [[share_of(fake_gpu(), 50, "green")]] * 3
+    with pytest.raises(SetupError, match="need 192 SMs and NVIDIA H200 has 132"):
+        open_slices(shares, fake_gpu(), "green")
+
+
+def test_a_whole_gpu_is_no_slice(fake_driver: FakeDriver) -> None:
     share = Share(30, 32, fake_gpu())
-    with pytest.raises(SetupError, match=f"{backend} cannot measure several slices"):
-        open_slices([[share], [share]], fake_gpu(), backend)
+    with pytest.raises(SetupError, match="full cannot measure several slices"):
+        open_slices([[share], [share]], fake_gpu(), "full")
     assert fake_driver.leaks() == []
 
 

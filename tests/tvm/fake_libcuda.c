@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct stream { uintptr_t green; unsigned sms; int capturing; };
+struct stream { uintptr_t green; unsigned first, sms; int capturing; };
 static unsigned char context[64];
 
 CUresult cuInit(unsigned flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
@@ -32,15 +32,18 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)co
 CUresult cuCtxSetCurrent(CUcontext c) {
   return c == (CUcontext)context ? 0 : CUDA_ERROR_INVALID_CONTEXT;
 }
-static void sms(CUdevResource *r, unsigned count) {
+// A resource is `count` SMs from `first` on, which lies where the driver keeps what is its own.
+static unsigned *first_of(const CUdevResource *r) { return (unsigned *)r->_internal_padding; }
+static void sms(CUdevResource *r, unsigned first, unsigned count) {
   memset(r, 0, sizeof *r);
   r->type = CU_DEV_RESOURCE_TYPE_SM;
   r->sm.smCount = count;
   r->sm.minSmPartitionSize = r->sm.smCoscheduledAlignment = 8;
+  *first_of(r) = first;
 }
 CUresult cuDeviceGetDevResource(CUdevice d, CUdevResource *r, CUdevResourceType t) {
   if (t != CU_DEV_RESOURCE_TYPE_SM) return CUDA_ERROR_INVALID_RESOURCE_TYPE;
-  sms(r, 132);
+  sms(r, 0, 132);
   return 0;
 }
 CUresult cuDevSmResourceSplitByCount(CUdevResource *result, unsigned *n, const CUdevResource *whole,
@@ -48,14 +51,17 @@ CUresult cuDevSmResourceSplitByCount(CUdevResource *result, unsigned *n, const C
   if (flags || whole->sm.smCount != 132) return CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION;
   unsigned size = (least + 7) / 8 * 8, most = 132 / size;
   if (*n > most) *n = most;
-  for (unsigned i = 0; result && i < *n; ++i) sms(&result[i], size);
-  if (rest) sms(rest, 132 - *n * size);
+  for (unsigned i = 0; result && i < *n; ++i) sms(&result[i], i * size, size);
+  if (rest) sms(rest, *n * size, 132 - *n * size);
   return 0;
 }
 CUresult cuDevResourceGenerateDesc(CUdevResourceDesc *d, CUdevResource *r, unsigned n) {
-  uintptr_t count = 0;
-  for (unsigned i = 0; i < n; ++i) count += r[i].sm.smCount;
-  *d = (CUdevResourceDesc)count;
+  uintptr_t count = 0, first = *first_of(r);
+  for (unsigned i = 0; i < n; ++i) {
+    if (*first_of(&r[i]) != first + count) return CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION;
+    count += r[i].sm.smCount;
+  }
+  *d = (CUdevResourceDesc)(first << 16 | count);
   return 0;
 }
 CUresult cuGreenCtxCreate(CUgreenCtx *c, CUdevResourceDesc d, CUdevice dev, unsigned flags) {
@@ -64,21 +70,22 @@ CUresult cuGreenCtxCreate(CUgreenCtx *c, CUdevResourceDesc d, CUdevice dev, unsi
   return 0;
 }
 CUresult cuGreenCtxGetDevResource(CUgreenCtx c, CUdevResource *r, CUdevResourceType t) {
-  sms(r, (unsigned)(uintptr_t)c);
+  sms(r, (unsigned)((uintptr_t)c >> 16), (uintptr_t)c & 0xffff);
   return 0;
 }
-static CUresult new_stream(CUstream *s, uintptr_t green, unsigned count, unsigned flags) {
+static CUresult new_stream(CUstream *s, uintptr_t green, unsigned flags) {
   if (flags != CU_STREAM_NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
   struct stream *made = calloc(1, sizeof *made);
   made->green = green;
-  made->sms = count;
+  made->first = green >> 16;
+  made->sms = green ? green & 0xffff : 132;
   *s = (CUstream)made;
   return 0;
 }
 CUresult cuGreenCtxStreamCreate(CUstream *s, CUgreenCtx c, unsigned flags, int priority) {
-  return new_stream(s, (uintptr_t)c, (unsigned)(uintptr_t)c, flags);
+  return new_stream(s, (uintptr_t)c, flags);
 }
-CUresult cuStreamCreate(CUstream *s, unsigned flags) { return new_stream(s, 0, 132, flags); }
+CUresult cuStreamCreate(CUstream *s, unsigned flags) { return new_stream(s, 0, flags); }
 CUresult cuStreamGetGreenCtx(CUstream s, CUgreenCtx *c) {
   *c = (CUgreenCtx)((struct stream *)s)->green;
   return 0;
@@ -110,7 +117,8 @@ CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, uns
   if (!stream || e || gx * gy * gz == 0 || bx * by * bz > 1024) return CUDA_ERROR_INVALID_VALUE;
   if (!strcmp((char *)f, "sm_probe")) {
     if (*(unsigned *)p[1] != 40000) return CUDA_ERROR_INVALID_VALUE;
-    for (unsigned i = 0; i < gx; ++i) (*(unsigned **)p[0])[i] = i % stream->sms;
+    for (unsigned i = 0; i < gx; ++i)
+      (*(unsigned **)p[0])[i] = stream->first + i % stream->sms;
   } else if (!strcmp((char *)f, "sentinel")) {
     if (*(unsigned *)p[1] != (1u << 21) - 1 || *(unsigned *)p[2] != 400) return CUDA_ERROR_INVALID_VALUE;
   } else if (!*(void **)p[0]) {

@@ -76,8 +76,23 @@ for part in parts:
     part.verify()
 assert [part.evidence()["sms_seen"] for part in parts] == [32, 64, 16]
 assert len({part.stream for part in parts}) == 3
+assert len({sm for part in parts for sm in part.units_seen()}) == 112
 for part in parts:
     part.close()
+
+from gpu_aware_tune.partition import check_apart, open_slices
+
+slices = open_slices([[Share(48, 64, device), Share(24, 32, device)], [Share(36, 48, device)]],
+                     device, "green")
+for part in (part for own in slices for part in own):
+    part.enter_worker()
+    part.verify()
+assert [[len(part.units_seen()) for part in own] for own in slices] == [[64, 32], [48]]
+assert check_apart(slices)
+for own in slices:
+    for part in own:
+        part.close()
+
 from benchmarks.gpu.lab import Lab
 
 lab = Lab()

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.measure import Job, Measurer, Together
+from gpu_aware_tune.measure import Job, Measurement, Measurer, SharedMeasurer, SharedWorker
 from gpu_aware_tune.measure.timing import SEARCH
-from gpu_aware_tune.partition import MigPartition, Share, find_device, open_partitions, share_of
+from gpu_aware_tune.partition import (
+    MigPartition,
+    Partition,
+    Share,
+    find_device,
+    open_slices,
+    share_of,
+    usable_cores,
+)
 from gpu_aware_tune.partition.mig import MigInstance
 from gpu_aware_tune.testing import fake_gpu, null_device
 from gpu_aware_tune.testing_launch import FaultyPartition
 from gpu_aware_tune.workers import WorkerHost
 
-BODIES = {"good": "return 0;", "loop": "for (;;) ;", "crash": "*(volatile int *)0 = 1;"}
+BODIES = {
+    "good": "return 0;",
+    "nap": "usleep(20000);",
+    "loop": "for (;;) ;",
+    "crash": "*(volatile int *)0 = 1;",
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +48,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, body in BODIES.items():
         source, library = folder / f"{name}.c", folder / f"{name}.so"
         source.write_text(
-            "#include <stdint.h>\n"
+            "#include <stdint.h>\n#include <unistd.h>\n"
             f"int __tvm_ffi_main(void *a, void *b, int32_t c, void *d) {{ {body} return 0; }}\n"
         )
         subprocess.run(["cc", "-shared", "-fPIC", "-O0", "-o", library, source], check=True)
@@ -99,38 +113,69 @@ def test_a_fault_that_reaches_other_clients_replaces_their_workers(
     assert group == []
 
 
-def test_shares_together_fail_together_and_go_on(
+def shared_by(
+    host: WorkerHost, parts: Sequence[Partition], timeout_s: float = 20
+) -> tuple[SharedWorker, list[SharedMeasurer]]:
+    """A worker with a slice for each partition."""
+    shared = SharedWorker(host, [[part] for part in parts], timeout_s, 1 << 30)
+    return shared, [measurer for (measurer,) in shared.slices]
+
+
+def all_at_once(
+    measurers: Sequence[SharedMeasurer], paths: Sequence[str]
+) -> tuple[list[str | None], float]:
+    """The kind of each one's failure, and the seconds that all of them took."""
+    begun = time.monotonic()
+    for measurer, path in zip(measurers, paths, strict=True):
+        measurer.submit(job(path))
+    results: dict[int, Measurement] = {}
+    while len(results) < len(measurers):
+        for number, measurer in enumerate(measurers):
+            if number not in results and (result := measurer.collect(0.01)) is not None:
+                results[number] = result
+    failures = [results[number].failure for number in range(len(measurers))]
+    return [failure and failure.kind for failure in failures], time.monotonic() - begun
+
+
+def test_a_fault_costs_the_other_slices_nothing(
     host: WorkerHost, artifacts: dict[str, str], tmp_path: Path
 ) -> None:
-    together = Together(host, faulty(tmp_path, 3), timeout_s=2)
-    quiet = together.measure([job(artifacts["good"])] * 3)
-    assert [m.failure for m in quiet] == [None] * 3
-    assert all("together" in m.how for m in quiet)
+    shared, measurers = shared_by(host, faulty(tmp_path, 3), timeout_s=2)
+    good = artifacts["good"]
+    assert all_at_once(measurers, [good] * 3)[0] == [None] * 3
+    assert [measurer.evidence["units"] for measurer in measurers] == [1, 2, 3]
     (tmp_path / "f2").write_text("700 CUDA_ERROR_ILLEGAL_ADDRESS")
-    failed = [m.failure for m in together.measure([job(artifacts["good"])] * 3)]
-    assert [f.kind for f in failed if f] == ["crash", "run", "crash"]
-    assert all(m.failure is None for m in together.measure([job(artifacts["good"])] * 3))
-    for name, kind in (("loop", "timeout"), ("crash", "crash")):
-        jobs = [job(artifacts["good"]), job(artifacts[name]), job(artifacts["good"])]
-        assert {m.failure.kind for m in together.measure(jobs) if m.failure} == {kind}
-    assert all(m.failure is None for m in together.measure([job(artifacts["good"])] * 3))
-    together.close()
+    failed = measurers[1].measure(job(good)).failure
+    assert failed is not None and "ILLEGAL_ADDRESS" in failed.text
+    assert not shared.is_open, "whatever the error was"
+    for place, (name, kind) in enumerate((("loop", "timeout"), ("crash", "crash"))):
+        paths = [good] * 3
+        paths[place] = artifacts[name]
+        wanted = [kind if number == place else None for number in range(3)]
+        assert all_at_once(measurers, paths)[0] == wanted
+    for measurer in measurers:
+        measurer.close()
+    assert not shared.is_open
 
 
-def test_disjoint_cores_measure_together(host: WorkerHost, artifacts: dict[str, str]) -> None:
+@pytest.mark.skipif(len(usable_cores()) < 2, reason="two shares need two cores")
+def test_disjoint_cores_measure_at_the_same_time(
+    host: WorkerHost, artifacts: dict[str, str]
+) -> None:
     device, _ = find_device("llvm", 0, None)
-    if device.units_total < 2:
-        pytest.skip("two shares need two cores")
-    shares = [share_of(device, 100 // device.units_total)] * 2
-    parts = open_partitions(shares, device, disjoint=True)
-    together = Together(host, parts, timeout_s=20)
-    results = together.measure([job(artifacts["good"])] * 2)
-    assert all(m.seconds is not None for m in results)
-    assert len(together.evidence) == 2
-    together.close()
+    shares = [[share_of(device, 100 // device.units_total)]] * 2
+    parts = [part for (part,) in open_slices(shares, device, "cores")]
+    _, measurers = shared_by(host, parts)
+    measurers[0].open()
+    alone = [all_at_once(measurers[:1], [artifacts["nap"]])[1] for _ in range(3)]
+    both = [all_at_once(measurers, [artifacts["nap"]] * 2)[1] for _ in range(3)]
+    assert min(both) < 1.5 * min(alone), "a kernel holds up nobody else's"
+    assert [measurer.evidence["apart"] for measurer in measurers] == [True, True]
+    for measurer in measurers:
+        measurer.close()
 
 
-def test_a_share_that_needs_a_process_cannot_be_measured_together(host: WorkerHost) -> None:
+def test_a_share_that_needs_a_process_cannot_have_a_shared_worker(host: WorkerHost) -> None:
     part = MigPartition(Share(13, 16, fake_gpu()), MigInstance("MIG-a", "a", 16, 1))
     with pytest.raises(SetupError, match="needs a process for each share"):
-        Together(host, [part], timeout_s=1)
+        SharedWorker(host, [[part]], 1, 1 << 30)

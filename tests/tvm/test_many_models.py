@@ -11,9 +11,9 @@ from small_network import write_network
 
 from gpu_aware_tune import load
 from gpu_aware_tune.candidates import Candidate
-from gpu_aware_tune.events import Event, Finished, Planned, Progress, Trial
+from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, Trial
 from gpu_aware_tune.jobs import make_jobs
-from gpu_aware_tune.partition import usable_cores
+from gpu_aware_tune.partition import CoresPartition, usable_cores
 from gpu_aware_tune.records import Store
 from gpu_aware_tune.run import Run
 from gpu_aware_tune.tuning import tune_jobs
@@ -72,6 +72,27 @@ def test_models_with_the_same_kernels_are_searched_once_and_side_by_side(tmp_pat
     assert rows == [("ten", "finished"), ("twenty", "finished")]
     units = finished[0].shares[0].units
     assert seen == [{str(units): [{"backend": "cores", "units": units}] * 2}] * 2, "of both slices"
+
+
+@pytest.mark.skipif(len(usable_cores()) < 2, reason="two slices need two cores")
+def test_slices_of_one_worker_tune_as_those_of_several_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with green contexts, which cannot measure side by side in workers of their own."""
+    monkeypatch.setattr(CoresPartition, "slices_share_worker", True)
+    models = [network(tmp_path / "a.onnx", 10), network(tmp_path / "b.onnx", 10, channels=24)]
+    events = tuned(tmp_path, models, gpu_pct=HALF, trials=12)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert any("2 slices in one worker" in text for text in notes), notes
+    finished = [event for event in events if isinstance(event, Finished)]
+    for model, event in zip(models, finished, strict=True):
+        assert event.reordered is not None and event.reordered.tasks > 0
+        check_numbers(model, event.output)
+    with Store(tmp_path / "db" / "records.sqlite", readonly=True) as store:
+        (seen,) = store.runs()[0].machine["evidence"].values()
+        flags = [record.flags for record in store.records()]
+    assert [slice_["apart"] for slice_ in seen] == [True, True]
+    assert any("together" in text for text in flags), "they did measure at the same time"
 
 
 def test_a_second_model_with_another_head_only_searches_the_head(tmp_path: Path) -> None:
