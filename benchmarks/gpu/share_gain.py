@@ -15,19 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.children import ROOT, asked, die_with_parent, stop_orderly, tell
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.models import MODELS, write_model
 
-ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "gpu-bench"  # vs_torch.py takes its libraries from here
-_TIMEOUT_S = 120
+_TIMEOUT_S = 60
 _ROUNDS = 5
 
 
@@ -45,36 +45,44 @@ def main() -> None:
     parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print("ANSWER " + json.dumps(latencies(**json.loads(args.child))))
+        die_with_parent()
+        tell(latencies(**json.loads(args.child)))
         return
     if not require_gpu(args.null):
         sys.exit(NO_GPU)
     percents = tuple(int(part) for part in args.shares.split(","))
-    rows = {}
+    stop_orderly()
+    rows: dict[str, dict[str, Any]] = {}
+    results = Path(tempfile.mkdtemp()) if args.null else args.results
+    settings = {"shares": percents, "time_s": args.time}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models.split(","):
             path = write_model(name, Path(folder), tiny=args.null)
-            rows[name] = one_model(name, path, percents, args, Path(folder))
+            rows[name] = {}
+            for row in one_model(name, path, percents, args, Path(folder)):
+                rows[name] |= row
+                figures = {"settings": settings, "models": rows}
+                written = write_results("gpu-share-gain", figures, args.null, results)
             print(table(name, rows[name]), flush=True)
-    folder = Path(tempfile.mkdtemp()) if args.null else args.results
-    settings = {"shares": percents, "time_s": args.time}
-    write_results("gpu-share-gain", {"settings": settings, "models": rows}, args.null, folder)
+    print(f"written to {written}")
 
 
 def one_model(
     name: str, path: Path, percents: tuple[int, ...], args: argparse.Namespace, scratch: Path
-) -> dict[str, Any]:
-    """Tune one model twice and fill its table."""
+) -> Iterator[dict[str, Any]]:
+    """Tune one model twice and fill its table, piece by piece."""
     kept = (scratch if args.null else KEPT) / f"{name}.tuned"
     kept.parent.mkdir(parents=True, exist_ok=True)
     four = tuned(path, percents, kept, args, scratch / f"{name}-four")
-    one = tuned(path, (100,), scratch / f"{name}-one.tuned", args, scratch / f"{name}-one")
     units = four["units"]
-    lines = {
-        str(place): measured({"folder": str(kept), "units": place, "seconds": args.seconds})
-        for place in units
-    }
-    return {"units": units, "on": lines, "four": four, "one": one, **gains(lines, units)}
+    yield {"units": units, "four": four}
+    lines: dict[str, dict[str, float]] = {}
+    for place in units:
+        cell = {"folder": str(kept), "units": place, "seconds": args.seconds}
+        lines[str(place)] = measured(cell)
+        yield {"on": dict(lines)}
+    yield gains(lines, units)
+    yield {"one": tuned(path, (100,), scratch / f"{name}-one.tuned", args, scratch / f"{name}-one")}
 
 
 def tuned(
@@ -107,14 +115,10 @@ def tuned(
 
 def measured(cell: dict[str, Any]) -> dict[str, float]:
     """Seconds of every library of a folder on one share, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.gpu.share_gain", "--child", json.dumps(cell)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=_TIMEOUT_S, check=False
-    )
-    for text in reversed(done.stdout.splitlines()):
-        if text.startswith("ANSWER "):
-            return dict(json.loads(text[7:]))
-    raise SystemExit(f"{cell} failed:\n{done.stderr[-3000:]}")
+    found, why = asked(["-m", "benchmarks.gpu.share_gain", "--child", json.dumps(cell)], _TIMEOUT_S)
+    if found is None:
+        raise SystemExit(f"{cell} failed: {why}")
+    return found
 
 
 def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
@@ -122,6 +126,7 @@ def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
     import contextlib
 
     from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.library.program import Weights
     from gpu_aware_tune.model import TensorSpec, random_inputs
     from gpu_aware_tune.partition import partition_for
 
@@ -129,6 +134,7 @@ def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
     manifest = json.loads((root / "manifest.json").read_text())
     specs = [TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in manifest["inputs"]]
     inputs = random_inputs(specs, seed=0)
+    weights = Weights(root / "weights.bin")
     samples: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         partition = partition_for(manifest, units)
@@ -136,8 +142,10 @@ def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
             stack.callback(partition.close)
             stack.enter_context(partition.timing_context())
         timers = {
-            str(entry["units"]): open_vm(root / entry["file"], root / "weights.bin").timer(inputs)
-            for entry in manifest["libraries"]
+            str(each["units"]): open_vm(
+                root / each["file"], weights, entry=each.get("entry", "main")
+            ).timer(inputs)
+            for each in manifest["libraries"]
         }
         for _ in range(_ROUNDS):  # in turn, so that drift meets all alike
             for made_for, timer in timers.items():
