@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from gpu_aware_tune.cuda_toolchain import find_toolchain
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.workers import WorkerHost
+from gpu_aware_tune.workers import WorkerHost, pool
 
 TORCH = """
 import pathlib
@@ -62,6 +63,19 @@ def test_a_worker_host_does_not_start_cuda_through_torch(
         worker = host.spawn("gpu_aware_tune.builder:serve", {"kind": "llvm"})
         worker.kill()
     assert not asked.exists()
+
+
+@pytest.mark.parametrize("flags", [0, os.ST_NOEXEC])
+def test_artifacts_lie_where_they_can_be_loaded_from(
+    monkeypatch: pytest.MonkeyPatch, flags: int
+) -> None:
+    """Docker's /dev/shm may be large, and does not let libraries be loaded."""
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: SimpleNamespace(f_flag=flags, f_bavail=1 << 20, f_frsize=1 << 12)
+    )
+    folder = pool._scratch_folder()
+    folder.rmdir()
+    assert folder.is_relative_to("/dev/shm") is (flags == 0)
 
 
 def test_torch_can_be_imported_afterwards(tmp_path: Path) -> None:
