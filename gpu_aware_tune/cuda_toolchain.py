@@ -21,6 +21,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,10 @@ def find_toolchain() -> Toolchain:
     for name, wheel in _NEEDED.items():
         if not (root / name).is_file():
             raise SetupError(f"{wheel} is not installed (no {root / name}): {INSTALL}")
+    # The bindings look for it in the interpreter's own site-packages alone, not where PYTHONPATH says;
+    # it asks for its own second library by name.
+    for pattern in ("libnvrtc-builtins.so.*", "libnvrtc.so.*"):
+        _load_global(root, pattern)
     try:
         code, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:  # the bindings raise RuntimeError where the library cannot be loaded
@@ -245,12 +250,9 @@ def preload_runtime() -> bool:
     Returns whether it could be loaded. Without it TVM's CUDA runtime needs a system-wide CUDA.
     """
     try:
-        library = next((_wheel_root() / "lib").glob("libcudart.so.*"), None)
-        if library is not None:
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    except (OSError, SetupError):
+        return _load_global(_wheel_root(), "libcudart.so.*")
+    except SetupError:
         return False
-    return library is not None
 
 
 def runtime_environment() -> dict[str, str]:
@@ -268,12 +270,31 @@ def runtime_environment() -> dict[str, str]:
 
 
 def _wheel_root() -> Path:
-    """The folder that NVIDIA's CUDA 13 wheels share: site-packages/nvidia/cu13."""
+    """The folder that NVIDIA's CUDA 13 wheels share: site-packages/nvidia/cu13.
+
+    There may be several, such as torch's, which has no headers: the first that has them all counts.
+    `sys.path` is looked through too, since a wheel that makes `nvidia` a regular package hides others.
+    """
     spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (root := Path(folder) / "cu13").is_dir():
-            return root
-    raise SetupError(f"nvidia-cuda-nvrtc is not installed (no nvidia/cu13 folder): {INSTALL}")
+    named = list(spec.submodule_search_locations or ()) if spec else []
+    beside = [Path(entry or ".") / "nvidia" for entry in sys.path]
+    roots = [Path(folder) / "cu13" for folder in (*named, *beside)]
+    found = [root for root in roots if root.is_dir()]
+    if not found:
+        raise SetupError(f"nvidia-cuda-nvrtc is not installed (no nvidia/cu13 folder): {INSTALL}")
+    return next((r for r in found if all((r / name).is_file() for name in _NEEDED)), found[0])
+
+
+def _load_global(root: Path, pattern: str) -> bool:
+    """Load a library of a wheel, so that whoever asks for it by name afterwards gets this one."""
+    library = next((root / "lib").glob(pattern), None)
+    if library is None:
+        return False
+    try:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
 
 
 def _nvrtc(source: str, arch: str, toolchain: Toolchain) -> bytes:

@@ -294,8 +294,12 @@ def _library_outputs(
     if callable(library):
         return list(library(inputs).values())
     module = tvm.runtime.load_module(str(library))
-    cuda = any(imported.kind == "cuda" for imported in module.imports)
-    return _run_main(module, tvm.cuda() if cuda else tvm.cpu(), model, inputs, entry)
+    return _run_main(module, tvm.cuda() if _is_cuda(module) else tvm.cpu(), model, inputs, entry)
+
+
+def _is_cuda(module: Any) -> bool:
+    """Whether a loaded library has GPU kernels: they are imports of the host code that it imports."""
+    return any(each.kind == "cuda" or _is_cuda(each) for each in module.imports)
 
 
 def _plain_outputs(model: Model, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray] | str:

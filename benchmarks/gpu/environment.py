@@ -15,6 +15,9 @@ from typing import Any
 from gpu_aware_tune.partition import Nvml
 from gpu_aware_tune.partition.gpus import query_gpus
 
+# TVM builds an extension for torch at its import, where torch is older: a minute in each process.
+os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NO_GPU = 3  # exit code where there is none
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "cuda-bindings", "nvidia-cuda-nvrtc", "torch",
@@ -56,12 +59,13 @@ def require_gpu(null: bool) -> bool:
 
 
 def write_results(name: str, figures: dict[str, Any], null: bool, folder: Path = RESULTS) -> Path:
-    """Write a results file named by benchmark, device and date."""
+    """Write a results file named by benchmark, device and date; again after each further figure."""
     device = "null" if null else gpu_name() or "none"
     path = folder / f"{name}-{device}-{time.strftime('%Y-%m-%d', time.gmtime())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"about": environment(), **figures}, indent=1) + "\n")
-    print(f"written to {path}")
+    fresh = path.with_suffix(".tmp")  # what is there stays whole, whenever this process is ended
+    fresh.write_text(json.dumps({"about": environment(), **figures}, indent=1) + "\n")
+    fresh.replace(path)
     return path
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.children import ROOT, told
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition import (
     Device,
@@ -37,8 +38,7 @@ from gpu_aware_tune.partition.driver import call
 from gpu_aware_tune.partition.gpu import GpuPartition
 from gpu_aware_tune.partition.green import plan_partitions
 
-ROOT = Path(__file__).resolve().parents[2]
-CHILD_TIMEOUT_S = 90.0
+CHILD_TIMEOUT_S = 60.0
 LOADS = ("compute", "l2", "dram")
 
 _SOURCE = r"""
@@ -375,8 +375,7 @@ def answer(child: subprocess.Popen[str], timeout_s: float = CHILD_TIMEOUT_S) -> 
         os.killpg(child.pid, signal.SIGKILL)  # and what it started
         child.communicate()
         return {"error": f"no answer in {timeout_s:.0f} s"}
-    for line in reversed(out.splitlines()):
-        if line.startswith("ANSWER "):
-            return dict(json.loads(line[7:]))
+    if (found := told(out)) is not None:
+        return found
     lines = [line for line in err.splitlines() if line.strip()]
     return {"error": f"exit code {child.returncode}: {lines[-1][:300] if lines else 'no output'}"}

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cells import FLAG, answer, run_apart
+from benchmarks.gpu.children import ROOT, asked, die_with_parent, stop_orderly, tell
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.models import MODELS, write_model
 
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
     from gpu_aware_tune.partition import Partition
 
-ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "gpu-bench"  # vs_torch.py takes its libraries from here
-_TIMEOUT_S = 120
+_TIMEOUT_S = 60
 _ROUNDS = 5
 
 
@@ -49,43 +48,47 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each timing")
     parser.add_argument("--null", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument(FLAG, help=argparse.SUPPRESS)
+    parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.cell:
-        answer(args.cell, latencies)
+    if args.child:
+        die_with_parent()
+        tell(latencies(**json.loads(args.child)))
         return
     if not require_gpu(args.null):
         sys.exit(NO_GPU)
     percents = tuple(int(part) for part in args.shares.split(","))
-    rows = {}
+    stop_orderly()
+    rows: dict[str, dict[str, Any]] = {}
+    results = Path(tempfile.mkdtemp()) if args.null else args.results
+    settings = {"shares": percents, "time_s": args.time}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models.split(","):
             path = write_model(name, Path(folder), tiny=args.null)
-            rows[name] = one_model(name, path, percents, args, Path(folder))
+            rows[name] = {}
+            for row in one_model(name, path, percents, args, Path(folder)):
+                rows[name] |= row
+                figures = {"settings": settings, "models": rows}
+                written = write_results("gpu-share-gain", figures, args.null, results)
             print(table(name, rows[name]), flush=True)
-    folder = Path(tempfile.mkdtemp()) if args.null else args.results
-    settings = {"shares": percents, "time_s": args.time}
-    write_results("gpu-share-gain", {"settings": settings, "models": rows}, args.null, folder)
+    print(f"written to {written}")
 
 
 def one_model(
     name: str, path: Path, percents: tuple[int, ...], args: argparse.Namespace, scratch: Path
-) -> dict[str, Any]:
-    """Tune one model twice and fill its table."""
+) -> Iterator[dict[str, Any]]:
+    """Tune one model twice and fill its table, piece by piece."""
     kept = (scratch if args.null else KEPT) / f"{name}.tuned"
     kept.parent.mkdir(parents=True, exist_ok=True)
     four = tuned(path, percents, kept, args, scratch / f"{name}-four")
-    one = tuned(path, (100,), scratch / f"{name}-one.tuned", args, scratch / f"{name}-one")
     units = four["units"]
-    lines = {
-        str(place): run_apart(
-            "benchmarks.gpu.share_gain",
-            {"folder": str(kept), "units": place, "seconds": args.seconds},
-            _TIMEOUT_S,
-        )
-        for place in units
-    }
-    return {"units": units, "on": lines, "four": four, "one": one, **gains(lines, units)}
+    yield {"units": units, "four": four}
+    lines: dict[str, dict[str, float]] = {}
+    for place in units:
+        cell = {"folder": str(kept), "units": place, "seconds": args.seconds}
+        lines[str(place)] = measured(cell)
+        yield {"on": dict(lines)}
+    yield gains(lines, units)
+    yield {"one": tuned(path, (100,), scratch / f"{name}-one.tuned", args, scratch / f"{name}-one")}
 
 
 def tuned(
@@ -116,17 +119,29 @@ def tuned(
     return {**found, "seconds": time.monotonic() - begun}
 
 
+def measured(cell: dict[str, Any]) -> dict[str, float]:
+    """Seconds of every library of a folder on one share, in a process of its own."""
+    found, why = asked(["-m", "benchmarks.gpu.share_gain", "--child", json.dumps(cell)], _TIMEOUT_S)
+    if found is None:
+        raise SystemExit(f"{cell} failed: {why}")
+    return found
+
+
 def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
     """Median seconds of each library inside the partition of `units` (in the child)."""
     from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.library.program import Weights
 
     root = Path(folder)
     manifest, inputs = described(root)
+    weights = Weights(root / "weights.bin")
     samples: dict[str, list[float]] = {}
     with inside(manifest, units):
         timers = {
-            str(entry["units"]): open_vm(root / entry["file"], root / "weights.bin").timer(inputs)
-            for entry in manifest["libraries"]
+            str(each["units"]): open_vm(
+                root / each["file"], weights, entry=each.get("entry", "main")
+            ).timer(inputs)
+            for each in manifest["libraries"]
         }
         for _ in range(_ROUNDS):  # in turn, so that drift meets all alike
             for made_for, timer in timers.items():

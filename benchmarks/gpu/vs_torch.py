@@ -6,20 +6,21 @@
 
 ours       the library that share_gain.py left in build/gpu-bench, else one tuned for --time seconds
 eager      torch as it is
-compile    torch.compile(mode="max-autotune-no-cudagraphs"): its own graphs would be captured on
-           another stream and leave a green context
+compile    torch.compile in its default mode, which captures no graphs: they would be captured on
+           another stream and leave a green context; --mode max-autotune-no-cudagraphs takes minutes
 ort        ONNX Runtime's CUDA provider on the partition's stream (float32)
 
 Whoever is not installed is left out, and named in the results. Every contestant of a cell runs in
-one process on the same green context and its stream, in turns; TF32 is off.
+one process on the same green context and its stream, in turns; TF32 is off. What has been measured
+before the time of a cell is over counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cells import FLAG, CellFailed, answer, run_apart
+from benchmarks.gpu.children import asked, die_with_parent, stop_orderly, tell
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.models import MODELS, write_model
 from benchmarks.gpu.share_gain import KEPT, described, inside
@@ -50,17 +51,23 @@ def main() -> None:
         "--time", type=float, default=20.0, help="seconds of a search, where needed"
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="of each contestant's timing")
+    parser.add_argument("--mode", default="default", help="of torch.compile")
+    parser.add_argument("--cell-seconds", type=float, default=120.0, help="at most, for each cell")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds for everything")
     parser.add_argument("--null", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument(FLAG, help=argparse.SUPPRESS)
+    parser.add_argument("--cell", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
-        answer(args.cell, cell)
+        die_with_parent()
+        for row in cell(**json.loads(args.cell)):
+            tell(row)
         return
     if not require_gpu(args.null):
         sys.exit(NO_GPU)
+    stop_orderly()
     end = time.monotonic() + args.budget
+    results = Path(tempfile.mkdtemp()) if args.null else args.results
     percents = [int(part) for part in args.shares.split(",")]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +77,8 @@ def main() -> None:
                 for row in one_model(name, path, dtype, percents, args, Path(folder), end):
                     rows.append(row)
                     print(line(row), flush=True)
-    folder = Path(tempfile.mkdtemp()) if args.null else args.results
-    write_results("gpu-vs-torch", {"rows": rows}, args.null, folder)
+                    written = write_results("gpu-vs-torch", {"rows": rows}, args.null, results)
+    print(f"written to {written}")
 
 
 def one_model(
@@ -99,8 +106,8 @@ def one_model(
             yield {**row, "left_out": "the budget is used up"}
             continue
         given = {"model": str(path), "library": str(library), "units": share["units"],
-                 "dtype": dtype, "seconds": args.seconds}  # fmt: skip
-        yield {**row, **_in_process(given, left)}
+                 "dtype": dtype, "seconds": args.seconds, "mode": args.mode}  # fmt: skip
+        yield {**row, **_in_process(given, min(left, args.cell_seconds))}
 
 
 def tuned(
@@ -133,56 +140,81 @@ def tuned(
 
 
 def _in_process(given: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    try:
-        return run_apart("benchmarks.gpu.vs_torch", given, limit_s)
-    except subprocess.TimeoutExpired:
-        return {"left_out": f"not done in {limit_s:.0f} s, the rest of the budget"}
-    except CellFailed as failed:
-        return {"failed": failed.stderr[-2000:]}
+    found, why = asked(["-m", "benchmarks.gpu.vs_torch", "--cell", json.dumps(given)], limit_s)
+    if found is None:
+        return {"failed": why}
+    return {**found, "cut_off": why} if why else found
 
 
-def cell(model: str, library: str, units: int, dtype: str, seconds: float) -> dict[str, Any]:
-    """Milliseconds of every contestant in the partition of `units` (in the child)."""
+def cell(
+    model: str, library: str, units: int, dtype: str, seconds: float, mode: str = "default"
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of the contestants in the partition of `units` (in the child).
+
+    First without torch.compile, which may take longer than there is time; then with it.
+    """
+    with contextlib.suppress(ImportError):
+        import torch  # noqa: F401 - before TVM, which otherwise imports it in the middle of its own
+
     from gpu_aware_tune.library import open_vm
 
     root = Path(library)
     manifest, inputs = described(root)
     entry = next(e for e in manifest["libraries"] if e["units"] == units)
-    samplers: dict[str, Sampler] = {}
-    outputs: dict[str, np.ndarray] = {}
-    left_out: dict[str, str] = {}
+    name = entry.get("entry", "main")
+    found = _Cell()
     with inside(manifest, units) as partition:
-        program = open_vm(root / entry["file"], root / "weights.bin")
-        samplers["ours"] = program.timer(inputs)
-        outputs["ours"] = program(program.place(list(inputs.values())))[0]
+        program = open_vm(root / entry["file"], root / "weights.bin", entry=name)
+        found.samplers["ours"] = program.timer(inputs)
+        found.outputs["ours"] = program(program.place(list(inputs.values())))[0]
         stream = partition.stream if partition is not None else None
-        for name, make in (("eager", _torch), ("compile", _torch), ("ort", _onnxruntime)):
-            try:
-                samplers[name], outputs[name] = make(name, Path(model), inputs, dtype, stream)
-            except Exception as error:  # whatever keeps a contestant away is said, not fatal
-                left_out[name] = f"{type(error).__name__}: {error}"[:300]
-        samples: dict[str, list[float]] = {name: [] for name in samplers}
+        evidence = partition.evidence() if partition is not None else None
+        given = (Path(model), inputs, dtype, stream)
+        found.add("eager", lambda: _torch(*given))
+        found.add("ort", lambda: _onnxruntime(*given))
+        yield {**found.measured(seconds), "evidence": evidence}
+        found.add("compile", lambda: _torch(*given, mode=mode))
+        yield {**found.measured(seconds), "evidence": evidence}
+
+
+class _Cell:
+    """The contestants of a cell, what each computes, and who is left out."""
+
+    def __init__(self) -> None:
+        self.samplers: dict[str, Sampler] = {}
+        self.outputs: dict[str, np.ndarray] = {}
+        self.left_out: dict[str, str] = {}
+
+    def add(self, name: str, make: Callable[[], tuple[Sampler, np.ndarray]]) -> None:
+        """Add a contestant; whatever keeps it away is said, not fatal."""
+        try:
+            self.samplers[name], self.outputs[name] = make()
+        except Exception as error:
+            self.left_out[name] = f"{type(error).__name__}: {error}"[:300]
+
+    def measured(self, seconds: float) -> dict[str, Any]:
+        """Every contestant's milliseconds, in turns, and how far its numbers are from ours."""
+        samples: dict[str, list[float]] = {name: [] for name in self.samplers}
         for _ in range(_ROUNDS):
-            for name, sampler in samplers.items():
+            for name, sampler in self.samplers.items():
                 samples[name].extend(sampler(seconds / _ROUNDS))
-    scale = float(np.abs(outputs["ours"].astype("float64")).max()) or 1.0
-    return {
-        "ms": {name: 1e3 * statistics.median(values) for name, values in samples.items()},
-        "runs": {name: len(values) for name, values in samples.items()},
-        "apart": {
-            name: float(np.abs(value.astype("float64") - outputs["ours"].astype("float64")).max())
-            / scale
-            for name, value in outputs.items()
-        },
-        "without": left_out,
-        "evidence": partition.evidence() if partition is not None else None,
-    }
+        ours = self.outputs["ours"].astype("float64")
+        scale = float(np.abs(ours).max()) or 1.0
+        return {
+            "ms": {name: 1e3 * statistics.median(values) for name, values in samples.items()},
+            "runs": {name: len(values) for name, values in samples.items()},
+            "apart": {
+                name: float(np.abs(value.astype("float64") - ours).max()) / scale
+                for name, value in self.outputs.items()
+            },
+            "without": dict(self.left_out),
+        }
 
 
 def _torch(
-    kind: str, path: Path, inputs: dict[str, np.ndarray], dtype: str, stream: int | None
+    path: Path, inputs: dict[str, np.ndarray], dtype: str, stream: int | None, mode: str = ""
 ) -> tuple[Sampler, np.ndarray]:
-    """torch on the partition's stream."""
+    """torch on the partition's stream; compiled where a mode is given."""
     import torch
 
     from benchmarks.gpu.torch_model import torch_module
@@ -196,8 +228,8 @@ def _torch(
     with torch.inference_mode(), torch.cuda.stream(lane):
         module = torch_module(path).cuda().to(wanted)
         given = [torch.from_numpy(array).cuda().to(wanted) for array in inputs.values()]
-        if kind == "compile":
-            module = torch.compile(module, mode="max-autotune-no-cudagraphs")
+        if mode:
+            module = torch.compile(module, mode=mode)
         for _ in range(3):
             result = module(*given)[0]
         lane.synchronize()
@@ -210,7 +242,7 @@ def _torch(
 
 
 def _onnxruntime(
-    kind: str, path: Path, inputs: dict[str, np.ndarray], dtype: str, stream: int | None
+    path: Path, inputs: dict[str, np.ndarray], dtype: str, stream: int | None
 ) -> tuple[Sampler, np.ndarray]:
     """ONNX Runtime's CUDA provider on the partition's stream, inputs and outputs on the GPU."""
     import onnxruntime

@@ -271,7 +271,9 @@ def _scratch_folder() -> Path:
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and os.access(memory, os.W_OK)
     if roomy:
-        roomy = shutil.disk_usage(memory).free > _SCRATCH_MIN_BYTES
+        found = os.statvfs(memory)
+        runs = not found.f_flag & os.ST_NOEXEC  # containers forbid to load libraries from there
+        roomy = runs and found.f_bavail * found.f_frsize > _SCRATCH_MIN_BYTES
     try:
         return Path(tempfile.mkdtemp(prefix="gpu-aware-tune-", dir=memory if roomy else None))
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 
@@ -35,9 +36,27 @@ def _cheap_stack() -> Iterator[None]:
         inspect.stack = original
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hide torch for the length of an import, where it is installed and not loaded yet.
+
+    TVM imports torch wherever it finds it, which takes seconds, and asks it for a GPU. That starts
+    CUDA, and CUDA does not survive a fork: no worker could measure on the GPU.
+    """
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules["torch"]
+
+
 def load_tvm() -> None:
-    """Import what search, build and measurement need of TVM."""
-    with _cheap_stack():
+    """Import what search, build and measurement need of TVM; neither torch nor CUDA is started."""
+    with _cheap_stack(), _without_torch():
         import tvm
         import tvm.relax
         import tvm.s_tir.meta_schedule

@@ -63,7 +63,7 @@ def test_a_fault_is_one_candidates(
     from kernels import job
 
     (partition,) = opened(gpu, backend)
-    measurer = Measurer(host, partition, 10, 64 << 30)
+    measurer = Measurer(host, partition, 20 if kind == "memory" else 5, 64 << 30)
     try:
         with hogged(4 << 30) if kind == "memory" else contextlib.nullcontext():
             failed = measurer.measure(

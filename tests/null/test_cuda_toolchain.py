@@ -119,6 +119,25 @@ def test_no_wheel_at_all_names_the_fix(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @needs_wheels
+@pytest.mark.parametrize("other", ["a regular package", "without headers"])
+def test_wheels_beside_others_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """Older wheels make `nvidia` a package that hides ours; torch brings libraries and no headers."""
+    ours = tmp_path / "ours" / "nvidia" / "cu13"
+    theirs = tmp_path / "theirs" / "nvidia"
+    (theirs / "cu13").mkdir(parents=True)
+    if other == "a regular package":
+        (theirs / "cu13").rmdir()
+        (theirs / "__init__.py").touch()
+    for name in cuda_toolchain._NEEDED:
+        (ours / name).parent.mkdir(parents=True, exist_ok=True)
+        (ours / name).touch()
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "theirs"), str(tmp_path / "ours")])
+    assert cuda_toolchain._wheel_root() == ours
+
+
 def test_a_build_workers_environment() -> None:
     env = environment()
     root = Path(env["CUDA_PATH"])

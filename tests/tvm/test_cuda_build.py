@@ -121,8 +121,8 @@ def test_an_artifact_holds_a_cubin_and_no_source(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path], "nothing else is left behind"
 
 
-def test_a_whole_library_holds_cubins_and_no_source(tmp_path: Path) -> None:
-    """The last stage of a run, for a GPU that is not here."""
+def write_whole_library(folder: Path) -> Path:
+    """As the last stage of a run makes it, for a GPU that is not here."""
     from tvm.script import relax as R
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import relax as builder
@@ -140,11 +140,28 @@ def test_a_whole_library_holds_cubins_and_no_source(tmp_path: Path) -> None:
     module = tvm.IRModule({"main": made.get()})
     with tvm.target.Target(target):
         module = tvm.relax.transform.LegalizeOps()(module)
-    path = tmp_path / "lib.so"
+    path = folder / "lib.so"
     assert compile_to_file(module_to_json(module), target, {}, str(path)) is None
-    data = path.read_bytes()
+    return path
+
+
+def test_a_whole_library_holds_cubins_and_no_source(tmp_path: Path) -> None:
+    data = write_whole_library(tmp_path).read_bytes()
     assert b"\x7fELF" in data[1:], "no cubin inside"
     assert b"__global__" not in data
+
+
+def test_the_graph_check_has_something_to_capture() -> None:
+    """Check 6 compares with and without TVM's graphs, which hold only what the weights decide."""
+    from benchmarks.gpu.check_children import _products
+    from gpu_aware_tune.compile import compile_module
+
+    device, _ = find_device("cuda", 0, ARCH if no_gpu() else None)
+    target = tvm.target.Target(device.target(132))
+    for wanted in (False, True):
+        with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": wanted}):
+            text = compile_module(_products(64), target, {}).as_text()
+        assert ("cuda_graph.run_or_capture" in text) is wanted
 
 
 # Enough of a driver for TVM's CUDA runtime to be loaded: what it links to, each call failing.
@@ -170,6 +187,9 @@ from gpu_aware_tune import cuda_toolchain
 assert cuda_toolchain.preload_runtime()
 import tvm
 assert "tvm_runtime_cuda" in tvm.base._LOADED_LIBS, "the stand-in for the driver was not enough"
+from gpu_aware_tune.verify import _is_cuda
+library = tvm.runtime.load_module(sys.argv[4])
+assert library.kind == "relax.VMExecutable" and _is_cuda(library), "verified on the CPU"
 module = tvm.runtime.load_module(sys.argv[2])
 (kernels,) = module.imports
 assert kernels.kind == "cuda" and kernels.is_runnable()
@@ -192,8 +212,9 @@ def test_tvms_cuda_runtime_reads_the_artifact(tmp_path: Path) -> None:
     (source,) = cuda_toolchain.cuda_sources(module)
     artifact, packed = tmp_path / "kernel.so", tmp_path / "packed"
     cuda_toolchain.export_module(module, artifact, ARCH)
+    library = write_whole_library(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", RELOAD, stub, artifact, packed],
+        [sys.executable, "-c", RELOAD, stub, artifact, packed, library],
         capture_output=True,
         text=True,
         check=False,

@@ -19,7 +19,14 @@ from tiny_library import write_library
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu import checks, environment, share_gain, vs_metaschedule, vs_torch  # noqa: E402
+from benchmarks.gpu import (  # noqa: E402
+    checks,
+    children,
+    environment,
+    share_gain,
+    vs_metaschedule,
+    vs_torch,
+)
 from benchmarks.gpu.check_green import interference  # noqa: E402
 from benchmarks.gpu.lab import NullLab  # noqa: E402
 from benchmarks.gpu.models import MODELS, bert_encoder, write_model  # noqa: E402
@@ -115,11 +122,70 @@ def test_libraries_are_timed_inside_a_share(tmp_path: Path) -> None:
     found = share_gain.latencies(str(folder), units[0], 0.02)
     assert sorted(found) == sorted(map(str, units))
     assert all(0 < seconds < 1 for seconds in found.values())
-    row = vs_torch.cell(str(tmp_path / "none.onnx"), str(folder), units[0], "float32", 0.02)
+    first, row = vs_torch.cell(str(tmp_path / "none.onnx"), str(folder), units[0], "float32", 0.02)
+    assert set(first["without"]) == {"eager", "ort"}
     assert row["ms"]["ours"] > 0 and row["apart"]["ours"] == 0
     assert set(row["without"]) == {"eager", "compile", "ort"}
     about = {"model": "bert", "dtype": "float32", "percent": 30, "units": units[0]}
     assert "ours " in vs_torch.line({**about, **row})
+
+
+def test_a_library_of_several_shares_is_timed_too(tmp_path: Path) -> None:
+    """Its functions have the units in their names."""
+    import tvm
+    from tiny_library import default_traces, target, target_json, write_onnx
+
+    from gpu_aware_tune.compile import compile_shares
+    from gpu_aware_tune.library import export, link
+    from gpu_aware_tune.model import load_model
+
+    model = load_model(write_onnx(tmp_path / "tiny.onnx"), target())
+    shares = {n: (tvm.target.Target(target_json(n)), default_traces(model)) for n in (1, 2)}
+    link(compile_shares(model.module, shares), tmp_path / "shares.so")
+    folder = tmp_path / "tiny.tuned"
+    paths = dict.fromkeys(shares, tmp_path / "shares.so")
+    export(folder, model, paths, {"device": "llvm/test/cpu"}, entry="main_{units}")
+    assert sorted(share_gain.latencies(str(folder), 2, 0.02)) == ["1", "2"]
+    *_, row = vs_torch.cell(str(tmp_path / "none.onnx"), str(folder), 2, "float32", 0.02)
+    assert row["ms"]["ours"] > 0
+
+
+def test_what_a_child_told_before_it_hung_counts() -> None:
+    program = (
+        "from benchmarks.gpu.children import tell; import time; tell({'n': 1}); time.sleep(60)"
+    )
+    begun = time.monotonic()
+    found, why = children.asked(["-c", program], 2)
+    assert found == {"n": 1} and why.startswith("not done in 2 s")
+    assert time.monotonic() - begun < 10
+    found, why = children.asked(["-c", "raise SystemExit('no such thing')"], 20)
+    assert found is None and why == "exit code 1: no such thing"
+
+
+def test_checks_without_time_are_left_out_and_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["checks", "--null", "--only", "1", "--seconds", "5"])
+    with pytest.raises(SystemExit) as ended:
+        checks.main()
+    text = capsys.readouterr().out
+    assert ended.value.code == 1 and " 1 FAIL primary_function: left out" in text
+    written = json.loads(Path(text.rpartition("written to ")[2].strip()).read_text())
+    assert "left out" in written["checks"]["1"]["error"]
+
+
+def test_a_check_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "CHECK_TIMEOUT_S", 1.0)
+    lab = NullLab()
+    hang = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(
+        lab,
+        "start_child",
+        lambda *_, **__: subprocess.Popen(
+            hang, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ),
+    )
+    assert checks.checked(lab, 1, 100.0)["error"] == "no answer in 1 s"
 
 
 def test_gains_are_against_the_whole_gpus_library() -> None:
