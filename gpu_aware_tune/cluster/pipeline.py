@@ -107,9 +107,8 @@ class ClusterPipeline:
                     pass
             self._members.refresh()
         if not self._measuring:
-            raise SetupError(
-                f"no machine of the Ray cluster can measure: {'; '.join(lines) or 'empty'}"
-            )
+            why = "; ".join(lines) or "none has the device"
+            raise SetupError(f"no machine of the Ray cluster can measure: {why}")
         return lines
 
     def add_task(self, task: NewTask) -> None:

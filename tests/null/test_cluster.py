@@ -327,7 +327,12 @@ def test_building_does_not_run_ahead_of_measuring_without_limit() -> None:
 def test_an_artifact_is_kept_until_it_is_measured() -> None:
     one, two, other = Machine("one"), Machine("two"), builder()
     pipeline, members = cluster(one, two, other)
-    one.answers = lambda at_most=3: []  # type: ignore[method-assign]
+
+    def measure_none(at_most: int = 3) -> list[Any]:
+        one.inbox = [message for message in one.inbox if not isinstance(message, Measure)]
+        return Machine.answers(one, at_most)
+
+    one.answers = measure_none  # type: ignore[method-assign]
 
     def strike() -> None:
         if len(one.of(Measure)) >= 3 and "one" in members.machines:
@@ -358,8 +363,12 @@ def test_what_a_lost_machine_was_building_is_built_elsewhere() -> None:
 
 
 def test_machines_that_only_build_are_not_enough() -> None:
-    with pytest.raises(SetupError, match=r"can measure: builder builds for this run: it has no"):
+    with pytest.raises(SetupError, match=r"can measure: none has the device"):
         ClusterPipeline(Machines(builder()), TASKS).wait()
+    small = builder("small")
+    small.member.may_measure = True  # as far as is known before its workers stand
+    with pytest.raises(SetupError, match=r"can measure: small builds for this run: it has no GPU"):
+        ClusterPipeline(Machines(small), TASKS).wait()
 
     pipeline, members = cluster(Machine("one"), builder())
     stream = pipeline.run((), Budget(60).demand())
@@ -482,8 +491,8 @@ class FakeRay:
     def options(self, **options: Any) -> Any:
         def remote(setup: Any, part: Any, measures: bool) -> Any:
             self.started.append((options, measures))
-            poll = SimpleNamespace(remote=lambda wait_s: (len(self.started), options, measures))
-            return SimpleNamespace(poll=poll)
+            asked = len(self.started), measures
+            return SimpleNamespace(poll=SimpleNamespace(remote=lambda wait_s: asked))
 
         return SimpleNamespace(remote=remote)
 
@@ -502,12 +511,14 @@ def test_a_machine_whose_gpu_is_another_one_builds_without_it(
     pytest.importorskip("ray")
 
     def answer(poll: Any) -> Batch:
-        _, _, measures = poll
+        _, measures = poll
         if measures:
             return Batch((Gone("another GPU", refused=True, can_build=True),), Status())
         return Batch((Ready(6, 1, 2, "workers", "it has none"),), Status())
 
-    ray = FakeRay([node("a", CPU=8, GPU=1)], answer)
+    machine = {**node("a", CPU=8, GPU=1), "NodeID": "a" * 56}  # Ray looks at the length
+    ray = FakeRay([machine], answer)
+    monkeypatch.setattr("ray.put", ray.put)
     monkeypatch.setattr("gpu_aware_tune.cluster.actor.NodeActor", ray)
     members = Members(setup_for([32]))
     members._ray = ray
