@@ -373,10 +373,16 @@ def _take_string(data: bytes) -> tuple[bytes, bytes]:
     return data[8 : 8 + length], data[8 + length :]
 
 
-def _ld(*arguments: str, folder: Path) -> None:
+def linker() -> str:
+    """The linker that `export_module` needs; a `SetupError` without one."""
     program = next(filter(None, map(shutil.which, ("ld", "ld.bfd", "ld.lld", "ld.gold"))), None)
     if program is None:
         raise SetupError("no linker found (looked for ld): install binutils or gcc")
+    return program
+
+
+def _ld(*arguments: str, folder: Path) -> None:
+    program = linker()
     done = subprocess.run(
         [program, *arguments], cwd=folder, capture_output=True, text=True, check=False
     )

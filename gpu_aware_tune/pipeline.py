@@ -78,6 +78,8 @@ class Demand:
         note: told what is worth telling people, such as a machine that is gone.
         best_s: the best seconds of a task by units, for stopping early.
         more: candidates that have come in from elsewhere since it was last asked.
+        arrived: artifacts that were built elsewhere and have come in since it was last asked.
+        made: given each artifact where there is no slice to measure in; the file is then its own.
         wait: asked when nothing is left to do; may sleep; whether more is still to come.
         stop: whether to end now, leaving what is under way.
     """
@@ -91,6 +93,8 @@ class Demand:
     note: Callable[[str], None] = lambda text: None
     best_s: Callable[[str], Mapping[int, float]] = lambda task: {}
     more: Callable[[], Iterable[Candidate]] = lambda: ()
+    arrived: Callable[[], Iterable[tuple[Candidate, Built]]] = lambda: ()
+    made: Callable[[Candidate, Built], None] = lambda candidate, built: remove(built.path)
     wait: Callable[[], bool] = lambda: False
     stop: Callable[[], bool] = lambda: False
 
@@ -111,7 +115,7 @@ class Pipeline:
         searchers: may be empty when only given candidates are run.
         builders: the build pool.
         slices: disjoint parts of the device, each with the workers that measure there; whichever
-            is free takes the next artifact that it can measure.
+            is free takes the next artifact that it can measure. None: artifacts go to `Demand.made`.
         cores: how many workers may run at once.
         low_water: a draft is asked for when fewer candidates than this wait to be built.
     """
@@ -191,6 +195,8 @@ class Pipeline:
         try:
             while not demand.stop():
                 self._to_build.extend(demand.more())
+                for candidate, built in demand.arrived():
+                    yield from self._built(candidate, built, demand)
                 self._draft(demand)
                 self._build()
                 yield from self._finish_measurements()
@@ -328,17 +334,20 @@ class Pipeline:
         waiting = self._wait_list()
         ready = select.select(waiting, [], [], _WAIT_S)[0] if waiting else []
         for candidate, built in self._builders.collect(ready):
-            yield from self._built(candidate, built)
+            yield from self._built(candidate, built, demand)
         for searcher in self._searchers:
             if searcher.worker in ready:
                 self._drafted(searcher, demand)
 
-    def _built(self, candidate: Candidate, built: Built) -> Iterator[Outcome]:
+    def _built(self, candidate: Candidate, built: Built, demand: Demand) -> Iterator[Outcome]:
         units = self._tasks[candidate.task].units
         if built.failure is not None:
             remove(built.path)
             failed = Measurement(None, failure=built.failure)
             yield Outcome(candidate, dict.fromkeys(units, failed))
+            return
+        if not self._slices:
+            demand.made(candidate, built)
             return
         code = candidate.task, built.digest
         seen = self._seen.get(code)

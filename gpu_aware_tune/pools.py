@@ -27,7 +27,8 @@ class PoolSettings:
     Args:
         device: what is tuned on.
         backend: of the partitions.
-        slices: for each slice the shares that are measured in it, the largest first.
+        slices: for each slice the shares that are measured in it, the largest first; none: kernels
+            are only built here, and the device need not be here.
         target: JSON of TVM's target.
         search: how TVM's search is run.
         build_timeout_s, run_timeout_s: limits of one build and one measurement.
@@ -82,7 +83,11 @@ class Pools:
             SetupError: a partition cannot be had, or is not what it should be.
         """
         settings = self._settings
-        opened = open_slices(settings.slices, settings.device, settings.backend)
+        opened = (
+            open_slices(settings.slices, settings.device, settings.backend)
+            if settings.slices
+            else []
+        )
         self.partitions = [partition for group in opened for partition in group]
         for partition in self.partitions:
             self._stack.callback(partition.close)
@@ -110,12 +115,12 @@ class Pools:
             cores,
             low_water=max(2 * builders, settings.search.per_draft // 2),
         )
-        sliced = f", {len(slices)} slices" if len(slices) > 1 else ""
-        sliced += " in one worker" if shared else ""
-        return (
-            f"{builders} build workers, {searchers} search workers,"
-            f" partition {settings.backend}{sliced}"
-        )
+        text = f"{builders} build workers, {searchers} search workers"
+        if slices:
+            text += f", partition {settings.backend}"
+        if len(slices) > 1:
+            text += f", {len(slices)} slices"
+        return text + " in one worker" if shared else text
 
     def partition_of(self, units: int) -> Partition:
         """A partition with so many units."""

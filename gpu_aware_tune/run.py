@@ -186,7 +186,8 @@ class Run:
         from gpu_aware_tune.cluster import NodeSetup, connect
 
         versions = (__version__, tvm.__version__)
-        setup = NodeSetup(pools, specs, modules, self.settings.arch, versions)
+        exclusive = self.settings.exclusive
+        setup = NodeSetup(pools, specs, modules, self.settings.arch, versions, exclusive)
         cluster, text = connect(address, setup, self._stack)
         yield Note(text)
         for line in cluster.wait():

@@ -2,7 +2,9 @@
 
 On every machine, or on every GPU of it, an actor holds the workers that a run without Ray has
 (`node.py`). The driver keeps the records, decides what is drafted for, and hands out candidates
-(`pipeline.py`, `ledger.py`). Traces and numbers travel; what a machine builds it also measures.
+(`pipeline.py`, `ledger.py`). A machine that has the device measures what it builds, so that traces
+and numbers are all that travels. One that has not only searches and builds; its artifacts travel to
+those that have.
 """
 
 from __future__ import annotations

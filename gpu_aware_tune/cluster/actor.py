@@ -20,10 +20,10 @@ _WATCH_S = 0.5
 class NodeActor:
     """Passes messages on; a group with one thread each, so that they stay in order."""
 
-    def __init__(self, setup: NodeSetup, part: tuple[int, int]) -> None:
+    def __init__(self, setup: NodeSetup, part: tuple[int, int], measures: bool) -> None:
         _die_with_parent()
         _be_as_nice_as_the_raylet()
-        self._node = Node(setup, _own_gpu(), part)
+        self._node = Node(setup, _own_gpu() if measures else None, part)
 
     @ray.method(concurrency_group="post")
     def post(self, messages: Sequence[ToNode]) -> None:
@@ -73,7 +73,7 @@ def _be_as_nice_as_the_raylet() -> None:
 
 
 def _own_gpu() -> int:
-    """The number of the GPU that Ray gave this actor, as CUDA counts here; 0 without one.
+    """The number of the GPU that Ray gave this actor a part of, as CUDA counts here; 0 without one.
 
     Ray is told to leave CUDA_VISIBLE_DEVICES alone, because MPS and MIG need it for themselves.
     """

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 from gpu_aware_tune.candidates import Candidate, NewTask
+from gpu_aware_tune.cluster.messages import Artifact
 
 _LOSSES = 2  # a candidate that was on so many machines when they died is not tried again
 _KNOWN = 64  # measured schedules that a search which moves starts from
@@ -18,14 +19,21 @@ class _Entry:
     candidate: Candidate
     losses: int = 0
     node: str = ""
+    artifact: Artifact | None = None  # kept until it is measured: its machine may be lost
 
 
 class Ledger:
-    """Every candidate of a run of the pipeline that has no outcome yet."""
+    """Every candidate of a run of the pipeline that has no outcome yet.
+
+    One is given to a machine that builds and measures it, or to one that only builds it; then its
+    artifact is kept here until it is given to a machine that measures it.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[_Entry] = deque()
+        self._made: deque[_Entry] = deque()
         self._given: dict[int, _Entry] = {}
+        self._loads: Counter[str] = Counter()
         self._ids = itertools.count()
 
     def add(self, candidates: Iterable[Candidate]) -> None:
@@ -34,30 +42,46 @@ class Ledger:
 
     @property
     def waiting(self) -> int:
-        """How many nobody works on."""
+        """How many nobody has built or is building."""
         return len(self._waiting)
+
+    @property
+    def made(self) -> int:
+        """How many artifacts wait for a machine that measures."""
+        return len(self._made)
 
     def open(self) -> int:
         """How many have no outcome."""
-        return len(self._waiting) + len(self._given)
+        return len(self._waiting) + len(self._made) + len(self._given)
 
     def load(self, node: str) -> int:
         """How many a machine has."""
-        return sum(entry.node == node for entry in self._given.values())
+        return self._loads[node]
 
     def give(self, node: str, count: int) -> list[tuple[int, Candidate]]:
         """Hand out the next ones to a machine, each with a number of its own."""
+        given = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        return [(self._number(node, entry), entry.candidate) for entry in given]
+
+    def keep(self, number: int, artifact: Artifact) -> None:
+        """A candidate was built where it cannot be measured; one that was given up is dropped."""
+        entry = self._take(number)
+        if entry is not None:
+            entry.artifact = artifact
+            self._made.append(entry)
+
+    def pass_on(self, node: str, count: int) -> list[tuple[int, Candidate, Artifact]]:
+        """Hand out the next artifacts to a machine that measures, each with a new number."""
         given = []
-        for _ in range(min(count, len(self._waiting))):
-            entry, number = self._waiting.popleft(), next(self._ids)
-            entry.node = node
-            self._given[number] = entry
-            given.append((number, entry.candidate))
+        for _ in range(min(count, len(self._made))):
+            entry = self._made.popleft()
+            assert entry.artifact is not None
+            given.append((self._number(node, entry), entry.candidate, entry.artifact))
         return given
 
     def finish(self, number: int) -> Candidate | None:
         """Take out one that has its outcome; None for one that was given up or is elsewhere now."""
-        entry = self._given.pop(number, None)
+        entry = self._take(number)
         return entry.candidate if entry else None
 
     def lose(self, node: str) -> list[Candidate]:
@@ -69,19 +93,35 @@ class Ledger:
             if entry.losses >= _LOSSES:
                 lost.append(entry.candidate)
             else:
-                self._waiting.appendleft(entry)
+                (self._made if entry.artifact else self._waiting).appendleft(entry)
+        del self._loads[node]
         return lost
 
     def orphan(self, tasks: Sequence[str]) -> None:
         """The searcher that drafted some tasks' candidates is gone: nobody else knows its numbers."""
-        for entry in (*self._waiting, *self._given.values()):
+        for entry in (*self._waiting, *self._made, *self._given.values()):
             if entry.candidate.task in tasks:
                 entry.candidate = dataclasses.replace(entry.candidate, number=-1)
 
     def clear(self) -> None:
         """Forget everything; outcomes that still come are of no interest."""
         self._waiting.clear()
+        self._made.clear()
         self._given.clear()
+        self._loads.clear()
+
+    def _number(self, node: str, entry: _Entry) -> int:
+        number = next(self._ids)
+        entry.node = node
+        self._given[number] = entry
+        self._loads[node] += 1
+        return number
+
+    def _take(self, number: int) -> _Entry | None:
+        entry = self._given.pop(number, None)
+        if entry is not None:
+            self._loads[entry.node] -= 1
+        return entry
 
 
 class Searches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,16 +28,22 @@ _ENV = {
 
 @dataclass(eq=False)
 class Member:
-    """One actor; `ready` is None until its workers stand."""
+    """One actor; `ready` is None until its workers stand, `may_measure` is what is known till then."""
 
     key: str
     name: str
     actor: Any
+    may_measure: bool = True
     poll: Any = None  # the reference of the poll under way
     asked_at: float = field(default_factory=time.monotonic)
     ready: Ready | None = None
     status: Status = field(default_factory=Status)
     outgoing: list[ToNode] = field(default_factory=list)
+
+    @property
+    def measures(self) -> bool:
+        """Whether it measures, or may, as far as is known; else it only builds."""
+        return self.may_measure if self.ready is None else not self.ready.lacks
 
     def send(self, *messages: ToNode) -> None:
         """Queue messages; `Members.flush` sends them."""
@@ -46,18 +52,21 @@ class Member:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an actor can run: a node, or one GPU of it."""
+    """Where an actor can run: a node, or one GPU of it (`gpus`: how much of that it asks for)."""
 
     key: str
     name: str
     node: str
     part: tuple[int, int]
     cpus: float
-    gpus: int
+    gpus: float
+    may_measure: bool = True
 
 
 class Members:
-    """Starts an actor on every machine that has what the run needs, also on those that join later.
+    """Starts an actor on every machine, or on every GPU that the run needs, also on those that join later.
+
+    A machine without a GPU, or whose GPUs are not the run's, has one that only builds.
 
     Args:
         setup: what each actor is started with.
@@ -67,7 +76,8 @@ class Members:
         import ray
 
         self._ray = ray
-        self._on_gpu = setup.pools.device.kind == "cuda"
+        self._gpus = gpu_fraction(setup) if setup.pools.device.kind == "cuda" else None
+        self._unfit: set[str] = set()  # the places at which a GPU cannot be measured on
         self._setup = ray.put(setup)
         self._members: dict[str, Member] = {}
         self._starts: Counter[str] = Counter()
@@ -80,8 +90,8 @@ class Members:
 
     @property
     def starting(self) -> int:
-        """How many have been started and do not stand yet."""
-        return sum(member.ready is None for member in self._members.values())
+        """How many that may measure have been started and do not stand yet."""
+        return sum(m.ready is None and m.measures for m in self._members.values())
 
     def refresh(self, at_once: bool = False) -> None:
         """Every few seconds, start an actor wherever one is missing.
@@ -97,7 +107,7 @@ class Members:
             nodes = self._ray.nodes()
         except Exception as error:  # what Ray raises depends on what of it is gone
             raise _cluster_gone(error) from error
-        for place in _places(nodes, self._on_gpu):
+        for place in _places(nodes, self._gpus, self._unfit):
             if place.key not in self._members and self._starts[place.key] < _STARTS:
                 self._start(place)
 
@@ -150,8 +160,8 @@ class Members:
             max_restarts=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
             runtime_env={"env_vars": _ENV},
-        ).remote(self._setup, place.part)
-        member = Member(place.key, place.name, actor)
+        ).remote(self._setup, place.part, place.may_measure)
+        member = Member(place.key, place.name, actor, place.may_measure)
         self._members[place.key] = member
         self._ask(member)
 
@@ -178,6 +188,8 @@ class Members:
         if gone is not None:
             if gone.refused:
                 self._starts[member.key] = _STARTS
+            if gone.can_build:
+                self._unfit.add(member.key)
             self._drop(member, gone.text)
             yield member, gone
 
@@ -192,21 +204,40 @@ class Members:
             self._ray.kill(member.actor)
 
 
-def _places(nodes: Sequence[dict[str, Any]], on_gpu: bool) -> Iterator[_Place]:
-    """Where actors can run: on each machine one, or one for each GPU."""
+def gpu_fraction(setup: NodeSetup) -> float:
+    """How much of a GPU a run occupies: what its slices add up to, or all of it."""
+    pools = setup.pools
+    if setup.exclusive or pools.backend == "full":
+        return 1.0
+    units = sum(shares[0].units for shares in pools.slices)
+    return min(100, -(-100 * units // pools.device.units_total)) / 100
+
+
+def _places(
+    nodes: Sequence[dict[str, Any]], gpus: float | None, unfit: Collection[str] = ()
+) -> Iterator[_Place]:
+    """Where actors can run: on each machine one, or one for each GPU.
+
+    Args:
+        nodes: as Ray lists them.
+        gpus: how much of a GPU each needs; None: the run is for CPUs.
+        unfit: keys of places whose GPU is not the run's; without any other the machine builds.
+    """
     for node in nodes:
         if not node["Alive"]:
             continue
-        node_id, host = node["NodeID"], node["NodeManagerHostname"]
-        cpus, gpus = (node["Resources"].get(name, 0) for name in ("CPU", "GPU"))
-        if not on_gpu and cpus >= 1:
-            # All cores: another task of Ray on them would be measured too.
-            yield _Place(node_id, f"{host} ({node_id[:6]})", node_id, (0, 1), cpus, 0)
-        count = int(gpus) if on_gpu else 0
-        for number in range(count):
-            name = f"{host} ({node_id[:6]}) GPU {number}"
-            part, share = (number, count), max(1, cpus // count)
-            yield _Place(f"{node_id}/{number}", name, node_id, part, share, 1)
+        node_id, name = node["NodeID"], f"{node['NodeManagerHostname']} ({node['NodeID'][:6]})"
+        cpus, count = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
+        # Of several GPUs each actor takes a whole one: Ray would put two fractions on one of them.
+        asked = gpus if count == 1 and gpus else 1.0
+        keys = [f"{node_id}/{number}" for number in range(count if gpus else 0)]
+        if any(key not in unfit for key in keys):
+            for number, key in enumerate(keys):
+                part, share = (number, count), max(1, cpus // count)
+                yield _Place(key, f"{name} GPU {number}", node_id, part, share, asked)
+        elif cpus >= 1:
+            # All cores: where kernels are measured, another task of Ray would be measured too.
+            yield _Place(node_id, name, node_id, (0, 1), cpus, 0, may_measure=gpus is None)
 
 
 def _cluster_gone(error: Exception) -> SetupError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.measure import Effort
@@ -22,6 +23,8 @@ class NodeSetup:
         modules: JSON of each task's unscheduled module.
         arch: the architecture that was asked for, or None.
         versions: of this package and of TVM; a machine with others would measure other things.
+        exclusive: nothing else may run where it measures.
+        platform: of the driver; a machine of another one cannot build for the run's devices.
     """
 
     pools: PoolSettings
@@ -29,6 +32,8 @@ class NodeSetup:
     modules: Mapping[str, str]
     arch: str | None
     versions: tuple[str, str]
+    exclusive: bool = False
+    platform: str = field(default_factory=sysconfig.get_platform)
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,29 @@ class Numbered(Candidate):
 
 @dataclass(frozen=True)
 class Work:
-    """To a node: build and measure this; `best_s` are the best seconds of its task by units."""
+    """To a node: build and measure this; `best_s` are the best seconds of its task by units.
+
+    A node that only builds sends back what it `Made`.
+    """
 
     candidate: Numbered
+    best_s: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The bytes of a built candidate's library (20 to 200 kB), and their digest (`builder.Built`)."""
+
+    data: bytes
+    digest: str
+
+
+@dataclass(frozen=True)
+class Measure:
+    """To a node: measure this, which was built elsewhere."""
+
+    candidate: Numbered
+    artifact: Artifact
     best_s: Mapping[int, float]
 
 
@@ -82,7 +107,7 @@ class Stop:
     """To a node: end every worker."""
 
 
-ToNode = Begin | Work | Ask | Learn | End | Stop
+ToNode = Begin | Work | Measure | Ask | Learn | End | Stop
 
 
 @dataclass(frozen=True)
@@ -94,12 +119,14 @@ class Ready:
         searchers: how many tasks it can draft for at the same time.
         cores: how many it uses.
         text: one line about it for people.
+        lacks: why it only builds; empty: it measures too.
     """
 
     capacity: int
     searchers: int
     cores: int
     text: str
+    lacks: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +135,14 @@ class Measured:
 
     id: int
     measurements: Mapping[int, Measurement]
+
+
+@dataclass(frozen=True)
+class Made:
+    """From a node that only builds: the artifact of a candidate, by its number."""
+
+    id: int
+    artifact: Artifact
 
 
 @dataclass(frozen=True)
@@ -132,14 +167,16 @@ class SearchLost:
 class Gone:
     """From a node, or said of it: it works no more.
 
-    `refused` tells a machine that cannot work for this run from one that something happened to.
+    `refused` tells a machine that cannot work for this run from one that something happened to;
+    `can_build`: it could without its GPU.
     """
 
     text: str
     refused: bool = False
+    can_build: bool = False
 
 
-FromNode = Ready | Measured | Draft | SearchLost | Gone
+FromNode = Ready | Measured | Made | Draft | SearchLost | Gone
 
 
 @dataclass(frozen=True)

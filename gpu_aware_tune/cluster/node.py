@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sysconfig
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
+from gpu_aware_tune import builder, cuda_toolchain
+from gpu_aware_tune.builder import Built, remove
 from gpu_aware_tune.candidates import Candidate
 from gpu_aware_tune.cluster.messages import (
+    Artifact,
     Ask,
     Batch,
     Begin,
@@ -20,6 +25,8 @@ from gpu_aware_tune.cluster.messages import (
     FromNode,
     Gone,
     Learn,
+    Made,
+    Measure,
     Measured,
     NodeSetup,
     Numbered,
@@ -30,7 +37,6 @@ from gpu_aware_tune.cluster.messages import (
     ToNode,
     Work,
 )
-from gpu_aware_tune.cuda_toolchain import runtime_environment
 from gpu_aware_tune.errors import SetupError, TuneError
 from gpu_aware_tune.partition import find_device
 from gpu_aware_tune.partition.topology import allowed_cpus, physical_cores
@@ -47,11 +53,13 @@ class Node:
 
     Args:
         setup: of the run.
-        gpu: which GPU of the machine is its own; 0 for a CPU.
+        gpu: which GPU of the machine is its own; 0 for a CPU. None: it only builds.
         part: (number, count): which of so many equal parts of the machine's cores are its own.
     """
 
-    def __init__(self, setup: NodeSetup, gpu: int = 0, part: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, setup: NodeSetup, gpu: int | None = 0, part: tuple[int, int] = (0, 1)
+    ) -> None:
         self._setup = setup
         self._gpu = gpu
         self._part = part
@@ -81,22 +89,23 @@ class Node:
         self._thread.join(timeout_s)
 
     def _serve(self) -> None:
-        stands = False
+        stands = fits = False
         try:
             _keep_to(self._part)
-            with (
-                WorkerHost(runtime_environment()) as host,
-                Pools(host, settings_here(self._setup, self._gpu)) as pools,
-            ):
-                text = pools.start(self._setup.tasks, self._setup.modules)
-                cores = available_cores()
-                searchers, _ = worker_counts(cores)
-                self.tell(Ready(pools.pipeline.capacity, searchers, cores, text))
-                stands = True
-                while (begin := self._next_run()) is not None:
-                    _Run(self, pools.pipeline, begin).work()
+            with WorkerHost(cuda_toolchain.runtime_environment()) as host:
+                _check_tools(self._setup)
+                fits = self._gpu is not None
+                settings, lacks = settings_here(self._setup, self._gpu)
+                with Pools(host, settings) as pools:
+                    text = pools.start(self._setup.tasks, self._setup.modules)
+                    cores = available_cores()
+                    searchers, _ = worker_counts(cores)
+                    self.tell(Ready(pools.pipeline.capacity, searchers, cores, text, lacks))
+                    stands = True
+                    while (begin := self._next_run()) is not None:
+                        _Run(self, pools.pipeline, host.scratch, begin).work()
         except TuneError as error:  # a machine that has worked is worth another try
-            self.tell(Gone(str(error), refused=not stands))
+            self.tell(Gone(str(error), refused=not stands, can_build=fits and not stands))
         except BaseException as error:
             traceback.print_exc()  # Ray takes it to the user
             self.tell(Gone(f"{type(error).__name__}: {error}"))
@@ -143,10 +152,12 @@ class Node:
 class _Run:
     """One run of the pipeline, fed from the node's inbox (in the node's thread)."""
 
-    def __init__(self, node: Node, pipeline: Pipeline, begin: Begin) -> None:
+    def __init__(self, node: Node, pipeline: Pipeline, scratch: Path, begin: Begin) -> None:
         self._node = node
         self._pipeline = pipeline
+        self._scratch = scratch
         self._begin = begin
+        self._arrived: list[tuple[Candidate, Built]] = []
         self._asked: deque[Ask] = deque()
         self._best_s: dict[str, Mapping[int, float]] = {}
         self._ended = False
@@ -162,6 +173,8 @@ class _Run:
             lost=lambda task, text: tell(SearchLost(run, task, text)),
             best_s=lambda task: self._best_s.get(task, {}),
             more=self._more,
+            arrived=self._take_arrived,
+            made=self._made,
             wait=self._wait,
             stop=lambda: self._ended,
         )
@@ -178,6 +191,12 @@ class _Run:
             if isinstance(message, Work):
                 self._best_s[message.candidate.task] = message.best_s
                 work.append(message.candidate)
+            elif isinstance(message, Measure):
+                self._best_s[message.candidate.task] = message.best_s
+                path = self._scratch / f"arrived-{message.candidate.id}.so"
+                path.write_bytes(message.artifact.data)
+                built = Built(str(path), 0.0, digest=message.artifact.digest)
+                self._arrived.append((message.candidate, built))
             elif isinstance(message, Learn):
                 told = Candidate(message.task, "", "search", message.number)
                 self._pipeline.tell(told, message.seconds)
@@ -188,6 +207,17 @@ class _Run:
                 if not isinstance(message, End):
                     self._node.put_back(message)
         return work
+
+    def _take_arrived(self) -> Sequence[tuple[Candidate, Built]]:
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _made(self, candidate: Candidate, built: Built) -> None:
+        """Send away what cannot be measured here."""
+        assert isinstance(candidate, Numbered)
+        data = Path(built.path).read_bytes()
+        remove(built.path)
+        self._node.tell(Made(candidate.id, Artifact(data, built.digest)))
 
     def _wait(self) -> bool:
         self._node.wait(_IDLE_S)
@@ -222,12 +252,42 @@ class _Run:
             )
 
 
-def settings_here(setup: NodeSetup, gpu: int = 0) -> PoolSettings:
-    """The run's settings with this machine's own device in the place of the driver's.
+def settings_here(setup: NodeSetup, gpu: int | None = 0) -> tuple[PoolSettings, str]:
+    """The run's settings for this machine, and why it can only build ("": it measures too).
+
+    A machine that measures has its own device in the place of the driver's; one that only builds
+    has no slices.
 
     Raises:
-        SetupError: it is another device, is too small, or has other versions installed.
+        SetupError: the GPU it was given is not the run's, or it cannot build for the run either.
     """
+    wanted, slices = setup.pools.device, setup.pools.slices
+    if gpu is None:
+        lacks = f"it has no {wanted.name} to measure on"
+    else:
+        device, _ = find_device(wanted.kind, gpu, setup.arch)
+        needed = sum(shares[0].units for shares in slices)
+        if device.key == wanted.key and device.units_total >= needed:
+            own = tuple(
+                tuple(dataclasses.replace(share, device=device) for share in shares)
+                for shares in slices
+            )
+            return dataclasses.replace(setup.pools, device=device, slices=own), ""
+        if device.key != wanted.key:
+            lacks = f"it has {device.name} ({device.arch}), not {wanted.name} ({wanted.arch})"
+        else:
+            unit = device.unit + ("" if device.units_total == 1 else "s")
+            lacks = f"it has {device.units_total} {unit}, the run's shares need {needed}"
+        if wanted.kind == "cuda":  # it will build without that GPU, which is then free for others
+            raise SetupError(lacks)
+    here = sysconfig.get_platform()
+    if here != setup.platform:
+        raise SetupError(f"{lacks}; it is {here} and cannot build for {setup.platform}")
+    return dataclasses.replace(setup.pools, slices=()), lacks
+
+
+def _check_tools(setup: NodeSetup) -> None:
+    """Raise a `SetupError` where nothing at all can be done for a run."""
     import tvm
 
     from gpu_aware_tune import __version__
@@ -238,22 +298,8 @@ def settings_here(setup: NodeSetup, gpu: int = 0) -> PoolSettings:
             f"gpu_aware_tune {own} with TVM {tvm_}" for own, tvm_ in (here, setup.versions)
         )
         raise SetupError(f"it has {ours}, the run {theirs}: install the same versions")
-    wanted = setup.pools.device
-    device, _ = find_device(wanted.kind, gpu, setup.arch)
-    if device.key != wanted.key:
-        raise SetupError(
-            f"its device is {device.name} ({device.arch}), the run is for {wanted.name} ({wanted.arch})"
-        )
-    needed = sum(shares[0].units for shares in setup.pools.slices)
-    if device.units_total < needed:
-        raise SetupError(
-            f"it has {device.units_total} {device.unit}s, the run's shares need {needed}"
-        )
-    slices = tuple(
-        tuple(dataclasses.replace(share, device=device) for share in shares)
-        for shares in setup.pools.slices
-    )
-    return dataclasses.replace(setup.pools, device=device, slices=slices)
+    # Without a linker every candidate would fail, and at once.
+    (cuda_toolchain if setup.pools.device.kind == "cuda" else builder).linker()
 
 
 def _keep_to(part: tuple[int, int]) -> None:

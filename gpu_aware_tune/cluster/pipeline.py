@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from gpu_aware_tune.candidates import Candidate, NewTask
@@ -19,6 +19,8 @@ from gpu_aware_tune.cluster.messages import (
     FromNode,
     Gone,
     Learn,
+    Made,
+    Measure,
     Measured,
     Numbered,
     Ready,
@@ -33,6 +35,7 @@ from gpu_aware_tune.pipeline import Demand, Outcome, TaskSpec
 _WAIT_S = 0.1
 _PATIENCE_S = 60.0  # for machines that start slowly, once one works
 _CHUNK = 4  # candidates in a row for one machine, so that its buffers serve several
+_AHEAD = 2  # what is built elsewhere or waits, for each candidate the measuring machines hold
 
 _KEPT = "what was measured is kept: run the same command again"
 
@@ -46,7 +49,7 @@ class Cluster(Protocol):
 
     @property
     def starting(self) -> int:
-        """How many may become active."""
+        """How many may become active, of those that may measure."""
 
     def refresh(self, at_once: bool = False) -> None:
         """Look for machines that have joined."""
@@ -65,8 +68,9 @@ class ClusterPipeline:
     """Hands candidates out to machines and drafts on them, as their room and the search want it.
 
     A task is drafted for on one machine, whose cost model learns from all of its results; the
-    candidates are built and measured wherever there is room. What a machine had that is gone goes
-    to the others.
+    candidates are built wherever there is room, and measured there too, if the device is there. What
+    is built elsewhere is passed on to a machine that measures, ahead of candidates. What a machine
+    had that is gone goes to the others.
 
     Args:
         members: the machines.
@@ -84,24 +88,25 @@ class ClusterPipeline:
         self._core_s: Counter[str] = Counter()  # of machines that are gone
 
     def wait(self) -> list[str]:
-        """Wait until every machine works or has refused to, or some work; gives a line for each.
+        """Wait until every machine works or has refused to, or some measure; gives a line for each.
+
+        Those that are known to only build are not waited for.
 
         Raises:
-            SetupError: none of them works.
+            SetupError: none of them measures.
         """
         lines: list[str] = []
         demand = Demand(note=lines.append)
         self._members.refresh(at_once=True)
         patience = time.monotonic() + _PATIENCE_S
-        while self._members.starting and not (self._members.active and time.monotonic() > patience):
+        while self._members.starting and not (self._measuring and time.monotonic() > patience):
             for member, news in self._members.receive(_WAIT_S):
                 for _ in self._take(member, news, demand):
                     pass
             self._members.refresh()
-        if not self._members.active:
-            raise SetupError(
-                f"no machine of the Ray cluster can work: {'; '.join(lines) or 'empty'}"
-            )
+        if not self._measuring:
+            why = "; ".join(lines) or "none has the device"
+            raise SetupError(f"no machine of the Ray cluster can measure: {why}")
         return lines
 
     def add_task(self, task: NewTask) -> None:
@@ -126,7 +131,7 @@ class ClusterPipeline:
         """Give an outcome for each candidate; see `pipeline.Pipeline.run`.
 
         Raises:
-            SetupError: no machine is left.
+            SetupError: no machine is left that measures.
         """
         demand = demand or Demand()
         self._run += 1
@@ -136,16 +141,19 @@ class ClusterPipeline:
             member.send(self._begin)
         try:
             while not demand.stop():
+                self._pass_on(demand)
                 self._ask(demand)
                 self._hand_out(demand)
                 self._members.flush()
-                if self._members.active and not self._ledger.open() and not self._asked:
+                if self._measuring and not self._ledger.open() and not self._asked:
                     return
                 for member, news in self._members.receive(_WAIT_S):
                     yield from self._take(member, news, demand)
                 self._members.refresh()
-                if not self._members.active and not self._members.starting:
-                    raise SetupError(f"no machine of the Ray cluster is left; {_KEPT}")
+                if not self._measuring and not self._members.starting:
+                    raise SetupError(
+                        f"no machine of the Ray cluster is left to measure on; {_KEPT}"
+                    )
         finally:
             self._end()
 
@@ -157,7 +165,8 @@ class ClusterPipeline:
     @property
     def waiting_to_measure(self) -> int:
         """Artifacts that wait for a measuring worker, on all machines."""
-        return sum(member.status.waiting_to_measure for member in self._members.active)
+        there = sum(member.status.waiting_to_measure for member in self._members.active)
+        return there + self._ledger.made
 
     @property
     def slices(self) -> list[tuple[str, str | None]]:
@@ -190,12 +199,39 @@ class ClusterPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def _measuring(self) -> list[Member]:
+        return [member for member in self._members.active if member.measures]
+
+    @property
+    def _building(self) -> list[Member]:
+        return [member for member in self._members.active if not member.measures]
+
     def _room(self, member: Member) -> int:
-        return member.ready.capacity - self._ledger.load(member.key) if member.ready else 0
+        """How many more a machine can take."""
+        room = member.ready.capacity - self._ledger.load(member.key) if member.ready else 0
+        return room if member.measures else min(room, self._ahead())
+
+    def _ahead(self) -> int:
+        """How many more may be built elsewhere before measuring has to catch up."""
+        most = _AHEAD * sum(member.ready.capacity for member in self._measuring if member.ready)
+        under_way = sum(self._ledger.load(member.key) for member in self._building)
+        return most - under_way - self._ledger.made
+
+    def _roomiest(self, members: Sequence[Member]) -> tuple[Member | None, int]:
+        """The machine with the most room, and how many it is given at a time."""
+        member = max(members, key=self._room, default=None)
+        count = min(_CHUNK, self._room(member)) if member else 0
+        return (member, count) if count > 0 else (None, 0)
+
+    def _wanted(self) -> int:
+        """How many candidates the machines can take together."""
+        elsewhere = min(sum(map(self._room, self._building)), self._ahead())
+        return sum(map(self._room, self._measuring)) + max(0, elsewhere)
 
     def _ask(self, demand: Demand) -> None:
         """Request drafts while the machines have room that no waiting candidate will take."""
-        while sum(map(self._room, self._members.active)) > self._ledger.waiting:
+        while self._wanted() > self._ledger.waiting:
             places = {task: self._searcher(task) for task in self._searches.tasks}
             task = demand.next_task([task for task, member in places.items() if member is None])
             member = places.get(task) if task is not None else None
@@ -205,14 +241,17 @@ class ClusterPipeline:
             self._asked[task] = member
 
     def _searcher(self, task: str) -> Member | None:
-        """Who drafts for a task: the machine that looks after it, else the one with fewest tasks."""
+        """Who drafts for a task: the machine that looks after it, else the one with fewest tasks.
+
+        Of equal ones a machine that only builds, where no measurement waits for the search.
+        """
         owner = self._searches.owner(task)
         free = [
             member
             for member in self._members.active
             if owner in (None, member.key) and self._free(member, task)
         ]
-        return min(free, key=lambda m: len(self._searches.owned(m.key)), default=None)
+        return min(free, key=lambda m: (len(self._searches.owned(m.key)), m.measures), default=None)
 
     def _free(self, member: Member, task: str) -> bool:
         """Whether the searcher that a task has on a machine is not at work (`Pipeline` numbers them)."""
@@ -222,16 +261,25 @@ class ClusterPipeline:
             for busy, other in self._asked.items()
         )
 
-    def _hand_out(self, demand: Demand) -> None:
-        while self._ledger.waiting and self._members.active:
-            member = max(self._members.active, key=self._room)
-            if self._room(member) <= 0:
+    def _pass_on(self, demand: Demand) -> None:
+        """Give artifacts to machines that measure."""
+        while self._ledger.made:
+            member, count = self._roomiest(self._measuring)
+            if member is None:
                 return
-            count = min(_CHUNK, self._room(member))
+            for number, candidate, artifact in self._ledger.pass_on(member.key, count):
+                known = dict(demand.best_s(candidate.task))
+                member.send(Measure(_numbered(candidate, number), artifact, known))
+
+    def _hand_out(self, demand: Demand) -> None:
+        """Give candidates to any machine."""
+        while self._ledger.waiting:
+            member, count = self._roomiest(self._members.active)
+            if member is None:
+                return
             for number, candidate in self._ledger.give(member.key, count):
                 known = dict(demand.best_s(candidate.task))
-                facts = (candidate.task, candidate.trace, candidate.origin, candidate.number)
-                member.send(Work(Numbered(*facts, id=number), known))
+                member.send(Work(_numbered(candidate, number), known))
 
     def _take(self, member: Member, news: Batch | Gone, demand: Demand) -> Iterator[Outcome]:
         if isinstance(news, Gone):
@@ -245,8 +293,13 @@ class ClusterPipeline:
             candidate = self._ledger.finish(message.id)
             if candidate is not None:
                 yield Outcome(candidate, message.measurements)
+        elif isinstance(message, Made):
+            self._ledger.keep(message.id, message.artifact)
         elif isinstance(message, Ready):
-            demand.note(f"{member.name} works for this run: {message.text}")
+            does = (
+                f"builds for this run: {message.lacks};" if message.lacks else "works for this run:"
+            )
+            demand.note(f"{member.name} {does} {message.text}")
             if self._begin is not None:
                 member.send(self._begin)
         elif isinstance(message, Draft) and message.run == self._run:
@@ -287,3 +340,8 @@ class ClusterPipeline:
         for member in self._members.active:
             member.send(End())
         self._members.flush()
+
+
+def _numbered(candidate: Candidate, number: int) -> Numbered:
+    facts = (candidate.task, candidate.trace, candidate.origin, candidate.number)
+    return Numbered(*facts, id=number)

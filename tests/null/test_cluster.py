@@ -15,8 +15,9 @@ from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.cluster import ClusterPipeline
 from gpu_aware_tune.cluster.connection import connected
 from gpu_aware_tune.cluster.ledger import Ledger
-from gpu_aware_tune.cluster.members import Member, _places
+from gpu_aware_tune.cluster.members import Member, Members, _places, gpu_fraction
 from gpu_aware_tune.cluster.messages import (
+    Artifact,
     Ask,
     Batch,
     Begin,
@@ -24,25 +25,34 @@ from gpu_aware_tune.cluster.messages import (
     End,
     Gone,
     Learn,
+    Made,
+    Measure,
     Measured,
+    NodeSetup,
     Ready,
     Status,
     Work,
 )
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.measurement import Measurement
+from gpu_aware_tune.partition import Share
 from gpu_aware_tune.pipeline import Demand, TaskSpec
+from gpu_aware_tune.pools import PoolSettings
 from gpu_aware_tune.settings import Settings
+from gpu_aware_tune.testing import fake_gpu
 
 TASKS = {str(number): TaskSpec((((4,), "float32"),), (2,)) for number in range(1, 6)}
 
 
 class Machine:
-    """Measures whatever it is given in no time, and drafts four candidates when asked."""
+    """Measures whatever it is given in no time, and drafts four candidates when asked.
 
-    def __init__(self, key: str, searchers: int = 1) -> None:
-        self.member = Member(key, key, None)
-        self.searchers = searchers
+    One that `lacks` the device only builds; its artifacts are the traces.
+    """
+
+    def __init__(self, key: str, searchers: int = 1, lacks: str = "", capacity: int = 6) -> None:
+        self.member = Member(key, key, None, may_measure=not lacks)
+        self.ready = Ready(capacity, searchers, 2, "workers", lacks)
         self.inbox: list[Any] = []
         self.heard: list[Any] = []
         self.runs: list[Begin] = []
@@ -60,8 +70,14 @@ class Machine:
                 self.runs.append(message)
             elif isinstance(message, End):
                 self.runs.pop()
-            elif isinstance(message, Work):
+            elif isinstance(message, Work) and self.ready.lacks:
+                data = message.candidate.trace.encode()
+                found.append(Made(message.candidate.id, Artifact(data, "digest")))
+            elif isinstance(message, Work | Measure):
                 assert self.runs, "work came before its run began"
+                if isinstance(message, Measure):
+                    assert not self.ready.lacks
+                    assert message.artifact.data == message.candidate.trace.encode()
                 found.append(Measured(message.candidate.id, {2: Measurement(1e-3)}))
             elif isinstance(message, Ask):
                 names = [f"{self.member.key}.{next(self.count)}" for _ in range(4)]
@@ -89,7 +105,7 @@ class Machines:
 
     @property
     def starting(self) -> int:
-        return len(self.joining)
+        return sum(machine.member.measures for machine in self.joining)
 
     def refresh(self, at_once: bool = False) -> None:
         self.before()
@@ -112,7 +128,7 @@ class Machines:
             if machine.refuses:
                 yield self.machines.pop(machine.member.key).member, Gone(machine.refuses, True)
                 continue
-            machine.member.ready = Ready(6, machine.searchers, 2, "workers")
+            machine.member.ready = machine.ready
             yield machine.member, Batch((machine.member.ready,), Status())
         self.joining = []
         while self.gone:
@@ -259,14 +275,153 @@ def test_a_machine_that_joins_gets_work_and_the_last_one_that_goes_ends_the_run(
     assert late.runs[0].alone
     members.kill("one")
     members.kill("late")
-    with pytest.raises(SetupError, match="no machine of the Ray cluster is left; what was"):
+    with pytest.raises(
+        SetupError, match="no machine of the Ray cluster is left to measure on; what"
+    ):
         list(stream)
+
+
+def builder(key: str = "builder", capacity: int = 40) -> Machine:
+    return Machine(key, lacks="it has no GPU", capacity=capacity)
+
+
+def test_what_a_machine_without_the_device_builds_is_measured_elsewhere() -> None:
+    one, two, other = Machine("one"), Machine("two"), builder()
+    pipeline, _ = cluster(one, two, other)
+    budget = Budget(40)
+    outcomes = list(pipeline.run(given(60), budget.demand()))
+    assert len(outcomes) == 100 and len({o.candidate.trace for o in outcomes}) == 100
+    assert all(outcome.failure is None for outcome in outcomes)
+    built, measured = other.of(Work), [*one.of(Measure), *two.of(Measure)]
+    assert len(built) == len(measured) > 20
+    assert {w.candidate.trace for w in built} == {m.candidate.trace for m in measured}
+    assert one.of(Work) and two.of(Work), "machines that measure still build"
+    assert one.of(Measure) and two.of(Measure)
+    assert other.of(Ask), "it searches too"
+    assert pipeline.cores == 6
+
+
+def test_people_are_told_which_machine_only_builds_and_why() -> None:
+    members = Machines(Machine("one"), builder())
+    assert ClusterPipeline(members, TASKS).wait() == [
+        "one works for this run: workers",
+        "builder builds for this run: it has no GPU; workers",
+    ]
+
+
+def test_building_does_not_run_ahead_of_measuring_without_limit() -> None:
+    one, others = Machine("one"), [builder("a"), builder("b")]
+    pipeline, _ = cluster(one, *others)
+    one.answers = lambda at_most=3: []  # type: ignore[method-assign]
+    looks = itertools.count()
+    budget = Budget(1000)
+    demand = budget.demand()
+    demand.stop = lambda: next(looks) > 60
+    assert list(pipeline.run(given(200), demand)) == []
+    assert len(one.of(Work)) + len(one.of(Measure)) == 6
+    begun = sum(len(machine.of(Work)) for machine in others)
+    assert begun == 12 + len(one.of(Measure)), "twice what the measuring machine holds"
+    assert budget.left == 1000, "no draft while candidates wait"
+
+
+def test_an_artifact_is_kept_until_it_is_measured() -> None:
+    one, two, other = Machine("one"), Machine("two"), builder()
+    pipeline, members = cluster(one, two, other)
+
+    def measure_none(at_most: int = 3) -> list[Any]:
+        one.inbox = [message for message in one.inbox if not isinstance(message, Measure)]
+        return Machine.answers(one, at_most)
+
+    one.answers = measure_none  # type: ignore[method-assign]
+
+    def strike() -> None:
+        if len(one.of(Measure)) >= 3 and "one" in members.machines:
+            members.kill("one")
+
+    members.before = strike
+    outcomes = list(pipeline.run(given(60)))
+    assert "one" not in members.machines
+    assert sorted(o.candidate.trace for o in outcomes) == sorted(c.trace for c in given(60))
+    traces = [w.candidate.trace for w in other.of(Work)]
+    assert len(traces) == len(set(traces)), "nothing is built twice"
+    again = {m.candidate.trace for m in one.of(Measure)}
+    assert again <= {m.candidate.trace for m in two.of(Measure)}
+
+
+def test_what_a_lost_machine_was_building_is_built_elsewhere() -> None:
+    one, other = Machine("one"), builder()
+    pipeline, members = cluster(one, other)
+    other.answers = lambda at_most=3: []  # type: ignore[method-assign]
+
+    def strike() -> None:
+        if other.of(Work) and "builder" in members.machines:
+            members.kill("builder")
+
+    members.before = strike
+    outcomes = list(pipeline.run(given(30)))
+    assert other.of(Work) and len(outcomes) == 30 and not one.of(Measure)
+
+
+def test_machines_that_only_build_are_not_enough() -> None:
+    with pytest.raises(SetupError, match=r"can measure: none has the device"):
+        ClusterPipeline(Machines(builder()), TASKS).wait()
+    small = builder("small")
+    small.member.may_measure = True  # as far as is known before its workers stand
+    with pytest.raises(SetupError, match=r"can measure: small builds for this run: it has no GPU"):
+        ClusterPipeline(Machines(small), TASKS).wait()
+
+    pipeline, members = cluster(Machine("one"), builder())
+    stream = pipeline.run((), Budget(60).demand())
+    next(stream)
+    members.kill("one")
+    with pytest.raises(SetupError, match="is left to measure on"):
+        list(stream)
+
+
+def test_a_run_waits_for_a_measuring_machine_that_is_on_its_way_back() -> None:
+    one, again = Machine("one"), Machine("again")
+    pipeline, members = cluster(one, builder())
+    looks = itertools.count()
+    outcomes = []
+    for outcome in pipeline.run((), Budget(60).demand()):
+        outcomes.append(outcome)
+        if len(outcomes) == 30:
+            members.kill("one")
+            members.join(again)
+            receive, members.receive = members.receive, lambda wait_s: iter(())  # type: ignore[method-assign]
+
+            def slowly(receive: Any = receive) -> None:
+                if next(looks) == 5:
+                    members.receive = receive  # type: ignore[method-assign]
+
+            members.before = slowly
+    assert len(outcomes) == 60 and again.of(Measure)
+
+
+def test_the_ledger_keeps_artifacts_and_counts_what_each_machine_has() -> None:
+    ledger, artifact = Ledger(), Artifact(b"code", "digest")
+    ledger.add(given(3))
+    (number, first), _ = ledger.give("builder", 2)
+    assert (ledger.load("builder"), ledger.waiting, ledger.open()) == (2, 1, 3)
+    ledger.keep(number, artifact)
+    ledger.keep(99, artifact)
+    assert (ledger.made, ledger.load("builder"), ledger.open()) == (1, 1, 3)
+    ((passed, candidate, got),) = ledger.pass_on("one", 5)
+    assert candidate == first and got == artifact and passed != number
+    assert ledger.lose("one") == [] and ledger.made == 1 and ledger.load("one") == 0
+    assert ledger.lose("builder") == [] and ledger.waiting == 2
+    ledger.orphan([first.task])
+    ((passed, _, _),) = ledger.pass_on("two", 5)
+    assert ledger.finish(number) is None, "its number from the machine that built it"
+    assert ledger.lose("two") == [first], "on two machines that were lost"
+    ledger.clear()
+    assert ledger.open() == ledger.made == ledger.load("builder") == 0
 
 
 def test_nobody_can_work() -> None:
     machine = Machine("one")
     machine.refuses = "its device is another one"
-    with pytest.raises(SetupError, match=r"no machine .* can work: .*its device is another one"):
+    with pytest.raises(SetupError, match=r"no machine .* can measure: .*its device is another one"):
         ClusterPipeline(Machines(machine), TASKS).wait()
 
 
@@ -277,14 +432,105 @@ def node(name: str, alive: bool = True, **resources: float) -> dict[str, Any]:
 
 def test_one_actor_for_each_machine_or_each_gpu() -> None:
     nodes = [node("a", CPU=8), node("b", alive=False, CPU=8), node("c", CPU=16, GPU=2)]
-    assert [(p.node[0], p.cpus, p.gpus) for p in _places(nodes, on_gpu=False)] == [
-        ("a", 8, 0),
-        ("c", 16, 0),
+    assert [(p.node[0], p.cpus, p.gpus, p.may_measure) for p in _places(nodes, None)] == [
+        ("a", 8, 0, True),
+        ("c", 16, 0, True),
     ]
-    assert [(p.part, p.cpus, p.gpus) for p in _places(nodes, on_gpu=True)] == [
-        ((0, 2), 8, 1),
-        ((1, 2), 8, 1),
+    assert [(p.node[0], p.part, p.cpus, p.gpus, p.may_measure) for p in _places(nodes, 0.25)] == [
+        ("a", (0, 1), 8, 0, False),
+        ("c", (0, 2), 8, 1, True),
+        ("c", (1, 2), 8, 1, True),
     ]
+
+
+def test_an_only_gpu_is_asked_for_in_part_and_one_that_is_unfit_not_at_all() -> None:
+    nodes = [node("a", CPU=8, GPU=1), node("b", CPU=4, GPU=2), node("c", CPU=0, GPU=1)]
+    found = [(p.name, p.gpus) for p in _places(nodes, 0.25)]
+    assert found == [
+        ("a (aaaaaa) GPU 0", 0.25),
+        ("b (bbbbbb) GPU 0", 1),
+        ("b (bbbbbb) GPU 1", 1),
+        ("c (cccccc) GPU 0", 0.25),
+    ]
+    unfit = {"a" * 8 + "/0", "b" * 8 + "/0", "c" * 8 + "/0"}
+    left = [(p.name, p.cpus, p.gpus, p.may_measure) for p in _places(nodes, 0.25, unfit)]
+    assert left == [
+        ("a (aaaaaa)", 8, 0, False),  # all of its cores build
+        ("b (bbbbbb) GPU 0", 2, 1, True),  # not started again: it has refused
+        ("b (bbbbbb) GPU 1", 2, 1, True),
+    ]
+
+
+def setup_for(units: list[int], backend: str = "green", exclusive: bool = False) -> NodeSetup:
+    device = fake_gpu()
+    slices = tuple((Share(1, count, device), Share(1, 8, device)) for count in units)
+    search: Any = None
+    pools = PoolSettings(device, backend, slices, {}, search, 1.0, 1.0, 1)
+    return NodeSetup(pools, TASKS, {}, None, ("1", "2"), exclusive)
+
+
+def test_the_part_of_a_gpu_that_a_run_asks_for() -> None:
+    assert gpu_fraction(setup_for([32])) == 0.25, "32 of 132 SMs"
+    assert gpu_fraction(setup_for([66])) == 0.5
+    assert gpu_fraction(setup_for([32, 32, 16])) == 0.61
+    assert gpu_fraction(setup_for([132])) == 1
+    assert gpu_fraction(setup_for([32], exclusive=True)) == 1
+    assert gpu_fraction(setup_for([132], backend="full")) == 1
+
+
+class FakeRay:
+    """Ray as far as `Members` uses it: polls are answered by `answer`, told which actor was asked."""
+
+    def __init__(self, nodes: list[dict[str, Any]], answer: Callable[[Any], Batch]) -> None:
+        self.nodes = lambda: nodes
+        self.answer = answer
+        self.started: list[tuple[dict[str, Any], bool]] = []
+        self.put = lambda value: value
+        self.kill = lambda actor: None
+
+    def options(self, **options: Any) -> Any:
+        def remote(setup: Any, part: Any, measures: bool) -> Any:
+            self.started.append((options, measures))
+            asked = len(self.started), measures
+            return SimpleNamespace(poll=SimpleNamespace(remote=lambda wait_s: asked))
+
+        return SimpleNamespace(remote=remote)
+
+    def wait(
+        self, polls: list[Any], num_returns: int, timeout: float
+    ) -> tuple[list[Any], list[Any]]:
+        return polls[:num_returns], []
+
+    def get(self, poll: Any) -> Batch:
+        return self.answer(poll)
+
+
+def test_a_machine_whose_gpu_is_another_one_builds_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray")
+
+    def answer(poll: Any) -> Batch:
+        _, measures = poll
+        if measures:
+            return Batch((Gone("another GPU", refused=True, can_build=True),), Status())
+        return Batch((Ready(6, 1, 2, "workers", "it has none"),), Status())
+
+    machine = {**node("a", CPU=8, GPU=1), "NodeID": "a" * 56}  # Ray looks at the length
+    ray = FakeRay([machine], answer)
+    monkeypatch.setattr("ray.put", ray.put)
+    monkeypatch.setattr("gpu_aware_tune.cluster.actor.NodeActor", ray)
+    members = Members(setup_for([32]))
+    members._ray = ray
+    members.refresh(at_once=True)
+    assert members.starting == 1
+    for _ in range(3):
+        list(members.receive(0))
+        members.refresh(at_once=True)
+    asked = [(options["num_gpus"], options["num_cpus"], fit) for options, fit in ray.started]
+    assert asked == [(0.25, 8, True), (0, 8, False)]
+    assert members.starting == 0, "nothing that may measure is waited for"
+    assert [member.measures for member in members.active] == [False]
 
 
 @pytest.mark.parametrize(

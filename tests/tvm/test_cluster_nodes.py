@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,9 +18,12 @@ import pytest
 ray = pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 from test_tuning import network, records, settings, wait_for_records  # noqa: E402, F401
 
+from gpu_aware_tune.cluster.ledger import Ledger  # noqa: E402
 from gpu_aware_tune.events import Event, Finished, Note, Trial  # noqa: E402
+from gpu_aware_tune.partition import usable_cores  # noqa: E402
 from gpu_aware_tune.tuning import tune_events  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +132,101 @@ def test_machines_join_and_die_and_the_run_goes_on(
     assert len(records(tmp_path)) == trials, "nothing is lost, nothing is there twice"
     assert wait_until_gone(*WORKERS) == {}
     assert folders and not any(folder.exists() for folder in folders)
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """What is started inside runs on one core."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(own)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
+
+
+@pytest.mark.skipif(len(usable_cores()) < 2, reason="a smaller machine needs two cores here")
+def test_a_machine_that_is_too_small_builds_for_one_that_is_not(
+    cluster: Any,
+    network: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built: list[str] = []
+    measured: list[str] = []
+    keep, pass_on = Ledger.keep, Ledger.pass_on
+
+    def see_kept(ledger: Ledger, number: int, artifact: Any) -> None:
+        built.append(ledger._given[number].candidate.trace)
+        assert artifact.data.startswith(b"\x7fELF")
+        keep(ledger, number, artifact)
+
+    def see_passed_on(ledger: Ledger, node: str, count: int) -> Any:
+        given = pass_on(ledger, node, count)
+        measured.extend(candidate.trace for _, candidate, _ in given)
+        return given
+
+    monkeypatch.setattr(Ledger, "keep", see_kept)
+    monkeypatch.setattr(Ledger, "pass_on", see_passed_on)
+    with one_core():
+        small = cluster.add_node(num_cpus=1)
+    events = list(tune_events(network, settings(tmp_path, ray=cluster.address, trials=40)))
+    cluster.remove_node(small)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert any("builds for this run: it has 1 core, the run's shares need" in t for t in notes)
+    assert any("works for this run" in text for text in notes)
+    with sqlite3.connect(tmp_path / "db" / "records.sqlite") as db:
+        good = {trace for (trace,) in db.execute("SELECT trace FROM records WHERE seconds > 0")}
+    assert len(built) > 5 and measured == built
+    assert set(built) <= good, "what was built there was measured"
+    trials = [event for event in events if isinstance(event, Trial)]
+    assert len(trials) == len(records(tmp_path)) > len(built), "the other machine builds too"
+    done = events[-1]
+    assert isinstance(done, Finished) and done.shares[0].verified and not done.interrupted
+
+
+def test_a_gpu_is_asked_for_in_part_and_left_when_it_is_not_the_runs(cluster: Any) -> None:
+    """Half of the GPU is another's, as with Ray Serve; there is none in truth, so it only builds."""
+    from test_build_only import setup_for
+
+    from gpu_aware_tune.cluster.members import Members
+    from gpu_aware_tune.cluster.messages import Gone
+    from gpu_aware_tune.partition import share_of
+    from gpu_aware_tune.testing import fake_gpu
+
+    class Holder:
+        def held(self) -> Any:
+            return ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+    setup = setup_for(share_of(fake_gpu(), 30, "green"), "green")
+    ray.init(cluster.address, log_to_driver=False)
+    node = cluster.add_node(num_cpus=2, num_gpus=1)
+    members = Members(setup)
+    try:
+        pin = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False)}
+        serve = ray.remote(num_gpus=0.5, num_cpus=0, **pin)(Holder).remote()
+        assert ray.get(serve.held.remote(), timeout=30) == ["0"]
+        members.refresh(at_once=True)
+        gone: list[str] = []
+        end = time.monotonic() + 60
+        while not gone and time.monotonic() < end:
+            for member, news in members.receive(0.5):
+                if isinstance(news, Gone) and "GPU 0" in member.name:
+                    gone.append(news.text)
+                    assert news.can_build
+        assert gone and "no answer" not in gone[0], gone
+        here: list[Any] = []
+        while not here and time.monotonic() < end:
+            members.refresh(at_once=True)
+            for member, _ in members.receive(0.5):
+                if member.ready is not None and member.key == node.node_id:
+                    here.append(member.ready.lacks)
+        assert here and here[0] == "it has no NVIDIA H200 to measure on"
+        assert not [member for member in members.active if member.measures]
+    finally:
+        members.close()
+        ray.shutdown()
+        cluster.remove_node(node)
 
 
 def test_a_killed_driver_leaves_its_records_and_no_process(
