@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gpu_aware_tune.console import LiveView, open_console
 from gpu_aware_tune.events import (
     Event,
     Finished,
@@ -216,6 +217,16 @@ def test_on_a_terminal_there_is_a_bar_and_the_cursor_comes_back(
     assert "best on 132 SMs" in drawn
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
     assert drawn.rindex(shown) > drawn.rindex(hidden)
+
+
+def test_a_view_in_place_asks_for_no_lines_until_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    with LiveView(open_console(Terminal()), 5.0, lambda: 0.0) as view:
+        assert view.live and not view.line_due()
+    assert not view.live
+    assert [view.line_due(), view.line_due()] == [True, False], "then one for each interval"
 
 
 def test_the_bar_follows_whichever_limit_ends_first() -> None:
