@@ -103,9 +103,10 @@ def follow(
         seen["kills"].append({"kind": kind, "before": before, "goes_on_after_s": round(grew_s, 1)})
         print(f"kill {number}, {kind}: {before} records before, goes on after {grew_s:.0f} s")
     driver.send_signal(signal.SIGINT)
-    output, errors = driver.communicate(timeout=600)
+    output, _ = driver.communicate(timeout=600)
     if driver.returncode:
-        raise SystemExit(f"FAILED: exit code {driver.returncode}: {errors[-2000:]}")
+        log = (folder / "driver.log").read_text()[-2000:]
+        raise SystemExit(f"FAILED: exit code {driver.returncode}: {log}")
     finished = json.loads(output)
     verified = finished["shares"][0]["verified"]
     seen["last_run"] = {"records": count(folder), "verified": verified}

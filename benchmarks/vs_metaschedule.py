@@ -270,7 +270,7 @@ def row(model: str, per_iter: int, both: list[dict[str, Any]]) -> None:
     """One line of the table."""
     rates = [{side: per_minute(pair[side]) for side in ("stock", "ours")} for pair in both]
     ratios = [rate["ours"] / rate["stock"] for rate in rates]
-    quality = [pair["ours"]["latency_s"] / pair["stock"]["latency_s"] for pair in both]
+    quality = [latency_s(pair["ours"]) / latency_s(pair["stock"]) for pair in both]
     sooner = ", ".join(f"1/{text(time_to_reach(pair))}" for pair in both)
     print(
         f"{model:11} {per_iter:4} {statistics.median(rate['stock'] for rate in rates):9.1f}"
@@ -285,6 +285,11 @@ def per_minute(run: dict[str, Any]) -> float:
     return float(60 * run["trials"] / run["elapsed_s"])
 
 
+def latency_s(run: dict[str, Any]) -> float:
+    """Seconds of all tasks at the end of a run; infinite where none of a task's kernels ran."""
+    return float("inf") if run["latency_s"] is None else float(run["latency_s"])
+
+
 def details(pair: dict[str, Any]) -> None:
     """Where our cores' time went, failures and import times of one pair of runs."""
     cores = dict(pair["ours"]["core_seconds"])
@@ -296,13 +301,13 @@ def details(pair: dict[str, Any]) -> None:
         run = pair[side]
         print(
             f"            {side}: {run['elapsed_s']:.0f} s, {run['failed']} failed,"
-            f" import {run['import_s']:.1f} s, latency {1e3 * run['latency_s']:.2f} ms"
+            f" import {run['import_s']:.1f} s, latency {1e3 * latency_s(run):.2f} ms"
         )
 
 
 def time_to_reach(pair: dict[str, Any]) -> float | None:
     """How many times sooner ours reached what stock ended with; None when it never did."""
-    goal = pair["stock"]["latency_s"]
+    goal = latency_s(pair["stock"])
     for at, latency in pair["ours"]["curve"]:
         if latency <= goal:
             return pair["stock"]["elapsed_s"] / max(at, 0.1)
