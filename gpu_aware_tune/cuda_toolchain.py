@@ -276,9 +276,9 @@ def _wheel_root() -> Path:
     `sys.path` is looked through too, since a wheel that makes `nvidia` a regular package hides others.
     """
     spec = importlib.util.find_spec("nvidia")
-    named: list[str] = list(spec.submodule_search_locations or ()) if spec else []
+    named = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
     beside = [Path(entry or ".") / "nvidia" for entry in sys.path]
-    roots = [folder / "cu13" for folder in (*map(Path, named), *beside)]
+    roots = [folder / "cu13" for folder in (*named, *beside)]
     found = [root for root in roots if root.is_dir()]
     if not found:
         raise SetupError(f"nvidia-cuda-nvrtc is not installed (no nvidia/cu13 folder): {INSTALL}")
