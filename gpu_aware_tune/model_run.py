@@ -16,9 +16,11 @@ from gpu_aware_tune.retiming import Reorder
 from gpu_aware_tune.search import Search
 from gpu_aware_tune.selection import Choice, choose
 from gpu_aware_tune.settings import Settings
-from gpu_aware_tune.shipping import Wanted, time_on, traces_of
+from gpu_aware_tune.shipping import Wanted, run_on, time_on, traces_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gpu_aware_tune.model import Model
     from gpu_aware_tune.partition import Device, Share
     from gpu_aware_tune.pools import Pools
@@ -168,10 +170,11 @@ class ModelRun:
         save_weights(self.model.weights, path)
         return path
 
-    def export(self, together: Path | None) -> Iterator[Event]:
+    def export(self, host: WorkerHost, pools: Pools, together: Path | None) -> Iterator[Event]:
         """Check the whole model's numbers on each share, then write the folder.
 
         Args:
+            host, pools: for a worker inside each share.
             together: the library of all shares, None where there is one share.
         """
         from gpu_aware_tune.library import export
@@ -181,8 +184,11 @@ class ModelRun:
         entry = "main_{units}" if together else "main"
         if self.settings.verify:
             references = References(self.model, self.settings.seed)
+            weights = self.save_weights(host)
             for units, path in tuned.items():
-                yield self._verify(units, path, entry.format(units=units), references)
+                where, main = pools.partition_of(units), entry.format(units=units)
+                given = run_on(host, where, path, main, weights, references.inputs)
+                yield self._verify(units, given, references)
         facts = manifest(
             self.device,
             self.backend,
@@ -242,10 +248,10 @@ class ModelRun:
             origin="default" if trace else "plain",
         )
 
-    def _verify(self, units: int, path: Path, entry: str, references: References) -> Note:
-        from gpu_aware_tune.verify import verify_library
+    def _verify(self, units: int, given: list[np.ndarray], references: References) -> Note:
+        from gpu_aware_tune.verify import judge
 
-        report = verify_library(self.model, path, entry=entry, references=references)
+        report = judge(self.model, given, references)
         if not report.ok:
             raise TuneError(
                 f"{self.name}: the library for {units} units computes wrong numbers"

@@ -102,7 +102,7 @@ class Pools:
             builders,
             settings.build_timeout_s,
             settings.memory_bytes,
-            environment() if settings.device.kind == "cuda" else {},
+            _build_environment(settings.device),
         )
         self._stack.callback(self.builders.close)
         for task, module_json in modules.items():
@@ -153,6 +153,14 @@ class Pools:
             measurer.open()
             self._measurers.append(measurer)
         return groups
+
+
+def _build_environment(device: Device) -> dict[str, str]:
+    """What build workers need besides; they also run kernels to check them, on the run's own GPU."""
+    if device.kind != "cuda":
+        return {}
+    shown = {"CUDA_VISIBLE_DEVICES": device.uuid} if device.uuid else {}
+    return {**environment(), **shown}
 
 
 def plan_slices(

@@ -261,7 +261,7 @@ class Run:
         together = compile_together(wanted, self.pools.builders, self.host.scratch)
         self.pools.builders.close()
         for model in self.models:
-            yield from model.export(together.get(model.name))
+            yield from model.export(self.host, self.pools, together.get(model.name))
 
     def finish(self) -> Iterator[Finished]:
         """Close the runs' rows and say what came of each model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from gpu_aware_tune.errors import TuneError, last_line
 from gpu_aware_tune.workers import WorkerHost
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gpu_aware_tune.model import Model
     from gpu_aware_tune.partition import Partition
 
@@ -20,7 +23,9 @@ Key = TypeVar("Key", bound=Hashable)
 _COMPILE = "gpu_aware_tune.shipping:compile_to_file"
 _TOGETHER = "gpu_aware_tune.shipping:compile_shares_to_file"
 _TIME = "gpu_aware_tune.shipping:time_libraries"
+_RUN = "gpu_aware_tune.shipping:run_library"
 _CALL = "gpu_aware_tune.measure.worker:call"
+_LIMIT_S = 600.0  # of a worker that times or runs libraries: one that hangs must not hold the run
 _ROUNDS = 10
 _ROUND_S = 0.3
 
@@ -174,15 +179,46 @@ def time_on(
     """
     specs = [(spec.name, spec.shape, spec.dtype) for spec in model.inputs]
     args = ({name: str(path) for name, path in libraries.items()}, str(weights), specs)
-    worker = host.spawn(_CALL, partition, _TIME, args, env=partition.env())
-    try:
-        answer: dict[str, float] = worker.recv()
-    except EOFError:
-        raise TuneError(
-            f"measuring the library on {partition} failed: {worker.kill().text}"
-        ) from None
-    worker.kill()
+    answer: dict[str, float] = _inside(host, partition, _TIME, args, "timing")
     return answer
+
+
+def run_on(
+    host: WorkerHost,
+    partition: Partition,
+    library: Path,
+    entry: str,
+    weights: Path,
+    inputs: Mapping[str, np.ndarray],
+) -> list[np.ndarray]:
+    """A library's outputs on a partition, in a worker of its own: a wrong kernel may crash or hang.
+
+    Args:
+        library: the `.so`.
+        entry: its function, "main_2" for 2 units where it holds several shares.
+        weights: the file that `save_weights` wrote.
+        inputs: in the order of the model's inputs.
+    """
+    args = (str(library), str(weights), entry, list(inputs.values()))
+    answer: list[np.ndarray] = _inside(host, partition, _RUN, args, "running")
+    return answer
+
+
+def _inside(
+    host: WorkerHost, partition: Partition, function: str, args: tuple[Any, ...], doing: str
+) -> Any:
+    """What a function gives in a worker inside a partition; a worker that dies or hangs is an error."""
+    worker = host.spawn(_CALL, partition, function, args, env=partition.env())
+    why = f"no answer in {_LIMIT_S:.0f} s"
+    try:
+        if select.select([worker], [], [], _LIMIT_S)[0]:
+            return worker.recv()
+        partition.before_kill(worker.pid)
+    except EOFError:
+        why = ""
+    finally:
+        ended = worker.kill().text
+    raise TuneError(f"{doing} the library on {partition} failed: {why or ended}")
 
 
 def time_libraries(
@@ -200,6 +236,16 @@ def time_libraries(
         for name, timer in timers.items():
             samples[name].extend(timer(_ROUND_S / len(timers)))
     return {name: lowest_tenth(values) for name, values in samples.items()}
+
+
+def run_library(
+    library: str, weights: str, entry: str, inputs: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """See `run_on` (in the worker)."""
+    from gpu_aware_tune.library import open_vm
+
+    program = open_vm(library, weights, entry=entry)
+    return program(program.place(inputs))
 
 
 def traces_of(choices: Iterator[Any] | Sequence[Any], units: int) -> dict[str, str]:

@@ -95,6 +95,7 @@ class FakeDriver(FakeLaunches):
         fail: Mapping[str, Code] | None = None,
     ) -> None:
         super().__init__()
+        self.name = "NVIDIA H200"
         self.sms = sms
         self.visible = sms if visible is None else visible
         self.mps = mps
@@ -138,7 +139,7 @@ class FakeDriver(FakeLaunches):
 
     def cuDeviceGetName(self, length: int, device: int) -> tuple[Any, ...]:
         """A name with the padding that the driver adds."""
-        return self._answer("cuDeviceGetName", b"NVIDIA H200".ljust(length, b"\0"))
+        return self._answer("cuDeviceGetName", self.name.encode().ljust(length, b"\0"))
 
     def cuDeviceGetUuid(self, device: int) -> tuple[Any, ...]:
         """Sixteen bytes."""

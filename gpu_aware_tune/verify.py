@@ -120,25 +120,26 @@ class References:
 def verify_library(
     model: Model,
     library: Runnable | Path | str,
-    seed: int = 0,
+    seed: int,
     use_onnxruntime: bool = True,
     entry: str = "main",
-    references: References | None = None,
 ) -> VerifyReport:
     """Run a library, the same model without schedules, and ONNX Runtime on the same random inputs.
 
     Args:
         model: what the library was compiled from.
-        library: loaded, or the path of its `.so`.
+        library: loaded, or the path of its `.so`, which is run in this process.
         seed: of the inputs.
         use_onnxruntime: compare with it too, where it is installed and can run the model.
         entry: the function of a `.so` that holds several shares: "main_2" for 2 units.
-        references: of the model, where several libraries are verified; in the place of `seed` and
-            `use_onnxruntime`.
     """
-    known = references or References(model, seed, use_onnxruntime)
-    got = _library_outputs(model, library, known.inputs, entry)
-    outputs = known.outputs
+    references = References(model, seed, use_onnxruntime)
+    return judge(model, _library_outputs(model, library, references.inputs, entry), references)
+
+
+def judge(model: Model, got: Sequence[np.ndarray], references: References) -> VerifyReport:
+    """Compare what a library gave for the references' inputs with the references."""
+    outputs = references.outputs
     errors = {n: _largest(got, r) for n, r in outputs.items() if not isinstance(r, str)}
     notes = [reference for reference in outputs.values() if isinstance(reference, str)]
     if not errors:

@@ -76,6 +76,7 @@ class Measurer(BaseMeasurer):
             self._replace_all()
             return Measurement.failed("timeout", f"no answer in {self._until_s:.0f} s")
         if worker.rss_bytes() > self._memory_bytes:
+            self.partition.before_kill(worker.pid)
             self._replace()
             return Measurement.failed("memory", f"over {self._memory_bytes >> 20} MiB")
         return None

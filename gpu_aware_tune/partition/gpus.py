@@ -90,10 +90,11 @@ def _read(driver: Any, index: int, version: int) -> GpuFacts:
     major = attribute(driver, "COMPUTE_CAPABILITY_MAJOR", device)
     minor = attribute(driver, "COMPUTE_CAPABILITY_MINOR", device)
     least, step = granularity(_sm_resource(driver, device), major)
+    name = call(driver.cuDeviceGetName, 128, device).split(b"\0")[0].decode()
     return GpuFacts(
         index=index,
-        name=call(driver.cuDeviceGetName, 128, device).split(b"\0")[0].decode(),
-        uuid=_uuid(call(driver.cuDeviceGetUuid, device)),
+        name=name,
+        uuid=_uuid(call(driver.cuDeviceGetUuid, device), name),
         # The "a" variant holds the card's own tensor core instructions; it exists from 9.0 on.
         arch=f"sm_{major}{minor}" + ("a" if major >= 9 else ""),
         sm_count=attribute(driver, "MULTIPROCESSOR_COUNT", device),
@@ -125,10 +126,11 @@ def granularity(sm: Any, major: int) -> tuple[int, int]:
     return least, step
 
 
-def _uuid(uuid: Any) -> str:
+def _uuid(uuid: Any, name: str) -> str:
+    """As CUDA_VISIBLE_DEVICES takes it; of a MIG instance CUDA 13 gives its own, and names it so."""
     digits = bytes(uuid.bytes).hex()
     parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:32])
-    return "GPU-" + "-".join(parts)
+    return ("MIG-" if " MIG " in name else "GPU-") + "-".join(parts)
 
 
 if __name__ == "__main__":

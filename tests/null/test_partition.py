@@ -378,6 +378,12 @@ def test_auto_takes_the_gpu(fake_driver: FakeDriver) -> None:
     assert found.target(32)["arch"] == "sm_90a"
 
 
+def test_a_mig_instance_is_named_as_one(fake_driver: FakeDriver) -> None:
+    fake_driver.name = "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
+    found, _ = find_device("auto", 0, None)
+    assert found.uuid == "MIG-00010203-0405-0607-0809-0a0b0c0d0e0f"
+
+
 def test_an_absent_gpu_can_be_built_for_but_not_measured(no_gpu: None) -> None:
     found, _ = find_device("cuda", 0, "sm_90a")
     assert not found.measurable

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from tiny_library import default_traces, target, target_json, write_onnx
 
+from gpu_aware_tune import shipping
 from gpu_aware_tune.builder import BuildPool
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.library import open_vm, save_weights
 from gpu_aware_tune.model import Model, load_model, random_inputs
-from gpu_aware_tune.shipping import Wanted, compile_all, compile_together
+from gpu_aware_tune.partition import Partition, find_device, open_partitions, share_of
+from gpu_aware_tune.shipping import Wanted, compile_all, compile_together, run_on
 from gpu_aware_tune.workers import WorkerHost
 
 
@@ -23,6 +25,14 @@ def builders() -> Iterator[BuildPool]:
         pool = BuildPool(host, target_json(), 2, 60.0, 2 << 30)
         yield pool
         pool.close()
+
+
+@pytest.fixture
+def partition() -> Iterator[Partition]:
+    device, _ = find_device("llvm", 0, None)
+    (opened,) = open_partitions([share_of(device, 100, "cores")], device, "cores")
+    with opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +63,21 @@ def test_one_library_for_all_shares_computes_what_theirs_do(
             np.testing.assert_array_equal(array, wanted_array)
 
 
+def test_a_library_runs_in_a_worker_inside_its_share(
+    builders: BuildPool, model: Model, partition: Partition, tmp_path: Path
+) -> None:
+    wanted = [Wanted(model, "tuned", 2, target_json(2), default_traces(model))]
+    (path,) = compile_all(wanted, builders, tmp_path).values()
+    weights = tmp_path / "weights.bin"
+    save_weights(model.weights, weights)
+    inputs = random_inputs(model.inputs, 0)
+    with WorkerHost() as host:
+        got = run_on(host, partition, path, "main", weights, inputs)
+    here = open_vm(path, weights)
+    for array, wanted_array in zip(got, here(here.place(list(inputs.values()))), strict=True):
+        np.testing.assert_allclose(array, wanted_array, rtol=1e-5)
+
+
 def test_what_does_not_compile_is_told(builders: BuildPool, model: Model, tmp_path: Path) -> None:
     broken = dict.fromkeys(default_traces(model), "no trace")
     wanted = [
@@ -63,3 +88,20 @@ def test_what_does_not_compile_is_told(builders: BuildPool, model: Model, tmp_pa
         compile_together(wanted, builders, tmp_path)
     with pytest.raises(TuneError, match="the tuned library for 2 units did not compile: "):
         compile_all(wanted, builders, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "why"),
+    [("os:_exit", 7, "exit code 7"), ("time:sleep", 60, "no answer in 0 s")],
+)
+def test_a_worker_that_dies_or_hangs_is_one_line(
+    partition: Partition,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    argument: int,
+    why: str,
+) -> None:
+    if argument == 60:
+        monkeypatch.setattr(shipping, "_LIMIT_S", 0.3)
+    with WorkerHost() as host, pytest.raises(TuneError, match=f"timing the library .*{why}"):
+        shipping._inside(host, partition, function, (argument,), "timing")
