@@ -183,11 +183,12 @@ class ModelRun:
         tuned = {units: together or self.libraries["tuned", units] for units in self.units}
         entry = "main_{units}" if together else "main"
         if self.settings.verify:
-            references = References(self.model, self.settings.seed)
+            seed = self.settings.seed
+            references = References(self.model, seed)
             weights = self.save_weights(host)
             for units, path in tuned.items():
                 where, main = pools.partition_of(units), entry.format(units=units)
-                given = run_on(host, where, path, main, weights, references.inputs)
+                given = run_on(host, where, path, main, weights, self.model, seed)
                 yield self._verify(units, given, references)
         facts = manifest(
             self.device,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gpu_aware_tune.partition import Partition
 
 Key = TypeVar("Key", bound=Hashable)
+Spec = tuple[str, tuple[int, ...], str]  # name, shape and dtype of an input
 
 _COMPILE = "gpu_aware_tune.shipping:compile_to_file"
 _TOGETHER = "gpu_aware_tune.shipping:compile_shares_to_file"
@@ -177,8 +178,7 @@ def time_on(
     The libraries take turns, so that drift of the machine meets all of them alike, and the lowest
     tenth of each is told, as for kernels: on a shared machine disturbances only ever add time.
     """
-    specs = [(spec.name, spec.shape, spec.dtype) for spec in model.inputs]
-    args = ({name: str(path) for name, path in libraries.items()}, str(weights), specs)
+    args = ({name: str(path) for name, path in libraries.items()}, str(weights), _specs(model))
     answer: dict[str, float] = _inside(host, partition, _TIME, args, "timing")
     return answer
 
@@ -189,7 +189,8 @@ def run_on(
     library: Path,
     entry: str,
     weights: Path,
-    inputs: Mapping[str, np.ndarray],
+    model: Model,
+    seed: int,
 ) -> list[np.ndarray]:
     """A library's outputs on a partition, in a worker of its own: a wrong kernel may crash or hang.
 
@@ -197,11 +198,17 @@ def run_on(
         library: the `.so`.
         entry: its function, "main_2" for 2 units where it holds several shares.
         weights: the file that `save_weights` wrote.
-        inputs: in the order of the model's inputs.
+        model: what the library was compiled from.
+        seed: of the random inputs, see `model.random_inputs`.
     """
-    args = (str(library), str(weights), entry, list(inputs.values()))
+    args = (str(library), str(weights), entry, _specs(model), seed)
     answer: list[np.ndarray] = _inside(host, partition, _RUN, args, "running")
     return answer
+
+
+def _specs(model: Model) -> list[Spec]:
+    """The inputs, described: what a worker is started with has to fit into one small message."""
+    return [(spec.name, spec.shape, spec.dtype) for spec in model.inputs]
 
 
 def _inside(
@@ -222,7 +229,7 @@ def _inside(
 
 
 def time_libraries(
-    libraries: Mapping[str, str], weights: str, specs: Sequence[tuple[str, tuple[int, ...], str]]
+    libraries: Mapping[str, str], weights: str, specs: Sequence[Spec]
 ) -> dict[str, float]:
     """See `time_on` (in the worker)."""
     from gpu_aware_tune.library import open_vm
@@ -239,13 +246,15 @@ def time_libraries(
 
 
 def run_library(
-    library: str, weights: str, entry: str, inputs: Sequence[np.ndarray]
+    library: str, weights: str, entry: str, specs: Sequence[Spec], seed: int
 ) -> list[np.ndarray]:
     """See `run_on` (in the worker)."""
     from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.model import TensorSpec, random_inputs
 
+    inputs = random_inputs([TensorSpec(*spec) for spec in specs], seed)
     program = open_vm(library, weights, entry=entry)
-    return program(program.place(inputs))
+    return program(program.place(list(inputs.values())))
 
 
 def traces_of(choices: Iterator[Any] | Sequence[Any], units: int) -> dict[str, str]:

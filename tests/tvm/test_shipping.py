@@ -72,7 +72,7 @@ def test_a_library_runs_in_a_worker_inside_its_share(
     save_weights(model.weights, weights)
     inputs = random_inputs(model.inputs, 0)
     with WorkerHost() as host:
-        got = run_on(host, partition, path, "main", weights, inputs)
+        got = run_on(host, partition, path, "main", weights, model, seed=0)
     here = open_vm(path, weights)
     for array, wanted_array in zip(got, here(here.place(list(inputs.values()))), strict=True):
         np.testing.assert_allclose(array, wanted_array, rtol=1e-5)
