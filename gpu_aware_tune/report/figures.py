@@ -29,28 +29,30 @@ def model_figure(history: History) -> Drawing | None:
         return None
 
     def draw(figure: Any, colors: Colors) -> None:
-        left, right = figure.subplots(1, 2, sharey=True)
+        # A run that found all of its trials in the store has only a line to show, over time.
+        count = 2 if history.trials else 1
+        left, *others = figure.subplots(1, count, sharey=True, squeeze=False)[0]
         for units, role in zip(history.units, _roles(history.units), strict=True):
             steps, untuned_s = history.model[units], history.untuned_s(units)
             if not steps:
                 continue
             label = units_text(units, history)
             _steps(left, [(p.time_s, p.seconds) for p in steps], colors[role], label)
-            _steps(right, [(p.trial, p.seconds) for p in steps], colors[role], label)
-            for axes in (left, right):
+            for axes in others:
+                _steps(axes, [(p.trial, p.seconds) for p in steps], colors[role], label)
+                axes.set_xlabel("trials")
+            for axes in (left, *others):
+                axes.set_xlim(left=0)
                 if untuned_s:
                     axes.axhline(untuned_s, color=colors[role], lw=1.1, ls=(0, (4, 3)))
-        left.set_xlim(left=0)
-        right.set_xlim(left=0)
         left.set_xlabel("seconds since the workers started")
-        right.set_xlabel("trials")
         _latency_axis(left)
         shown = [
             max(history.untuned_s(u) or 0.0, s[0].seconds) for u, s in history.model.items() if s
         ]
         left.set_ylim(0, 1.08 * max(shown))
         left.set_ylabel("model latency (sum of kernels)")
-        _key(right, colors)
+        _key((left, *others)[-1], colors)
 
     return Drawing("model", "Model latency while tuning", WIDTH_IN, 3.1, draw)
 

@@ -81,7 +81,7 @@ class History:
         failures: candidates by kind of failure.
         examples: the first message of each kind.
         phases: wall-clock seconds by what was going on.
-        last_s: when the last record was made, in seconds of the run.
+        last_s: when the last record was made, in seconds of the run; its end where none was.
     """
 
     run: Run
@@ -177,7 +177,8 @@ def read_history(store: Store, run: Run, infos: Sequence[TaskInfo] = ()) -> Hist
     numbers = _follow(run, tasks, own)
     costliest = tuple(sorted(tasks.values(), key=lambda task: -task.cost_s))
     trials, failures, examples = _count(tasks, own)
-    last_s = max((entry.created - run.started for entry in own), default=0.0)
+    ended_s = (run.finished or run.started) - run.started  # all there is where nothing was new
+    last_s = max((entry.created - run.started for entry in own), default=ended_s)
     return History(
         run=run,
         tasks=costliest,

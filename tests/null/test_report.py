@@ -11,11 +11,14 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
-from report_store import add, finished_store, key, machine, start
+from matplotlib.figure import Figure
+from report_store import FACTS, add, finished_store, key, machine, start
 
 from gpu_aware_tune.cli.report import report
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
 from gpu_aware_tune.records import Record, Store
+from gpu_aware_tune.report.drawing import LIGHT
+from gpu_aware_tune.report.figures import model_figure
 from gpu_aware_tune.report.history import read_history, task_infos
 
 VOID = {"meta", "br", "link", "img", "input"}
@@ -273,6 +276,30 @@ def test_a_resumed_run_begins_with_what_was_known(
     assert resumed.untuned_s(2) == pytest.approx(0.009)
     assert anew.known == 0
     assert [(p.trial, round(p.seconds, 6)) for p in anew.model[2]] == [(0, 0.009), (1, 0.008)]
+
+
+def test_a_run_that_found_everything_in_the_store_shows_it_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("gpu_aware_tune.records.time.time", lambda: now[0])
+    with Store(tmp_path) as store:
+        add(store, start(store))
+        now[0] = 2000.0
+        again = start(store)
+        now[0] = 2030.0
+        store.finish_run(again.id, "finished", **FACTS)
+        again = store.runs()[-1]
+        history = read_history(store, again, task_infos(again))
+    assert history.trials == 0
+    assert [(p.time_s, round(p.seconds, 6)) for p in history.model[2]] == [
+        (0.0, 0.0065), (30.0, 0.0065),
+    ]  # fmt: skip
+    drawing = model_figure(history)
+    assert drawing is not None
+    figure = Figure()
+    drawing.draw(figure, LIGHT)
+    assert len(figure.axes) == 1, "there are no trials to show"
 
 
 def test_second_measurements_count_in_the_table_alone(db: Path) -> None:
