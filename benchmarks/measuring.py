@@ -49,7 +49,7 @@ from benchmarks.ranking import (  # noqa: E402
     resolvable,
     retest_error,
 )
-from gpu_aware_tune.measure import RETIME, SEARCH, Effort, Job, Measurer  # noqa: E402
+from gpu_aware_tune.measure import RETIME, SEARCH, Contest, Effort, Job, Measurer  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "measuring.json"
 FOREVER = float("inf")
@@ -253,7 +253,9 @@ class Bench:
         truth = [(2 * a + b) / 3 for a, b in zip(long, column["later"], strict=True)]
         finalists = sorted(range(len(visits)), key=column["fast"].__getitem__)[:TOP]
         paths = column["path"]
-        retimed = {i: self.timed(task, paths[i], RETIME, None)[0] or FOREVER for i in finalists}
+        contest = Contest(tuple(paths[i] for i in finalists), task.args, task.hash, RETIME)
+        compared = zip(finalists, self._measurer.compare(contest), strict=True)
+        retimed = {i: result.seconds or FOREVER for i, result in compared}
         picked = min(finalists, key=retimed.__getitem__)
         sentinels = [*column["sentinel"], *column["sentinel_later"]]
         low, _, high = statistics.quantiles(sentinels, n=4)
