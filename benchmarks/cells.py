@@ -16,10 +16,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.children import tell, told  # noqa: E402
 from benchmarks.environment import environment, stamp, write_results  # noqa: E402
 
 FLAG = "--cell"  # of a script that runs one cell; it hands the text to `answer`
-_MARK = "ANSWER "  # what is printed before it is noise
 
 Cell = dict[str, Any]
 
@@ -32,26 +32,23 @@ class CellFailed(SystemExit):
         self.stderr = stderr
 
 
-def run_apart(module: str, cell: Cell, timeout_s: float | None = None) -> dict[str, Any]:
+def run_apart(module: str, cell: Cell) -> dict[str, Any]:
     """Run one cell in a process of its own: `python -m MODULE --cell CELL`.
 
     Raises:
         CellFailed: it ended without an answer.
-        subprocess.TimeoutExpired: it took longer than `timeout_s`.
     """
     command = [sys.executable, "-m", module, FLAG, json.dumps(cell)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s, check=False
-    )
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith(_MARK):
-            return dict(json.loads(line.removeprefix(_MARK)))
-    raise CellFailed(cell, done.stdout, done.stderr)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    found = told(done.stdout)
+    if found is None:
+        raise CellFailed(cell, done.stdout, done.stderr)
+    return found
 
 
 def answer(text: str, run: Callable[..., dict[str, Any]]) -> None:
     """Run the cell in `text` and print what comes of it for `run_apart` (in the process)."""
-    print(_MARK + json.dumps(run(**json.loads(text))), flush=True)
+    tell(run(**json.loads(text)))
 
 
 def resumed(

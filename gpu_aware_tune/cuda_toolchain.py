@@ -214,6 +214,11 @@ def link(path: str, objects: Sequence[str], **_: Any) -> None:
     _ld("-shared", "-o", os.path.abspath(path), *objects, folder=Path(path).absolute().parent)
 
 
+def has_gpu_kernels(module: Any) -> bool:
+    """Whether a loaded library has GPU kernels: they are imports of the host code that it imports."""
+    return any(each.kind == "cuda" or has_gpu_kernels(each) for each in module.imports)
+
+
 def packed_imports(module: Any, arch: str) -> bytes:
     """The modules that `module` imports as TVM serialises them, CUDA source replaced by cubins."""
     import tvm

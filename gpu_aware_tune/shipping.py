@@ -15,11 +15,10 @@ from gpu_aware_tune.workers import WorkerHost
 if TYPE_CHECKING:
     import numpy as np
 
-    from gpu_aware_tune.model import Model
+    from gpu_aware_tune.model import Model, TensorSpec
     from gpu_aware_tune.partition import Partition
 
 Key = TypeVar("Key", bound=Hashable)
-Spec = tuple[str, tuple[int, ...], str]  # name, shape and dtype of an input
 
 _COMPILE = "gpu_aware_tune.shipping:compile_to_file"
 _TOGETHER = "gpu_aware_tune.shipping:compile_shares_to_file"
@@ -178,7 +177,7 @@ def time_on(
     The libraries take turns, so that drift of the machine meets all of them alike, and the lowest
     tenth of each is told, as for kernels: on a shared machine disturbances only ever add time.
     """
-    args = ({name: str(path) for name, path in libraries.items()}, str(weights), _specs(model))
+    args = ({name: str(path) for name, path in libraries.items()}, str(weights), model.inputs)
     answer: dict[str, float] = _inside(host, partition, _TIME, args, "timing")
     return answer
 
@@ -201,14 +200,10 @@ def run_on(
         model: what the library was compiled from.
         seed: of the random inputs, see `model.random_inputs`.
     """
-    args = (str(library), str(weights), entry, _specs(model), seed)
+    # The inputs' description, not themselves: what a worker starts with is one small message.
+    args = (str(library), str(weights), entry, model.inputs, seed)
     answer: list[np.ndarray] = _inside(host, partition, _RUN, args, "running")
     return answer
-
-
-def _specs(model: Model) -> list[Spec]:
-    """The inputs, described: what a worker is started with has to fit into one small message."""
-    return [(spec.name, spec.shape, spec.dtype) for spec in model.inputs]
 
 
 def _inside(
@@ -229,14 +224,14 @@ def _inside(
 
 
 def time_libraries(
-    libraries: Mapping[str, str], weights: str, specs: Sequence[Spec]
+    libraries: Mapping[str, str], weights: str, specs: Sequence[TensorSpec]
 ) -> dict[str, float]:
     """See `time_on` (in the worker)."""
     from gpu_aware_tune.library import open_vm
     from gpu_aware_tune.measure.timing import lowest_tenth
-    from gpu_aware_tune.model import TensorSpec, random_inputs
+    from gpu_aware_tune.model import random_inputs
 
-    inputs = random_inputs([TensorSpec(*spec) for spec in specs], seed=0)
+    inputs = random_inputs(specs, seed=0)
     timers = {name: open_vm(path, weights).timer(inputs) for name, path in libraries.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(_ROUNDS):
@@ -246,13 +241,13 @@ def time_libraries(
 
 
 def run_library(
-    library: str, weights: str, entry: str, specs: Sequence[Spec], seed: int
+    library: str, weights: str, entry: str, specs: Sequence[TensorSpec], seed: int
 ) -> list[np.ndarray]:
     """See `run_on` (in the worker)."""
     from gpu_aware_tune.library import open_vm
-    from gpu_aware_tune.model import TensorSpec, random_inputs
+    from gpu_aware_tune.model import random_inputs
 
-    inputs = random_inputs([TensorSpec(*spec) for spec in specs], seed)
+    inputs = random_inputs(specs, seed)
     program = open_vm(library, weights, entry=entry)
     return program(program.place(list(inputs.values())))
 

@@ -27,7 +27,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.s_tir import SBlock
 
 from gpu_aware_tune.compile import compile_model
-from gpu_aware_tune.cuda_toolchain import export_module
+from gpu_aware_tune.cuda_toolchain import export_module, has_gpu_kernels
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.model import Model, random_inputs
 from gpu_aware_tune.packing import packed
@@ -295,12 +295,8 @@ def _library_outputs(
     if callable(library):
         return list(library(inputs).values())
     module = tvm.runtime.load_module(str(library))
-    return _run_main(module, tvm.cuda() if _is_cuda(module) else tvm.cpu(), model, inputs, entry)
-
-
-def _is_cuda(module: Any) -> bool:
-    """Whether a loaded library has GPU kernels: they are imports of the host code that it imports."""
-    return any(each.kind == "cuda" or _is_cuda(each) for each in module.imports)
+    device = tvm.cuda() if has_gpu_kernels(module) else tvm.cpu()
+    return _run_main(module, device, model, inputs, entry)
 
 
 def _plain_outputs(model: Model, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray] | str:

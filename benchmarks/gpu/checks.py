@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import die_with_parent, tell
 from benchmarks.gpu.check_children import CHILDREN
 from benchmarks.gpu.check_faults import fault_containment, mps_as_a_user, numerics_under_caps
 from benchmarks.gpu.check_green import (
@@ -31,7 +32,6 @@ from benchmarks.gpu.check_green import (
     sm_ladder,
     timer_agreement,
 )
-from benchmarks.gpu.children import die_with_parent, tell
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.lab import Lab, NullLab, answer
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.children import ROOT, told
+from benchmarks.children import ROOT, told
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition import (
     Device,

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.children import ROOT, asked, die_with_parent, stop_orderly, tell
+from benchmarks.children import ROOT, asked, die_with_parent, stop_orderly, tell
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.models import MODELS, write_model
 

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.children import ROOT, die_with_parent, stop_orderly
+from benchmarks.children import ROOT, die_with_parent, stop_orderly
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.models import MODELS, write_model
 from benchmarks.vs_metaschedule import stock_contexts

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.children import asked, die_with_parent, stop_orderly, tell
+from benchmarks.children import asked, die_with_parent, stop_orderly, tell
 from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
 from benchmarks.gpu.models import MODELS, write_model
 from benchmarks.gpu.share_gain import KEPT, described, inside

@@ -13,6 +13,7 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
+from gpu_aware_tune.cuda_toolchain import has_gpu_kernels
 from gpu_aware_tune.errors import SetupError, UserError, last_line
 from gpu_aware_tune.packing import packed
 
@@ -136,20 +137,12 @@ def open_vm(
         module = tvm.runtime.load_module(str(library))
     except Exception as error:  # TVM reports a bad file with RuntimeError, ValueError and others
         raise UserError(f"{library} cannot be loaded ({_said(error)}): tune again") from error
-    cuda = any(imported.kind == "cuda" for imported in _imports(module))
+    cuda = has_gpu_kernels(module)
     device = tvm.cuda(index) if cuda else tvm.cpu(0)
     if cuda and not device.exist:
         raise SetupError(f"{library} is for a CUDA GPU, and none is visible: see `tune doctor`")
     shared = weights if isinstance(weights, Weights) else Weights(weights)
     return Program(module, shared.on(device), device, entry)
-
-
-def _imports(module: Any) -> list[Any]:
-    """The modules that a module imports, and theirs."""
-    found = []
-    for imported in module.imports:
-        found += [imported, *_imports(imported)]
-    return found
 
 
 def _on(tensor: Any, device: Any) -> Any:

@@ -193,12 +193,14 @@ def _key(axes: Any, colors: Colors) -> None:
 
     handles, labels = axes.get_legend_handles_labels()
     dashed = Line2D([], [], color=colors["muted"], lw=1.1, ls=(0, (4, 3)))
-    place = {
-        "loc": "lower right",
-        "bbox_to_anchor": (1, 1),
-        "borderpad": 0,
-    }  # above: lines are below
-    axes.legend([*handles, dashed], [*labels, "untuned"], ncols=len(handles) + 1, **place)
+    axes.legend(
+        [*handles, dashed],
+        [*labels, "untuned"],
+        loc="lower right",
+        bbox_to_anchor=(1, 1),  # above the panel: the lines go down to the corner
+        borderpad=0,
+        ncols=len(handles) + 1,
+    )
 
 
 def _share_keys(history: History, colors: Colors) -> list[Any]:

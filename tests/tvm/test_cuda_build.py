@@ -187,9 +187,9 @@ from gpu_aware_tune import cuda_toolchain
 assert cuda_toolchain.preload_runtime()
 import tvm
 assert "tvm_runtime_cuda" in tvm.base._LOADED_LIBS, "the stand-in for the driver was not enough"
-from gpu_aware_tune.verify import _is_cuda
+from gpu_aware_tune.cuda_toolchain import has_gpu_kernels
 library = tvm.runtime.load_module(sys.argv[4])
-assert library.kind == "relax.VMExecutable" and _is_cuda(library), "verified on the CPU"
+assert library.kind == "relax.VMExecutable" and has_gpu_kernels(library), "verified on the CPU"
 module = tvm.runtime.load_module(sys.argv[2])
 (kernels,) = module.imports
 assert kernels.kind == "cuda" and kernels.is_runnable()

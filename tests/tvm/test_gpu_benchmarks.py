@@ -19,9 +19,9 @@ from tiny_library import write_library
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import children  # noqa: E402
 from benchmarks.gpu import (  # noqa: E402
     checks,
-    children,
     environment,
     share_gain,
     vs_metaschedule,
@@ -151,9 +151,7 @@ def test_a_library_of_several_shares_is_timed_too(tmp_path: Path) -> None:
 
 
 def test_what_a_child_told_before_it_hung_counts() -> None:
-    program = (
-        "from benchmarks.gpu.children import tell; import time; tell({'n': 1}); time.sleep(60)"
-    )
+    program = "from benchmarks.children import tell; import time; tell({'n': 1}); time.sleep(60)"
     begun = time.monotonic()
     found, why = children.asked(["-c", program], 2)
     assert found == {"n": 1} and why.startswith("not done in 2 s")

@@ -1,4 +1,4 @@
-"""Child processes of the GPU benchmarks: none outlives its parent, and what a hung one told counts."""
+"""Child processes of benchmarks: none outlives its parent, and what a hung one told counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 _PR_SET_PDEATHSIG = 1
 _MARK = "ANSWER "
 
