@@ -7,6 +7,7 @@ in whatever way (kill -9 included), it kills the workers, removes the scratch fo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -51,6 +52,8 @@ def _fork(sock: socket.socket, fd: int, job: dict[str, Any]) -> int:
     host_pid = os.getpid()
     pid = os.fork()
     if pid:
+        with contextlib.suppress(OSError):  # here too: it may be stopped before it gets so far
+            os.setpgid(pid, pid)
         os.close(fd)
         return pid
     status = 1
@@ -84,6 +87,8 @@ def main(fd: int, scratch: str) -> None:
     """Serve fork requests until the parent goes away."""
     os.setpgid(0, 0)  # Ctrl-C in the terminal is the parent's business
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A stopped worker and a parent's end make the kernel hang up on this group: not before the end.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     wake_r, wake_w = os.pipe()
     os.set_blocking(wake_w, False)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)

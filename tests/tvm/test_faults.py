@@ -88,15 +88,21 @@ def test_what_is_no_library_fails_to_load(measurer: Measurer, tmp_path: Path) ->
 
 
 def test_workers_and_scratch_go_when_the_parent_is_killed(tmp_path: Path) -> None:
-    """kill -9 of the parent: stopped, looping and waiting workers all end, the scratch folder too."""
+    """kill -9 of the parent: stopped, looping and waiting workers all end, the scratch folder too.
+
+    The kernel hangs up on a group with a stopped process when the group's parent ends: the host must
+    outlive that, and a worker must not be of the host's group.
+    """
     script = tmp_path / "parent.py"
     script.write_text(
-        "import sys, time\n"
+        "import os, signal, time\n"
         "from gpu_aware_tune.workers import WorkerHost\n"
         "host = WorkerHost()\n"
         "wait = host.spawn('time:sleep')\n"  # fails at once: sleep takes no connection
         "loops = [host.spawn('test_faults_loop:loop') for _ in range(2)]\n"
+        "assert os.getpgid(loops[1].pid) == loops[1].pid\n"
         "loops[0].pause()\n"
+        "os.kill(host._process.pid, signal.SIGHUP)\n"
         "print(host._process.pid, loops[0].pid, loops[1].pid, host.scratch, flush=True)\n"
         "time.sleep(60)\n"
     )
