@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.children import tell, told  # noqa: E402
+from benchmarks.children import die_with_parent, tell, told  # noqa: E402
 from benchmarks.environment import environment, stamp, write_results  # noqa: E402
 
 FLAG = "--cell"  # of a script that runs one cell; it hands the text to `answer`
@@ -48,6 +48,7 @@ def run_apart(module: str, cell: Cell) -> dict[str, Any]:
 
 def answer(text: str, run: Callable[..., dict[str, Any]]) -> None:
     """Run the cell in `text` and print what comes of it for `run_apart` (in the process)."""
+    die_with_parent()
     tell(run(**json.loads(text)))
 
 

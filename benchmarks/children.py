@@ -20,7 +20,7 @@ _MARK = "ANSWER "
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process when its parent ends: a hung kernel would keep the GPU busy."""
+    """Let the kernel end this process when its parent ends: it would keep the device busy."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
