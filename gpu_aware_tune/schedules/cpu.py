@@ -19,6 +19,7 @@ from gpu_aware_tune.schedules.blocks import (
     loops_of_axes,
 )
 from gpu_aware_tune.schedules.maps import schedule_map
+from gpu_aware_tune.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.schedules.reductions import Reduction, split_lanes
 from gpu_aware_tune.schedules.tiles import Machine
 
@@ -47,6 +48,9 @@ def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator
     if not names:
         yield _with_maps(base, machine)
         return
+    for name in names:
+        for change in (flatten_planes, interleave_rows):
+            base = attempt(base, partial(change, name=name))
     heaviest = max(names, key=lambda name: Reduction(base, name, machine).steps)
     for schedule in islice(_reduced(base, heaviest, machine), most):
         done = schedule

@@ -18,7 +18,8 @@ from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
 from gpu_aware_tune.packing import PACKING, mark_weights, without_packing
 from gpu_aware_tune.schedules import default_schedule, default_schedules
 from gpu_aware_tune.schedules.access import accesses_of, axes_of
-from gpu_aware_tune.schedules.blocks import block_of
+from gpu_aware_tune.schedules.blocks import block_of, inline_maps
+from gpu_aware_tune.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.schedules.tiles import STACK_BYTES, Machine, best_tiles
 from gpu_aware_tune.traces import apply_trace, trace_to_json
 from gpu_aware_tune.verify import kernel_inputs, verify_kernel
@@ -71,6 +72,18 @@ CASES: dict[str, tuple[Make, tuple[Spec, ...]]] = {
     "1x1 conv, residual": (
         conv(residual=True),
         (f32(1, 32, 14, 14), f32(48, 32, 1, 1), f32(1, 48, 1, 1), f32(1, 48, 14, 14)),
+    ),
+    "1x1 conv of rows of 28, batch 2": (
+        conv(),
+        (f32(2, 16, 12, 28), f32(32, 16, 1, 1), f32(1, 32, 1, 1)),
+    ),
+    "1x1 conv, images transposed": (
+        lambda e, x, w: op.nn.relu(e(op.permute_dims(e(op.nn.conv2d(x, w)), [0, 1, 3, 2]))),
+        (f32(1, 16, 12, 12), f32(32, 16, 1, 1)),
+    ),
+    "conv of images that alias": (
+        conv(padding=1),
+        (f32(1, 32, 14, 14), f32(16, 32, 3, 3), f32(1, 16, 1, 1)),
     ),
     "conv of 1x1 images": (conv(), (f32(1, 64, 1, 1), f32(32, 64, 1, 1), f32(1, 32, 1, 1))),
     "depthwise conv": (
@@ -248,6 +261,41 @@ def test_an_index_that_is_computed_has_no_stride() -> None:
     assert read.strides[1:] == (100, None, None)
     schedule = default_schedule(module, target())
     assert schedule is None or "T.vectorized" not in schedule.mod.script()
+
+
+def test_a_1x1_convolution_walks_its_images_along_one_axis() -> None:
+    (module,) = kernels(*_case("1x1 conv of rows of 28, batch 2"))
+    schedule = tvm.s_tir.Schedule(module)
+    inline_maps(schedule)
+    flatten_planes(schedule, "conv2d_nchw")
+    axes = axes_of(block_of(schedule, "conv2d_nchw")) or []
+    assert [axis.extent for axis in axes if axis.extent > 1] == [2, 32, 12 * 28, 16]
+    shapes = [[int(e) for e in buffer.shape] for buffer in schedule.mod["main"].params]
+    assert shapes == [[int(e) for e in buffer.shape] for buffer in module["main"].params]
+    block = block_of(schedule, "conv2d_nchw")
+    assert [int(extent) for extent in block.writes[0].source.shape] == [2, 32, 12 * 28]
+
+
+def test_a_3x3_convolution_keeps_rows_and_columns() -> None:
+    (module,) = kernels(*_case("conv"))
+    schedule = tvm.s_tir.Schedule(module)
+    inline_maps(schedule)
+    with pytest.raises(ValueError, match="no plane"):
+        flatten_planes(schedule, "conv2d_nchw")
+
+
+def test_channels_whose_images_alias_are_stored_row_by_row() -> None:
+    (module,) = kernels(*_case("conv of images that alias"))
+    schedule = tvm.s_tir.Schedule(module)
+    interleave_rows(schedule, "conv2d_nchw")
+    padded = block_of(schedule, "pad_temp").writes[0].source
+    assert [int(extent) for extent in padded.shape] == [1, 16, 32, 16]
+
+
+def test_images_that_do_not_alias_stay_as_they_are() -> None:
+    (module,) = kernels(*_case("conv of prime width, batch 2"))
+    with pytest.raises(ValueError, match="aliases"):
+        interleave_rows(tvm.s_tir.Schedule(module), "conv2d_nchw")
 
 
 def test_results_across_channels_lie_side_by_side_in_registers() -> None:
