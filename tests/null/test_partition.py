@@ -794,8 +794,10 @@ def test_the_daemon_and_its_folder_go_with_their_killed_parent(
     fake_mps: Path, how: signal.Signals
 ) -> None:
     program = (
-        "import time\n"
+        "import signal, time\n"
         "from gpu_aware_tune.partition.mps import MpsDaemon\n"
+        # A shell's background jobs, and what they start, ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "daemon = MpsDaemon('0')\n"
         "daemon.start()\n"
         "print(daemon.folder, daemon._process.pid, flush=True)\n"
