@@ -11,9 +11,9 @@ ort        ONNX Runtime with as many threads, on the same folded graph
 
 The four take turns, in blocks of a fraction of a second with a pause between, because the waiting
 threads of one would take cores from the next. Weights are seeded, inputs random. Each result is
-compared with ONNX Runtime's. In the same turns ONNX Runtime multiplies two large matrices: the rate of
-that is what these cores can do, and a model's multiplications and additions over it the floor, the
-milliseconds that no direct convolution goes below. The figures go to benchmarks/results/model-latency.json.
+compared with ONNX Runtime's. In the same turns ONNX Runtime multiplies two large matrices: a yardstick
+of what these cores do, and a model's multiplications and additions at that rate its floor, which
+direct convolutions hardly go below. The figures go to benchmarks/results/model-latency.json.
 """
 
 from __future__ import annotations
