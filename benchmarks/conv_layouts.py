@@ -1,6 +1,6 @@
 """What the layout of a convolution's tensors costs on this machine's cores.
 
-    python benchmarks/conv_layouts.py            # about five minutes
+    python benchmarks/conv_layouts.py            # about three minutes
 
 Each convolution of resnet50 that is repeated, batch 1, with an input that is padded already:
 

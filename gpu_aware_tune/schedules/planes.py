@@ -38,17 +38,16 @@ def flatten_planes(schedule: Schedule, name: str) -> None:
     block = schedule.get_sblock(name)
     consumers = schedule.get_consumers(block)
     found = schedule.get(block)
-    pair = _plane(found)
-    if pair is None or len(consumers) != 1:
+    plane = _plane(found)
+    if plane is None or len(consumers) != 1:
         raise ValueError(f"{name} has no plane, or not one reader")
     reader = schedule.get(consumers[0])
     spatial = [axis for axis in axes_of(found) or [] if not axis.reduce]
     extents = [axis.extent for axis in spatial]
     if not is_map(reader) or [axis.extent for axis in axes_of(reader) or []] != extents:
         raise ValueError(f"{name} is read in another order")
-    inner = pair[1]
-    result = (accesses_of(found, found.writes) or [])[0]
-    schedule.transform_layout(block, ("write", 0), _merged(result.dims[inner.position], inner))
+    inner, dim = plane
+    schedule.transform_layout(block, ("write", 0), _merged(dim, inner))
     _merge_axes(schedule, block, inner.position, inner)
     _merge_axes(schedule, consumers[0], spatial.index(inner), inner)
 
@@ -96,8 +95,8 @@ def _before_last(at: int) -> Callable[..., list[Any]]:
     return moved
 
 
-def _plane(block: Any) -> tuple[Axis, Axis] | None:
-    """Two neighbouring axes that all buffers walk as one."""
+def _plane(block: Any) -> tuple[Axis, int] | None:
+    """The second of two neighbouring axes that all buffers walk as one, and its result's dimension."""
     axes = axes_of(block) or []
     operands = accesses_of(block, block.reads) or []
     results = accesses_of(block, block.writes) or []
@@ -110,7 +109,7 @@ def _plane(block: Any) -> tuple[Axis, Axis] | None:
         beside = min(dims) >= 0 and dims[1] == dims[0] + 1
         buffers = [*operands, *results]
         if beside and all(_walked_as_one(each, outer, inner) for each in buffers):
-            return outer, inner
+            return inner, dims[1]
     return None
 
 
