@@ -111,12 +111,12 @@ def measure(
     cores = CoreThread(args.threads)
     model = load_model(path, target)
     inputs = random_inputs(model.inputs, seed=0)
-    weights = scratch / f"{name}.weights"
-    save_weights(model.weights, weights)
     timers: dict[str, Timer] = {}
     outputs: dict[str, list[np.ndarray]] = {}
-    for kind in ("plain", "untuned"):
-        shared = compiled(model, target, kind, scratch / f"{name}-{kind}.so")
+    for kind, source in (("plain", load_model(path, target, blocks=False)), ("untuned", model)):
+        shared = compiled(source, target, kind, scratch / f"{name}-{kind}.so")
+        weights = scratch / f"{name}-{kind}.weights"
+        save_weights(source.weights, weights)
         program = open_vm(shared, weights)
         outputs[kind], timers[kind] = contestant(program, inputs, cores)
     if folder is not None:

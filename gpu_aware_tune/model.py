@@ -44,7 +44,8 @@ class Model:
 
     `module` has gone through TVM's `zero` pipeline. Its `main` takes the inputs, then the weights
     in the order of `weights`, and has the attribute `num_input`; for a CPU its kernels are marked
-    with which of their arguments are weights (see `packing`). `prepared` is the ONNX graph it
+    with which of their arguments are weights (see `packing`), and images are in blocks of channels
+    where that fits (see `layouts`). `prepared` is the ONNX graph it
     was made from, and `hash` identifies that by content.
     """
 
@@ -62,6 +63,7 @@ def load_model(
     target: tvm.target.Target,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     dtype: str | None = None,
+    blocks: bool = True,
 ) -> Model:
     """Import an ONNX file for a target.
 
@@ -70,12 +72,16 @@ def load_model(
         target: what the module is legalized and folded for.
         input_shapes: shapes of inputs with dynamic dimensions, by ONNX name.
         dtype: "float16" computes a float32 model in float16; its inputs and outputs stay float32.
+        blocks: on a CPU, store the images between convolutions in blocks of channels (see
+            `layouts`); without, every tensor keeps the layout that ONNX gives it.
 
     Raises:
         UserError: the file, the shapes or an operator cannot be used; one line says which and why.
     """
+    from gpu_aware_tune.layouts import block_channels
     from gpu_aware_tune.onnx_prepare import prepare, read_model
     from gpu_aware_tune.packing import mark_weights
+    from gpu_aware_tune.schedules.cpu import machine_of
 
     path = Path(path)
     proto = prepare(read_model(path), input_shapes or {}, dtype, supported_operators())
@@ -85,6 +91,8 @@ def load_model(
     module, weights = _hoist_constants(module)
     if target.kind.name == "llvm":
         module = mark_weights(module)
+        if blocks:
+            module, weights = block_channels(module, weights, machine_of(target).lanes)
     names = [value.name for value in proto.graph.output]
     return Model(
         name=path.stem,

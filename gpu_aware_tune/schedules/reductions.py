@@ -11,7 +11,14 @@ from gpu_aware_tune.packing import mark_packing, weight_buffers
 from gpu_aware_tune.schedules.access import Access, Axis, accesses_of, axes_of
 from gpu_aware_tune.schedules.blocks import block_of, is_costly, is_map, loops_of_axes
 from gpu_aware_tune.schedules.maps import PARALLEL_STEPS, parallel
-from gpu_aware_tune.schedules.tiles import Machine, Tile, best_tiles, divisors, outer_order
+from gpu_aware_tune.schedules.tiles import (
+    Machine,
+    Tile,
+    best_tiles,
+    divisors,
+    held,
+    outer_order,
+)
 
 _PARALLEL_TERMS = 131_072  # of vectorised reductions; below, one thread is faster
 _ROW_TERMS = 32  # unrolled terms of one result
@@ -51,6 +58,9 @@ class Reduction:
 
     def apply(self, schedule: Schedule, tile: Tile, fuse_consumer: bool) -> None:
         """Schedule the block with a tile; TVM's refusals are for the caller to catch."""
+        if tile.passes > 1:
+            self._apply_in_passes(schedule, tile, fuse_consumer)
+            return
         for number in tile.packed:
             self._pack(schedule, tile, number)
         block = schedule.get_sblock(self.name)
@@ -59,15 +69,8 @@ class Reduction:
         loops = loops_of_axes(schedule, self.name)
         if loops is None:
             raise ValueError(f"the loops of {self.name} were changed before")
-        outer, inner, vector = [], [], None
-        for axis in outer_order(tile, self.axes, self.operands):
-            loop, count = loops[axis.position], tile.counts[axis.position]
-            if axis.position == tile.vector:
-                first, along, vector = schedule.split(loop, [None, count, tile.lanes])
-            else:
-                first, along = schedule.split(loop, [None, count])
-            outer.append((first, axis.extent // tile.size(axis)))
-            inner.append(along)
+        order = outer_order(tile, self.axes, self.operands)
+        outer, inner, vector = self._split(schedule, loops, tile, order)
         reduce = [(loops[axis.position], axis.extent) for axis in self.axes if axis.reduce]
         schedule.reorder(*(loop for loop, _ in [*outer, *reduce]), *inner, vector)
         at, depth = self._parallel(schedule, outer, _PARALLEL_TERMS)
@@ -80,6 +83,45 @@ class Reduction:
         self._unroll(schedule, reduce, math.prod(tile.counts))
         init = schedule.decompose_reduction(block, reduce[0][0])
         self._finish(schedule, init, depth, tile, unrolled=True)
+
+    def _apply_in_passes(self, schedule: Schedule, tile: Tile, fuse_consumer: bool) -> None:
+        """Sum all results of a block of channels up side by side, a block of the input at a time."""
+        block = schedule.get_sblock(self.name)
+        loops = loops_of_axes(schedule, self.name)
+        if loops is None:
+            raise ValueError(f"the loops of {self.name} were changed before")
+        kept = held(tile, self.axes, self.operands)
+        image = [axis for axis in self.axes if not axis.reduce and axis not in kept]
+        outer, inner, vector = self._split(schedule, loops, tile, [*kept, *image])
+        blocks, *terms = [loops[axis.position] for axis in self.axes if axis.reduce]
+        outside, within = outer[: len(kept)], [loop for loop, _ in outer[len(kept) :]]
+        around = [loop for loop, _ in outside]
+        schedule.reorder(*around, blocks, *within, *terms, *inner, vector)
+        at, depth = self._parallel(schedule, outside, _PARALLEL_TERMS)
+        consumers = schedule.get_consumers(block)
+        schedule.vectorize(vector)
+        for loop in inner:
+            schedule.unroll(loop)
+        if fuse_consumer and len(consumers) == 1 and self._fits(schedule, consumers[0]):
+            schedule.reverse_compute_at(consumers[0], at)
+            self._finish(schedule, consumers[0], depth, tile, unrolled=False)
+        init = schedule.decompose_reduction(block, blocks)
+        self._finish(schedule, init, depth, tile, unrolled=False)
+
+    def _split(
+        self, schedule: Schedule, loops: list[Any], tile: Tile, order: list[Axis]
+    ) -> tuple[list[tuple[Any, int]], list[Any], Any]:
+        """Split axes into loops over tiles, with their extents, loops within a tile, and lanes."""
+        outer, inner, vector = [], [], None
+        for axis in order:
+            loop, count = loops[axis.position], tile.counts[axis.position]
+            if axis.position == tile.vector:
+                first, along, vector = schedule.split(loop, [None, count, tile.lanes])
+            else:
+                first, along = schedule.split(loop, [None, count])
+            outer.append((first, axis.extent // tile.size(axis)))
+            inner.append(along)
+        return outer, inner, vector
 
     def apply_rows(self, schedule: Schedule, fuse_consumer: bool) -> None:
         """Leave the innermost loop to LLVM, with few terms unrolled in it; rows run in parallel.

@@ -25,13 +25,15 @@ _GATHER = 3.0  # loads for each lane that lies apart
 _ALIASED = 5.0  # a load whose line others keep evicting
 _NEAR, _MIDDLE = 0.7, 4.0  # a line from the second-level cache, and from beyond
 _PACK = 1.2  # an element copied into another layout
-_STORE = 0.9  # a vector of results
+_STORE, _LOAD = 0.9, 0.5  # a vector of results
 _PER_TILE = 4.0
 _FAR = 7.0  # bytes a cycle from the far caches
 
 _NEAR_BYTES = 24 * 1024  # of the first-level cache
 _MIDDLE_BYTES = 384 * 1024  # of the second-level cache
 _LINE = 64
+_HOPEFUL = 2.0  # times the best tile's cycles, for a tile of another kind to be tried early
+_PASS_TERMS = 32  # of the sum, at least, before its results are stored
 _ALIAS = 4096  # addresses this far apart share the first-level cache's few ways
 _WAYS = 8
 
@@ -55,6 +57,8 @@ class Tile:
         counts: registers along each axis, by position (1 where the axis is not tiled).
         packed: operands (by number) to copy so that the vectorised axis lies contiguous.
         cycles: what the model expects of all units together.
+        passes: over all results of a block of channels, each for one step of the first reduction
+            axis, whose weights then stay in the nearest cache; 1 sums every tile up at once.
     """
 
     vector: int
@@ -62,6 +66,7 @@ class Tile:
     counts: tuple[int, ...]
     packed: tuple[int, ...]
     cycles: float
+    passes: int = 1
 
     def size(self, axis: Axis) -> int:
         """Results along an axis."""
@@ -80,7 +85,9 @@ def best_tiles(
     machine: Machine,
     weights: frozenset[int] = frozenset(),
 ) -> list[Tile]:
-    """Give the best tile for each axis that could be vectorised, cheapest first, then all others.
+    """Give the best tile of each kind that comes near the best one, then all others, cheapest first.
+
+    Kinds differ in the axis that is vectorised and in whether they sum in passes.
 
     Args:
         axes: of the block.
@@ -89,12 +96,14 @@ def best_tiles(
         machine: the CPU.
         weights: operands (by number) that are packed before the kernel runs.
     """
-    best: dict[int, Tile] = {}
     every = _tiles(axes, operands, result, machine, weights)
     ranked = sorted(every, key=lambda tile: tile.cycles)
+    best: dict[tuple[int, bool], Tile] = {}
     for tile in ranked:
-        best.setdefault(tile.vector, tile)
-    return [*best.values(), *(tile for tile in ranked if best[tile.vector] is not tile)]
+        if tile.cycles <= _HOPEFUL * ranked[0].cycles:
+            best.setdefault((tile.vector, tile.passes > 1), tile)
+    first = list(best.values())
+    return [*first, *(tile for tile in ranked if not any(tile is other for other in first))]
 
 
 def _tiles(
@@ -113,6 +122,8 @@ def _tiles(
             for counts in _counts(vector, lanes, spatial, len(axes), most):
                 tile = Tile(vector.position, lanes, counts, packed, 0.0)
                 yield _priced(tile, axes, operands, result, machine, weights)
+                if not packed and _sums_in_passes(vector, axes, operands, result, weights):
+                    yield _priced_in_passes(tile, axes, operands, machine)
                 if packed:
                     plain = Tile(vector.position, lanes, counts, (), 0.0)
                     yield _priced(plain, axes, operands, result, machine, weights)
@@ -184,6 +195,56 @@ def _priced(
     return Tile(tile.vector, tile.lanes, tile.counts, tile.packed, cycles)
 
 
+def _sums_in_passes(
+    vector: Axis,
+    axes: Sequence[Axis],
+    operands: Sequence[Access],
+    result: Access,
+    weights: frozenset[int],
+) -> bool:
+    """Whether a pass has enough terms to pay for loading and storing the results again."""
+    first, *rest = [axis.extent for axis in axes if axis.reduce] or [1]
+    moving = [number for number, operand in enumerate(operands) if operand.uses(vector)]
+    return (
+        first > 1
+        and math.prod(rest) >= _PASS_TERMS
+        and result.strides[vector.position] == 1
+        and weights.issuperset(moving)
+        and all(operands[number].strides[vector.position] == 1 for number in moving)
+    )
+
+
+def held(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> list[Axis]:
+    """The axes whose loops are outside of the passes: those of the weights."""
+    vector = axes[tile.vector]
+    own = [operand for operand in operands if operand.uses(vector)]
+    return [axis for axis in axes if not axis.reduce and any(o.uses(axis) for o in own)]
+
+
+def _priced_in_passes(
+    tile: Tile, axes: Sequence[Axis], operands: Sequence[Access], machine: Machine
+) -> Tile:
+    registers = math.prod(tile.counts)
+    width = _HALF if tile.lanes <= machine.lanes // 2 else 1.0
+    passes, *terms = [axis.extent for axis in axes if axis.reduce]
+    spatial = math.prod(axis.extent for axis in axes if not axis.reduce)
+    count = spatial // (registers * tile.lanes)
+    pieces = math.prod(axis.extent // tile.size(axis) for axis in held(tile, axes, operands))
+    ports = sum(_loads(tile, n, axes, operand) for n, operand in enumerate(operands)) / 2
+    step = max(registers * width, ports, _LATENCY) + _PORT * ports
+    again = registers * (_STORE + _LOAD) + _PER_TILE
+    compute = count * passes * (math.prod(terms) * step + again)
+    read = sum(
+        operand.elements * operand.itemsize * (1 if operand.uses(axes[tile.vector]) else pieces)
+        for operand in operands
+    )
+    compute += _NEAR * read / _LINE
+    rounds = math.ceil(pieces / machine.units) * machine.units / pieces
+    traffic = min(_traffic(tile, axes, operands)) / _FAR
+    cycles = rounds * (max(compute, traffic) + 0.25 * min(compute, traffic))
+    return Tile(tile.vector, tile.lanes, tile.counts, tile.packed, cycles, passes)
+
+
 def _loads(tile: Tile, number: int, axes: Sequence[Axis], operand: Access) -> float:
     """Load instructions of one step of the reduction."""
     vector = axes[tile.vector]
@@ -246,7 +307,7 @@ def _traffic(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> tu
 
 
 def outer_order(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> list[Axis]:
-    """Order the loops over tiles so that the least memory is read again."""
+    """Order the loops over tiles so that little memory is read again from far."""
     spatial = [axis for axis in axes if not axis.reduce]
     if len(operands) < 2:
         return spatial
@@ -258,6 +319,12 @@ def outer_order(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) ->
             shared.append(axis)
         else:
             own[0 if uses[0] else 1].append(axis)
+    vector = axes[tile.vector]
+    for image, filters in ((0, 1), (1, 0)):
+        rows = [axis for axis in own[image] if axis.extent > 1]
+        if len(rows) > 1 and vector in own[filters] and not tile.packed:
+            # All filters over one row: it stays in the nearest caches, and units share the rows out.
+            return shared + rows[:1] + own[filters] + [a for a in own[image] if a is not rows[0]]
     first_outer, second_outer = _traffic(tile, axes, operands)
     ordered = own[0] + own[1] if first_outer <= second_outer else own[1] + own[0]
     return shared + ordered

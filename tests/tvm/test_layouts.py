@@ -1,0 +1,269 @@
+"""Images in blocks of channels: which are, that the numbers stay right, what the schedules make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tvm
+from onnx import TensorProto, helper, numpy_helper
+from tiny_library import default_traces, target
+from tvm.s_tir import Schedule
+
+from gpu_aware_tune.compile import compile_model
+from gpu_aware_tune.model import Model, load_model
+from gpu_aware_tune.schedules import default_schedules
+from gpu_aware_tune.schedules.reductions import Reduction
+from gpu_aware_tune.schedules.tiles import Machine
+from gpu_aware_tune.tasks import extract
+from gpu_aware_tune.traces import trace_to_json
+from gpu_aware_tune.verify import VerifyReport, verify_kernel, verify_library
+
+AVX512 = tvm.target.Target({"kind": "llvm", "mcpu": "skylake-avx512", "num-cores": 2})
+AVX2 = tvm.target.Target({"kind": "llvm", "mcpu": "haswell", "num-cores": 2})
+MACHINE = Machine(lanes=16, registers=32, units=2)
+
+Node = tuple[str, Sequence[str], str, dict[str, Any]]
+CONV3 = {"pads": [1, 1, 1, 1]}
+
+
+def load(
+    path: Path,
+    nodes: Sequence[Node],
+    filters: dict[str, tuple[int, ...]],
+    shape: tuple[int, ...] = (1, 16, 12, 12),
+    cpu: tvm.target.Target = AVX512,
+    **options: Any,
+) -> Model:
+    """Write a network of an input `x`, convolutions with seeded weights and a result; load it."""
+    generator = np.random.default_rng(3)
+    weights = [
+        numpy_helper.from_array(generator.standard_normal(size).astype("float32"), name)
+        for name, size in filters.items()
+    ]
+    graph = helper.make_graph(
+        [
+            helper.make_node(kind, inputs, [output], **attrs)
+            for kind, inputs, output, attrs in nodes
+        ],
+        "layouts",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(nodes[-1][2], TensorProto.FLOAT, None)],
+        weights,
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path
+    )
+    return load_model(path, cpu, **options)
+
+
+def blocked(model: Model) -> list[str]:
+    """The kernels whose names say that they are."""
+    return sorted(v.name_hint for v in model.module.functions if "_nchw" in v.name_hint)
+
+
+def compared(model: Model, traces: dict[str, str], folder: Path) -> VerifyReport:
+    """What a library of this machine's computes, beside ONNX Runtime."""
+    library = folder / "library.so"
+    compile_model(model, target(), traces).export_library(str(library))
+    return verify_library(model, library, seed=2)
+
+
+def shapes(model: Model, name: str) -> list[tuple[int, ...]]:
+    """Of a kernel's arguments and result."""
+    return [tuple(int(e) for e in each.shape) for each in model.module[name].params]
+
+
+# A convolution of 3 channels, pooling, both branches of a fire module, a residual connection, a
+# depthwise and a grouped convolution, and a head.
+NETWORK: list[Node] = [
+    ("Conv", ["x", "first"], "a", {"strides": [2, 2], **CONV3}),
+    ("Relu", ["a"], "b", {}),
+    ("MaxPool", ["b"], "c", {"kernel_shape": [3, 3], "strides": [2, 2]}),
+    ("Conv", ["c", "one"], "d", {}),
+    ("Conv", ["c", "three"], "e", CONV3),
+    ("Concat", ["d", "e"], "f", {"axis": 1}),
+    ("Conv", ["f", "back"], "g", {}),
+    ("Add", ["g", "c"], "h", {}),
+    ("Relu", ["h"], "i", {}),
+    ("Conv", ["i", "depthwise"], "j", {"group": 32, **CONV3}),
+    ("Conv", ["j", "grouped"], "k", {"group": 2, **CONV3}),
+    ("Conv", ["k", "odd"], "l", {}),
+    ("GlobalAveragePool", ["l"], "m", {}),
+    ("Flatten", ["m"], "n", {}),
+]
+FILTERS = {
+    "first": (32, 3, 3, 3),
+    "one": (16, 32, 1, 1),
+    "three": (48, 32, 3, 3),
+    "back": (32, 64, 1, 1),
+    "depthwise": (32, 1, 3, 3),
+    "grouped": (64, 16, 3, 3),
+    "odd": (10, 64, 1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("layouts") / "network.onnx"
+    return load(path, NETWORK, FILTERS, (1, 3, 40, 40))
+
+
+def test_images_between_convolutions_are_in_blocks_inputs_and_results_are_not(
+    network: Model,
+) -> None:
+    found = {shape for name in blocked(network) for shape in shapes(network, name)}
+    assert {
+        (1, 3, 40, 40),  # the input
+        (2, 3, 3, 3, 16),  # its filter: blocks of results only
+        (1, 2, 20, 20, 16),
+        (1, 2, 9, 9, 16),  # what is pooled
+        (3, 2, 3, 3, 16, 16),
+        (1, 4, 9, 9, 16),  # what is joined
+        (2, 1, 3, 3, 16),  # the depthwise filter
+    } <= found
+    assert [tuple(spec.shape) for spec in network.outputs] == [(1, 10)]
+    kinds = ("max_pool2d", "concatenate")
+    assert all(any(kind in name for name in blocked(network)) for kind in kinds)
+
+
+def test_every_image_of_the_graph_has_one_shape_for_its_writer_and_its_readers(
+    network: Model,
+) -> None:
+    tvm.relax.analysis.well_formed(network.module)  # raises
+    names = {variable.name_hint for variable in network.module.functions}
+    called = set()
+    for block in network.module["main"].body.blocks:
+        for binding in block.bindings:
+            called.add(binding.value.args[0].name_hint)
+            given = [tuple(int(e) for e in a.ty.shape) for a in binding.value.args[1]]
+            given.append(tuple(int(e) for e in binding.var.ty.shape))
+            assert given == shapes(network, binding.value.args[0].name_hint)
+    assert names - {"main"} == called, "kernels that nothing calls were left"
+
+
+def test_the_weights_are_stored_as_the_kernels_read_them(network: Model) -> None:
+    main = network.module["main"]
+    parameters = list(main.params)[1:]
+    assert [tuple(int(e) for e in p.ty.shape) for p in parameters] == [
+        array.shape for array in network.weights.values()
+    ]
+    assert all(array.flags.c_contiguous for array in network.weights.values())
+
+
+@pytest.mark.parametrize("schedules", ["default", "plain loops"])
+def test_the_numbers_are_those_of_onnx_runtime(schedules: str, tmp_path: Path) -> None:
+    model = load(tmp_path / "n.onnx", NETWORK, FILTERS, (1, 3, 40, 40), cpu=target())
+    assert blocked(model)
+    assert compared(model, default_traces(model) if schedules == "default" else {}, tmp_path).ok
+
+
+def test_a_narrower_processor_gets_narrower_blocks(tmp_path: Path) -> None:
+    nodes: list[Node] = [("Conv", ["x", "w"], "a", {}), ("Conv", ["a", "v"], "y", {})]
+    filters = {"w": (24, 16, 1, 1), "v": (16, 24, 1, 1)}
+    narrow = load(tmp_path / "n.onnx", nodes, filters, cpu=AVX2)
+    assert {shapes(narrow, name)[-1] for name in blocked(narrow)} == {
+        (1, 3, 12, 12, 8),
+        (1, 16, 12, 12),
+    }
+    assert all(name.endswith("_nchw8c") for name in blocked(narrow))
+    assert blocked(load(tmp_path / "w.onnx", nodes, filters)) == [], "24 is no multiple of 16"
+
+
+PLAIN: dict[str, tuple[list[Node], dict[str, tuple[int, ...]]]] = {
+    "its result is the model's": ([("Conv", ["x", "w"], "y", {})], {"w": (32, 16, 1, 1)}),
+    "the result is transposed": (
+        [
+            ("Conv", ["x", "w"], "a", {}),
+            ("Transpose", ["a"], "b", {"perm": [0, 2, 3, 1]}),
+            ("Softmax", ["b"], "y", {"axis": -1}),
+        ],
+        {"w": (32, 16, 1, 1)},
+    ),
+    "the result is reshaped": (
+        [("Conv", ["x", "w"], "a", {}), ("Flatten", ["a"], "y", {})],
+        {"w": (32, 16, 1, 1)},
+    ),
+    "a join not at a whole block": (
+        [
+            ("Conv", ["x", "w"], "a", {}),
+            ("Conv", ["x", "v"], "b", {}),
+            ("Concat", ["a", "b"], "c", {"axis": 1}),
+            ("Relu", ["c"], "d", {}),
+            ("Conv", ["d", "u"], "y", {}),
+        ],
+        {"w": (24, 16, 1, 1), "v": (8, 16, 1, 1), "u": (10, 32, 1, 1)},
+    ),
+    "no convolution": (
+        [("Relu", ["x"], "a", {}), ("MaxPool", ["a"], "y", {"kernel_shape": [2, 2]})],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_cannot_be_in_blocks_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    nodes, filters = PLAIN[name]
+    model = load(tmp_path / "p.onnx", nodes, filters)
+    assert blocked(model) == []
+
+
+def test_a_filter_of_two_convolutions_is_stored_once(tmp_path: Path) -> None:
+    """The second reads blocks and the first does not: no layout of the filter fits both."""
+    nodes: list[Node] = [("Conv", ["x", "w"], "a", {}), ("Conv", ["a", "w"], "b", {}),
+                         ("Relu", ["b"], "c", {}), ("Conv", ["c", "v"], "y", {})]  # fmt: skip
+    filters = {"w": (32, 32, 1, 1), "v": (10, 32, 1, 1)}
+    model = load(tmp_path / "t.onnx", nodes, filters, (1, 32, 12, 12), cpu=target())
+    assert (32, 32, 1, 1) in {array.shape for array in model.weights.values()}
+    assert compared(model, default_traces(model), tmp_path).ok
+
+
+def test_without_blocks_every_tensor_keeps_its_layout(tmp_path: Path) -> None:
+    model = load(tmp_path / "n.onnx", NETWORK, FILTERS, (1, 3, 40, 40), blocks=False)
+    assert blocked(model) == []
+    assert (48, 32, 3, 3) in {array.shape for array in model.weights.values()}
+
+
+def test_a_cuda_target_keeps_the_layout(tmp_path: Path) -> None:
+    cuda = tvm.target.Target("nvidia/nvidia-h100")
+    nodes: list[Node] = [("Conv", ["x", "w"], "a", {}), ("Conv", ["a", "w"], "y", {})]
+    assert blocked(load(tmp_path / "c.onnx", nodes, {"w": (16, 16, 1, 1)}, cpu=cuda)) == []
+
+
+# -- what the schedules make of it -----------------------------------------------------------------
+
+
+def write_deep(path: Path, cpu: tvm.target.Target) -> Model:
+    """Convolutions over many channels: of single pixels, of 3x3, and of single pixels again."""
+    nodes: list[Node] = [("Conv", ["x", "w"], "a", {}), ("Conv", ["a", "v"], "b", CONV3),
+                         ("Relu", ["b"], "c", {}), ("Conv", ["c", "u"], "y", {})]  # fmt: skip
+    filters = {"w": (128, 16, 1, 1), "v": (128, 128, 3, 3), "u": (10, 128, 1, 1)}
+    return load(path, nodes, filters, (1, 16, 14, 14), cpu)
+
+
+def test_many_terms_are_summed_a_block_of_channels_at_a_time(tmp_path: Path) -> None:
+    deep = write_deep(tmp_path / "d.onnx", AVX512)
+    tiles = {}
+    for task in extract(deep, AVX512):
+        reduction = Reduction(Schedule(task.module), "conv2d_nchw", MACHINE)
+        tiles[task.args[1][0]] = reduction.tiles()[0]
+    assert tiles[8, 8, 3, 3, 16, 16].passes == 8
+    assert tiles[8, 8, 3, 3, 16, 16].lanes == 16
+    assert tiles[8, 16, 1, 1, 16].passes == 1
+
+
+def test_a_convolution_in_blocks_computes_the_same_however_it_is_scheduled(tmp_path: Path) -> None:
+    (task,) = (
+        task
+        for task in extract(write_deep(tmp_path / "d.onnx", target()), target())
+        if len(task.args[1][0]) == 6
+    )
+    traces = [trace_to_json(s.trace) for s in default_schedules(task.module, target(), most=6)]
+    assert len(set(traces)) == 6
+    for trace in traces:
+        check = verify_kernel(task.module, trace, target(), seed=1)
+        assert check.ok, check
