@@ -3,13 +3,15 @@
     python benchmarks/model_latency.py                               # a few minutes, tunes nothing
     python benchmarks/model_latency.py --tune --trials 512           # tunes each model first
     python benchmarks/model_latency.py --tuned resnet50=r50.tuned    # takes a library that is there
+    python benchmarks/model_latency.py --sides nchw,untuned --models all    # what blocks bring
 
 plain      TVM's build without any schedule
+nchw       ours with the default schedules, every image in the layout that ONNX gives it
 untuned    ours with the default schedules, nothing searched
 tuned      a library of ours, from --tuned or --tune
 ort        ONNX Runtime with as many threads, on the same folded graph
 
-The four take turns, in blocks of a fraction of a second with a pause between, because the waiting
+They take turns, in blocks of a fraction of a second with a pause between, because the waiting
 threads of one would take cores from the next. Weights are seeded, inputs random. Each result is
 compared with ONNX Runtime's. In the same turns ONNX Runtime multiplies two large matrices: a yardstick
 of what these cores do, and a model's multiplications and additions at that rate its floor, which
@@ -35,11 +37,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import write_seeded  # noqa: E402
+from benchmarks.light_models import light_models, write_seeded  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "model-latency.json"
 SLIM = ROOT.parent / "shared" / "models" / "version-slim-320.onnx"
 SLIM_NAME = "slim-320"
+SIDES = ("plain", "nchw", "untuned")
 SIDE = 1024  # of the matrices
 PAUSE_S = 0.3  # TVM's threads wait for more work for half of that
 Timer = Callable[[float], list[float]]  # seconds to run for -> seconds of each run
@@ -50,7 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default="squeezenet,resnet50,slim-320")
+    parser.add_argument("--models", default="squeezenet,resnet50,slim-320", help="or all")
+    parser.add_argument("--sides", default=",".join(SIDES), help="beside tuned and ort")
     parser.add_argument("--slim", type=Path, default=SLIM, help="path of version-slim-320.onnx")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=8, help="turns of each")
@@ -62,10 +66,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     folders = {name: Path(folder) for name, _, folder in (t.partition("=") for t in args.tuned)}
+    if unknown := set(args.sides.split(",")) - set(SIDES):
+        parser.error(f"--sides {', '.join(unknown)}: one of {', '.join(SIDES)}")
     rows = {}
     about = environment()
     with tempfile.TemporaryDirectory() as scratch:
-        for name in args.models.split(","):
+        every = ",".join([*light_models(), SLIM_NAME])
+        for name in (every if args.models == "all" else args.models).split(","):
             if name == SLIM_NAME and not args.slim.is_file():
                 print(f"{name}: left out, {args.slim} is missing (give --slim)")
                 continue
@@ -113,7 +120,8 @@ def measure(
     inputs = random_inputs(model.inputs, seed=0)
     timers: dict[str, Timer] = {}
     outputs: dict[str, list[np.ndarray]] = {}
-    for kind, source in (("plain", load_model(path, target, blocks=False)), ("untuned", model)):
+    for kind in args.sides.split(","):
+        source = model if kind == "untuned" else load_model(path, target, blocks=False)
         shared = compiled(source, target, kind, scratch / f"{name}-{kind}.so")
         weights = scratch / f"{name}-{kind}.weights"
         save_weights(source.weights, weights)
@@ -157,7 +165,7 @@ def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
     """Compile a model without schedules or with the default ones."""
     from gpu_aware_tune.compile import compile_model
 
-    traces = default_traces(model, target) if kind == "untuned" else {}
+    traces = default_traces(model, target) if kind != "plain" else {}
     compile_model(model, target, traces).export_library(str(path))
     return path
 
@@ -236,7 +244,13 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 def ratios(medians: dict[str, float]) -> dict[str, float]:
     """How many times as fast one is as another, by medians."""
-    pairs = [("plain", "untuned"), ("untuned", "tuned"), ("untuned", "ort"), ("tuned", "ort")]
+    pairs = [
+        ("plain", "untuned"),
+        ("nchw", "untuned"),
+        ("untuned", "tuned"),
+        ("untuned", "ort"),
+        ("tuned", "ort"),
+    ]
     return {
         f"{slow}/{fast}": medians[slow] / medians[fast]
         for slow, fast in pairs

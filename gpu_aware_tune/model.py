@@ -45,8 +45,8 @@ class Model:
     `module` has gone through TVM's `zero` pipeline. Its `main` takes the inputs, then the weights
     in the order of `weights`, and has the attribute `num_input`; for a CPU its kernels are marked
     with which of their arguments are weights (see `packing`), and images are in blocks of channels
-    where that fits (see `layouts`). `prepared` is the ONNX graph it
-    was made from, and `hash` identifies that by content.
+    where that fits (see `layouts`). `prepared` is the ONNX graph it was made from, and `hash`
+    identifies that by content.
     """
 
     name: str
@@ -92,7 +92,10 @@ def load_model(
     if target.kind.name == "llvm":
         module = mark_weights(module)
         if blocks:
-            module, weights = block_channels(module, weights, machine_of(target).lanes)
+            try:
+                module, weights = block_channels(module, weights, machine_of(target).lanes)
+            except Exception as error:  # TVM refuses a kernel; the model is as right without
+                log.warning("%s: images stay as ONNX lays them out: %s", path, _first_line(error))
     names = [value.name for value in proto.graph.output]
     return Model(
         name=path.stem,

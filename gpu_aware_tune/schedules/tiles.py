@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpu_aware_tune.schedules.access import Access, Axis
 
@@ -189,10 +189,8 @@ def _priced(
     contiguous = result.strides[tile.vector] == 1
     store = registers * _STORE * (1 if contiguous else tile.lanes) + _PER_TILE
     compute = count * (steps * step + store) + packing
-    traffic = min(_traffic(tile, axes, operands)) / _FAR  # bytes a cycle from the far caches
-    rounds = math.ceil(count / machine.units) * machine.units / count
-    cycles = rounds * (max(compute, traffic) + 0.25 * min(compute, traffic))
-    return Tile(tile.vector, tile.lanes, tile.counts, tile.packed, cycles)
+    cycles = _with_traffic(compute, tile, axes, operands) * _rounds(count, machine)
+    return replace(tile, cycles=cycles)
 
 
 def _sums_in_passes(
@@ -239,10 +237,21 @@ def _priced_in_passes(
         for operand in operands
     )
     compute += _NEAR * read / _LINE
-    rounds = math.ceil(pieces / machine.units) * machine.units / pieces
+    cycles = _with_traffic(compute, tile, axes, operands) * _rounds(pieces, machine)
+    return replace(tile, cycles=cycles, passes=passes)
+
+
+def _rounds(pieces: int, machine: Machine) -> float:
+    """How much longer the slowest unit takes than all would with equal work."""
+    return math.ceil(pieces / machine.units) * machine.units / pieces
+
+
+def _with_traffic(
+    compute: float, tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]
+) -> float:
+    """Cycles of the arithmetic and of what comes from the far caches, which mostly overlap."""
     traffic = min(_traffic(tile, axes, operands)) / _FAR
-    cycles = rounds * (max(compute, traffic) + 0.25 * min(compute, traffic))
-    return Tile(tile.vector, tile.lanes, tile.counts, tile.packed, cycles, passes)
+    return max(compute, traffic) + 0.25 * min(compute, traffic)
 
 
 def _loads(tile: Tile, number: int, axes: Sequence[Axis], operand: Access) -> float:

@@ -208,7 +208,7 @@ PLAIN: dict[str, tuple[list[Node], dict[str, tuple[int, ...]]]] = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_what_cannot_be_in_blocks_stays_as_it_is(name: str, tmp_path: Path) -> None:
     nodes, filters = PLAIN[name]
-    model = load(tmp_path / "p.onnx", nodes, filters)
+    model = load(tmp_path / "p.onnx", nodes, filters, (1, 16, 16, 16))
     assert blocked(model) == []
 
 
@@ -226,6 +226,19 @@ def test_without_blocks_every_tensor_keeps_its_layout(tmp_path: Path) -> None:
     model = load(tmp_path / "n.onnx", NETWORK, FILTERS, (1, 3, 40, 40), blocks=False)
     assert blocked(model) == []
     assert (48, 32, 3, 3) in {array.shape for array in model.weights.values()}
+
+
+def test_a_kernel_that_tvm_refuses_to_change_leaves_the_layout_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("not affine")
+
+    monkeypatch.setattr("gpu_aware_tune.schedules.channels.Kernel.blocked", refuse)
+    model = load(tmp_path / "n.onnx", NETWORK, FILTERS, (1, 3, 40, 40))
+    assert blocked(model) == []
+    assert (48, 32, 3, 3) in {array.shape for array in model.weights.values()}
+    assert "images stay as ONNX lays them out: RuntimeError: not affine" in caplog.text
 
 
 def test_a_cuda_target_keeps_the_layout(tmp_path: Path) -> None:
