@@ -120,8 +120,9 @@ def measure(
     inputs = random_inputs(model.inputs, seed=0)
     timers: dict[str, Timer] = {}
     outputs: dict[str, list[np.ndarray]] = {}
+    as_onnx = load_model(path, target, blocks=False)
     for kind in args.sides.split(","):
-        source = model if kind == "untuned" else load_model(path, target, blocks=False)
+        source = model if kind == "untuned" else as_onnx
         shared = compiled(source, target, kind, scratch / f"{name}-{kind}.so")
         weights = scratch / f"{name}-{kind}.weights"
         save_weights(source.weights, weights)

@@ -164,17 +164,19 @@ class Kernel:
         return found
 
     def _side(self, images: list[Any], convolved: bool) -> Side:
-        places = tuple(self._places(image)[0] for image in images)
+        places = [self._places(image) for image in images]
+        first = tuple(found[0] for found in places)
         numbers = frozenset(self._number(image) for image in images) - {-1}
+        blocks = {str(block.name_hint): block for block in self.blocks}
         walked: dict[str, int] = {}
-        for image in images:
+        for image, found in zip(images, places, strict=True):
             whole = _is_multiple(image.shape[_CHANNELS], self.lanes)
-            for name, _, _ in self._places(image):
-                block = next(b for b in self.blocks if str(b.name_hint) == name)
-                axis = _walk(block, axes_of(block) or [], image, self.lanes) if whole else None
+            for name in dict.fromkeys(name for name, _, _ in found):
+                axes = axes_of(blocks[name]) or []
+                axis = _walk(blocks[name], axes, image, self.lanes) if whole else None
                 if axis is None or walked.setdefault(name, axis) != axis:
-                    return Side(numbers, convolved, False, {}, places)
-        return Side(numbers, convolved, True, walked, places)
+                    return Side(numbers, convolved, False, {}, first)
+        return Side(numbers, convolved, True, walked, first)
 
     def _places(self, image: Any) -> list[tuple[str, str, int]]:
         """Where blocks write and read an image."""

@@ -66,9 +66,7 @@ class Reduction:
         block = schedule.get_sblock(self.name)
         stages = self._stages(schedule, block, fuse_consumer)
         self._lay_out_result(schedule, block, tile)
-        loops = loops_of_axes(schedule, self.name)
-        if loops is None:
-            raise ValueError(f"the loops of {self.name} were changed before")
+        loops = self._loops(schedule)
         order = outer_order(tile, self.axes, self.operands)
         outer, inner, vector = self._split(schedule, loops, tile, order)
         reduce = [(loops[axis.position], axis.extent) for axis in self.axes if axis.reduce]
@@ -87,9 +85,7 @@ class Reduction:
     def _apply_in_passes(self, schedule: Schedule, tile: Tile, fuse_consumer: bool) -> None:
         """Sum all results of a block of channels up side by side, a block of the input at a time."""
         block = schedule.get_sblock(self.name)
-        loops = loops_of_axes(schedule, self.name)
-        if loops is None:
-            raise ValueError(f"the loops of {self.name} were changed before")
+        loops = self._loops(schedule)
         kept = held(tile, self.axes, self.operands)
         image = [axis for axis in self.axes if not axis.reduce and axis not in kept]
         outer, inner, vector = self._split(schedule, loops, tile, [*kept, *image])
@@ -107,6 +103,13 @@ class Reduction:
             self._finish(schedule, consumers[0], depth, tile, unrolled=False)
         init = schedule.decompose_reduction(block, blocks)
         self._finish(schedule, init, depth, tile, unrolled=False)
+
+    def _loops(self, schedule: Schedule) -> list[Any]:
+        """The loop behind each axis."""
+        loops = loops_of_axes(schedule, self.name)
+        if loops is None:
+            raise ValueError(f"the loops of {self.name} were changed before")
+        return loops
 
     def _split(
         self, schedule: Schedule, loops: list[Any], tile: Tile, order: list[Axis]
@@ -129,9 +132,7 @@ class Reduction:
         LLVM loads strided elements as whole vectors and shuffles them, where TVM reads one by one.
         """
         block = schedule.get_sblock(self.name)
-        loops = loops_of_axes(schedule, self.name)
-        if loops is None:
-            raise ValueError(f"the loops of {self.name} were changed before")
+        loops = self._loops(schedule)
         spatial = [axis for axis in self.axes if not axis.reduce]
         terms = [axis for axis in self.axes if axis.reduce]
         if len(spatial) < 2 or math.prod(axis.extent for axis in terms) > _ROW_TERMS:
