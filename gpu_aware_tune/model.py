@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import tempfile
 import traceback
 import warnings
@@ -87,7 +88,7 @@ def load_model(
     proto = prepare(read_model(path), input_shapes or {}, dtype, supported_operators())
     prepared = proto.SerializeToString(deterministic=True)
     with _quiet():
-        module = _fused(_imported(proto), target)
+        module = _fused(_plainly_named(_imported(proto)), target)
     module, weights = _hoist_constants(module)
     if target.kind.name == "llvm":
         module = mark_weights(module)
@@ -164,6 +165,37 @@ def _imported(proto: onnx.ModelProto) -> tvm.IRModule:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the model cannot be imported: {_diagnosis(proto, error)}") from error
+
+
+def _plainly_named(module: tvm.IRModule) -> tvm.IRModule:
+    """Name the inputs of main with letters, digits and underscores.
+
+    Kernels name their arguments after them, and TVM writes these names into CUDA source as they are:
+    one that reads "gpu_0/data_0" would not compile.
+    """
+    import tvm
+    from tvm import relax
+
+    main = module["main"]
+    renamed = {
+        parameter: relax.Var(f"input_{number:04d}", parameter.ty)
+        for number, parameter in enumerate(main.params)
+        if not re.fullmatch(r"[A-Za-z]\w*", parameter.name, re.ASCII)
+    }
+    if not renamed:
+        return module
+
+    @relax.expr_functor.mutator
+    class Rename(relax.PyExprMutator):
+        def visit_var_(self, op: relax.Var) -> Any:
+            return renamed.get(op, op)
+
+    parameters = [renamed.get(parameter, parameter) for parameter in main.params]
+    body = Rename(module).visit_expr(main.body)
+    function = relax.Function(parameters, body, main.ret_ty, main.is_pure, main.attrs)
+    module = tvm.IRModule(dict(module.functions), attrs=module.attrs)
+    module.update_func(module.get_global_var("main"), function)
+    return module
 
 
 def _diagnosis(proto: onnx.ModelProto, error: Exception) -> str:

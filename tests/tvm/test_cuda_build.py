@@ -47,7 +47,9 @@ def build(dtype: str = "float32") -> Any:
     return tvm.tirx.build(schedule.mod, target=tvm.target.Target(device.target(132)))
 
 
-def test_a_whole_model_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("image", ["image", "gpu_0/image:0"])
+def test_a_whole_model_compiles(tmp_path: Path, image: str) -> None:
+    """Whatever its inputs are called: TVM writes their names into the source."""
     from tiny_library import write_onnx
 
     from gpu_aware_tune.compile import compile_model
@@ -55,9 +57,12 @@ def test_a_whole_model_compiles(tmp_path: Path) -> None:
 
     device, _ = find_device("cuda", 0, ARCH if no_gpu() else None)
     target = tvm.target.Target(device.target(132))
-    model = load_model(write_onnx(tmp_path / "tiny.onnx"), target)
+    model = load_model(write_onnx(tmp_path / "tiny.onnx", image=image), target)
+    assert [spec.name for spec in model.inputs] == [image, "bias"]
     executable = compile_model(model, target, {})
     assert "main_transform_params" in executable.stats()
+    cuda_toolchain.export_module(executable.mod, tmp_path / "tiny.so", ARCH)
+    assert b"\x7fELF" in (tmp_path / "tiny.so").read_bytes()[1:], "no cubin inside"
 
 
 def no_gpu() -> bool:

@@ -28,7 +28,9 @@ def target_json(units: int = 2) -> dict[str, object]:
     return {"kind": "llvm", "mcpu": cpu, "num-cores": units}
 
 
-def write_onnx(path: Path, width: int = 12, channels: int = 3, batch: int = 1) -> Path:
+def write_onnx(
+    path: Path, width: int = 12, channels: int = 3, batch: int = 1, image: str = "image"
+) -> Path:
     """Inputs image, bias; conv, relu (output features), mean, matmul, + bias (output scores)."""
     generator = np.random.default_rng(7)
     weights = {
@@ -36,7 +38,7 @@ def write_onnx(path: Path, width: int = 12, channels: int = 3, batch: int = 1) -
         "m": generator.standard_normal((16, 20)).astype("float32"),
     }
     nodes = [
-        helper.make_node("Conv", ["image", "w"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", [image, "w"], ["c"], pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["c"], ["features"]),
         helper.make_node("GlobalAveragePool", ["features"], ["p"]),
         helper.make_node("Flatten", ["p"], ["f"]),
@@ -48,7 +50,7 @@ def write_onnx(path: Path, width: int = 12, channels: int = 3, batch: int = 1) -
         "tiny",
         [
             helper.make_tensor_value_info(
-                "image", TensorProto.FLOAT, [batch, channels, width, width]
+                image, TensorProto.FLOAT, [batch, channels, width, width]
             ),
             helper.make_tensor_value_info("bias", TensorProto.FLOAT, [1, 20]),
         ],
