@@ -17,7 +17,6 @@ import ctypes
 import functools
 import importlib.util
 import os
-import re
 import shutil
 import struct
 import subprocess
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_aware_tune.cuda_source import lean_source, with_tf32_tiles
 from gpu_aware_tune.errors import SetupError
 
 INSTALL = 'pip install "gpu-aware-tune[cuda]"'
@@ -61,26 +61,6 @@ _FLAGS = (
     "--use_fast_math",
     "--ptxas-options=--register-usage-level=10",
 )
-
-_LEAN_HEAD = """\
-typedef signed char int8_t;
-typedef unsigned char uint8_t;
-typedef signed short int16_t;
-typedef unsigned short uint16_t;
-typedef signed int int32_t;
-typedef unsigned int uint32_t;
-typedef signed long long int64_t;
-typedef unsigned long long uint64_t;
-#define __asm__ asm
-#define __volatile__ volatile
-#define INFINITY (__int_as_float(0x7f800000))
-"""
-
-# The block with which TVM's code generator begins every source, up to the `#endif` of its #else.
-_TVM_HEAD = re.compile(
-    r"\A\s*#ifdef __CUDACC_RTC__\n(?:.*\n)*?#else\n(?:\s*#include <.*>\n)*#endif"
-)
-_USES_STD = re.compile(r"(?<!\w)(?:cuda::|std::|CUtensorMap)")
 
 _BLOB_SYMBOL = "__tvm_ffi__library_bin"
 
@@ -149,6 +129,7 @@ def compile_cubin(source: str, arch: str) -> bytes:
         RuntimeError: the source does not compile; the text is NVRTC's log.
     """
     toolchain = find_toolchain()
+    source = with_tf32_tiles(source)
     lean = lean_source(source)
     if lean is not None:
         try:
@@ -157,14 +138,6 @@ def compile_cubin(source: str, arch: str) -> bytes:
             if "ptxas" in str(error):  # past the front end: too much shared memory, for instance
                 raise
     return _compile_as_tvm(source, arch)
-
-
-def lean_source(source: str) -> str | None:
-    """The source without the C++ standard headers; None where it needs them or is not TVM's."""
-    head = _TVM_HEAD.match(source)
-    if head is None or _USES_STD.search(source, head.end()):
-        return None
-    return _LEAN_HEAD + source[head.end() :]
 
 
 def install_compile_hook() -> None:

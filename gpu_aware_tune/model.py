@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.settings import TF32
 
 if TYPE_CHECKING:
     import onnx
@@ -73,6 +74,7 @@ def load_model(
         target: what the module is legalized and folded for.
         input_shapes: shapes of inputs with dynamic dimensions, by ONNX name.
         dtype: "float16" computes a float32 model in float16; its inputs and outputs stay float32.
+            "tf32" lets its products be computed in TF32 (see `tf32`), on NVIDIA GPUs.
         blocks: on a CPU, store the images between convolutions in blocks of channels (see
             `layouts`); without, every tensor keeps the layout that ONNX gives it.
 
@@ -83,6 +85,7 @@ def load_model(
     from gpu_aware_tune.onnx_prepare import prepare, read_model
     from gpu_aware_tune.packing import mark_weights
     from gpu_aware_tune.schedules.cpu import machine_of
+    from gpu_aware_tune.tf32 import mark_products
 
     path = Path(path)
     proto = prepare(read_model(path), input_shapes or {}, dtype, supported_operators())
@@ -90,6 +93,8 @@ def load_model(
     with _quiet():
         module = _fused(_plainly_named(_imported(proto)), target)
     module, weights = _hoist_constants(module)
+    if dtype == TF32:
+        module = mark_products(module, target)
     if target.kind.name == "llvm":
         module = mark_weights(module)
         if blocks:

@@ -16,7 +16,8 @@ from gpu_aware_tune.errors import SetupError, UserError
 
 TARGETS = ("auto", "cuda", "llvm")
 NULL_TARGET = "null"  # the fake device of the tests; not offered to users
-DTYPES = ("float16", "float32")
+TF32 = "tf32"  # float32 whose products may be computed in TF32
+DTYPES = ("float16", "float32", TF32)
 PARTITIONS = ("auto", "cores", "full", "green", "mps", "mig", "null")
 OBJECTIVES = ("share", "robust", "mean", "throughput")  # see objectives.py
 KNEE = "knee"  # the share is the knee of the model's own curve: `--gpu-pct auto`

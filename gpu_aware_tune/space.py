@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gpu_aware_tune.tf32 import is_marked, tensor_core_rule
+
 if TYPE_CHECKING:
     import tvm
 
@@ -23,9 +25,9 @@ def make_space(module: tvm.IRModule, target: tvm.target.Target, units: int = 0) 
     """The space generator for one task: `PostOrderApply` with the rules that TVM picks for a target.
 
     On a CPU one post-processor more turns schedules of over `MAX_STATEMENTS` statements down. On a
-    GPU the picked rules know tensor cores for float16 and int8 (float32 never goes to TF32: TVM has
-    no such intrinsic), and take limits of shared memory, threads and registers from `target`. The
-    one that depends on the number of SMs is replaced by one made for `units`.
+    GPU the picked rules know tensor cores for float16 and int8, and take limits of shared memory,
+    threads and registers from `target`. The one that depends on the number of SMs is replaced by one
+    made for `units`, and where a kernel may use TF32 (see `tf32`) a rule for that is added.
 
     Args:
         module: the task.
@@ -35,7 +37,8 @@ def make_space(module: tvm.IRModule, target: tvm.target.Target, units: int = 0) 
     from tvm.s_tir import meta_schedule as ms
 
     on_cpu = target.kind.name == "llvm"
-    if not on_cpu and not units:
+    may_round = is_marked(module["main"])
+    if not on_cpu and not units and not may_round:
         return "post-order-apply"
     picked = ms.TuneContext(
         mod=module, target=target, space_generator="post-order-apply", num_threads=1
@@ -43,12 +46,16 @@ def make_space(module: tvm.IRModule, target: tvm.target.Target, units: int = 0) 
     rules, postprocs = list(picked.sch_rules), list(picked.postprocs)
     if on_cpu:
         postprocs.append(_size_limit())
-    else:
+    elif units:
         bind = ms.schedule_rule.AutoBind(
             max_threadblocks=whole_waves(units),
             max_threads_per_block=int(target.attrs["max_threads_per_block"]),
         )
         rules = [bind if _is_auto_bind(rule) else rule for rule in rules]
+    if may_round:
+        # In front of TVM's tiling, which leaves alone what is tiled already.
+        first = next(number for number, rule in enumerate(rules) if _is_tiling(rule))
+        rules.insert(first, tensor_core_rule())
     return ms.space_generator.PostOrderApply(
         sch_rules=rules,
         postprocs=postprocs,
@@ -70,6 +77,12 @@ def _is_auto_bind(rule: Any) -> bool:
     from tvm.s_tir import meta_schedule as ms
 
     return isinstance(rule, ms.schedule_rule.AutoBind)
+
+
+def _is_tiling(rule: Any) -> bool:
+    from tvm.s_tir import meta_schedule as ms
+
+    return isinstance(rule, ms.schedule_rule.MultiLevelTiling)
 
 
 def statements(module: tvm.IRModule) -> float:

@@ -12,6 +12,8 @@ from tvm.s_tir.schedule import Schedule, Trace
 from tvm.tirx import FloatImm, IndexMap, IntImm
 
 from gpu_aware_tune.errors import TuneError, last_line
+from gpu_aware_tune.tf32 import TF32_INTRINSICS, register_intrinsics
+from gpu_aware_tune.workers.warm import load_tvm
 
 # Trace.as_json() leaves IntImm and FloatImm inside, and Trace.apply_json_to_schedule() converts
 # nested Python lists element by element. TVM's functions below it take and give TVM's own
@@ -77,8 +79,9 @@ def apply_trace(trace_json: str, module: tvm.IRModule) -> Schedule:
         TraceError: the text is no trace, or an instruction cannot be applied to this module.
     """
     if '"Tensorize"' in trace_json:
-        # Intrinsics are looked up by name during the replay; the import registers them.
-        import tvm.s_tir.tensor_intrin  # noqa: F401
+        load_tvm()  # intrinsics are looked up by name during the replay
+    if TF32_INTRINSICS in trace_json:
+        register_intrinsics()
     schedule = Schedule(module, error_render_level="fast")
     try:
         _apply_json(_parse_json(trace_json), schedule)

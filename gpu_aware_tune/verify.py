@@ -5,8 +5,9 @@ Errors are given relative to the largest reference value of a tensor. What is al
 the type and from how many terms were added in another order:
 
     float32, float64, bfloat16, float16    eps * (32 + 4 * sqrt(terms)), for one kernel
+    products in TF32                       2e-3 more
     integers, booleans                     equal; 1 in 1000 may differ where floats were rounded
-    a whole model                          5e-4 (float32), 5e-2 (where float16 is involved)
+    a whole model                          5e-4 (float32), 1e-2 (TF32), 5e-2 (where float16 is involved)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from gpu_aware_tune.cuda_toolchain import export_module, has_gpu_kernels
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.model import Model, random_inputs
 from gpu_aware_tune.packing import packed
+from gpu_aware_tune.tf32 import ROUNDING, is_marked
 from gpu_aware_tune.traces import apply_trace
 
 # What a loaded library is to this module.
@@ -38,7 +40,8 @@ Runnable = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 _EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 _ROUNDED = 1e-3  # part of the integers that may differ where they come from floats
-_MODEL_FLOAT32, _MODEL_FLOAT16 = 5e-4, 5e-2
+_TF32 = 4 * ROUNDING  # of one product's two factors, twice over
+_MODEL_FLOAT32, _MODEL_TF32, _MODEL_FLOAT16 = 5e-4, 1e-2, 5e-2
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def verify_kernel(
     allowed, worst, ok = 0.0, 0.0, True
     for number in outputs:
         limit = _allowed(arrays[number].dtype, _terms(module), _from_floats(arrays, outputs))
+        if is_marked(module["main"]):
+            limit += _TF32
         error = difference(got[number], wanted[number])
         ok = ok and error <= limit
         worst, allowed = max(worst, error), max(allowed, limit)
@@ -144,7 +149,7 @@ def judge(model: Model, got: Sequence[np.ndarray], references: References) -> Ve
     notes = [reference for reference in outputs.values() if isinstance(reference, str)]
     if not errors:
         raise TuneError(f"the library cannot be verified: {'; '.join(notes)}")
-    allowed = _MODEL_FLOAT16 if _uses_float16(model) else _MODEL_FLOAT32
+    allowed = _allowed_of_model(model)
     worst = max(errors.values())
     parts = [f"error {error:.1e} against {name}" for name, error in errors.items()] + notes
     text = ", ".join(parts) + f" (allowed {allowed:.0e})"
@@ -230,6 +235,12 @@ def _written(module: tvm.IRModule) -> list[int]:
     ]
 
 
+def _allowed_of_model(model: Model) -> float:
+    if _uses_float16(model):
+        return _MODEL_FLOAT16
+    return _MODEL_TF32 if _uses_tf32(model) else _MODEL_FLOAT32
+
+
 def _uses_float16(model: Model) -> bool:
     """Whether any kernel reads or writes float16; inputs, outputs and small weights do not tell."""
     types: set[str] = set()
@@ -241,6 +252,11 @@ def _uses_float16(model: Model) -> bool:
         if isinstance(function, tvm.tirx.PrimFunc):
             tvm_ffi.structural_walk(function.body, (SBlock, visit))
     return "float16" in types
+
+
+def _uses_tf32(model: Model) -> bool:
+    kernels = model.module.functions.values()
+    return any(isinstance(f, tvm.tirx.PrimFunc) and is_marked(f) for f in kernels)
 
 
 def _terms(module: tvm.IRModule) -> int:

@@ -1,4 +1,4 @@
-"""Latency against torch and ONNX Runtime in the same partition, float32 and float16.
+"""Latency against torch and ONNX Runtime in the same partition: float32, float16 and TF32.
 
     python -m benchmarks.gpu.vs_torch                          # what fits into --budget seconds
     python -m benchmarks.gpu.vs_torch --models bert --shares 30 --dtypes float16
@@ -8,10 +8,11 @@ ours       the library that share_gain.py left in build/gpu-bench, else one tune
 eager      torch as it is
 compile    torch.compile in its default mode, which captures no graphs: they would be captured on
            another stream and leave a green context; --mode max-autotune-no-cudagraphs takes minutes
-ort        ONNX Runtime's CUDA provider on the partition's stream (float32)
+ort        ONNX Runtime's CUDA provider on the partition's stream (not in float16)
 
 Whoever is not installed is left out, and named in the results. Every contestant of a cell runs in
-one process on the same green context and its stream, in turns; TF32 is off. What has been measured
+one process on the same green context and its stream, in turns. All may use TF32 where the type is
+tf32, none where it is float32. What has been measured
 before the time of a cell is over counts.
 """
 
@@ -46,7 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--shares", default="30,100")
-    parser.add_argument("--dtypes", default="float32,float16")
+    parser.add_argument("--dtypes", default="float32,float16,tf32")
     parser.add_argument(
         "--time", type=float, default=20.0, help="seconds of a search, where needed"
     )
@@ -128,9 +129,10 @@ def tuned(
         if set(percents) <= known:
             return kept
     output = scratch / f"{name}-{dtype}.tuned"
+    as_it_is = dtype == "float32" or (args.null and dtype == "tf32")  # CPUs have no TF32
     settings = Settings(
         gpu_pct=tuple(percents), target="llvm" if args.null else "cuda", time_s=args.time,
-        trials=4 if args.null else None, dtype=dtype if dtype == "float16" else None,
+        trials=4 if args.null else None, dtype=None if as_it_is else dtype,
         db=scratch / f"{name}-{dtype}-db", output=output, resume=False,
         **({"trials_per_iteration": 4} if args.null else {}),
     )  # fmt: skip
@@ -221,7 +223,8 @@ def _torch(
 
     if stream is None or not torch.cuda.is_available():
         raise RuntimeError("torch sees no GPU")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     torch.backends.cudnn.benchmark = True
     lane = torch.cuda.ExternalStream(stream)
     wanted = torch.float16 if dtype == "float16" else torch.float32
@@ -249,9 +252,9 @@ def _onnxruntime(
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or stream is None:
         raise RuntimeError("this ONNX Runtime has no CUDA provider")
-    if dtype != "float32":
+    if dtype == "float16":
         raise RuntimeError("the file is float32")
-    options = {"user_compute_stream": str(stream), "use_tf32": "0"}
+    options = {"user_compute_stream": str(stream), "use_tf32": str(int(dtype == "tf32"))}
     session = onnxruntime.InferenceSession(
         str(path), providers=[("CUDAExecutionProvider", options)]
     )

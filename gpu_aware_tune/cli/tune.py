@@ -122,7 +122,11 @@ NOISE_SHOWN = 4000  # bytes
     multiple=True,
     help="Fix an input's dynamic dimensions, such as data:1x3x224x224; may be repeated.",
 )
-@click.option("--dtype", metavar="|".join(DTYPES), help="Convert the model to this type first.")
+@click.option(
+    "--dtype",
+    metavar="|".join(DTYPES),
+    help="Convert the model to this type first; tf32 keeps float32 and rounds factors on tensor cores.",
+)
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of the search and inputs."
 )

@@ -7,6 +7,6 @@ In the order of the work: `read`, `shapes`, `fold` (with `branches`), `expand` (
 from __future__ import annotations
 
 from gpu_aware_tune.onnx_prepare.read import read_model
-from gpu_aware_tune.onnx_prepare.stages import DTYPES, prepare
+from gpu_aware_tune.onnx_prepare.stages import prepare
 
-__all__ = ["DTYPES", "prepare", "read_model"]
+__all__ = ["prepare", "read_model"]

@@ -22,8 +22,8 @@ from gpu_aware_tune.onnx_prepare.facts import opset_of, uses_types, walk
 from gpu_aware_tune.onnx_prepare.fold import fold
 from gpu_aware_tune.onnx_prepare.refuse import refuse_unsupported
 from gpu_aware_tune.onnx_prepare.shapes import drop_weight_inputs, fix_inputs
+from gpu_aware_tune.settings import DTYPES, TF32
 
-DTYPES = ("float16", "float32")
 HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
@@ -39,7 +39,8 @@ def prepare(
         model: as `read_model` returns it.
         input_shapes: shapes of the inputs with dynamic dimensions.
         dtype: "float16" converts a float32 model; inputs and outputs stay float32, so that the
-            result is called like the original. None and "float32" leave the types as they are.
+            result is called like the original. None, "float32" and "tf32" leave the types as they
+            are; the last two are for float32 models.
         supported: (domain, operator) pairs that the importer can take.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -54,8 +55,8 @@ def prepare(
     model = expand(fold(model), supported)
     refuse_unsupported(model, supported)
     is_half = uses_types(model, HALF)
-    if is_half and dtype == "float32":
-        raise UserError("dtype float32: the model is float16 already; leave the option out")
+    if is_half and dtype in ("float32", TF32):
+        raise UserError(f"dtype {dtype}: the model is float16 already; leave the option out")
     model = attach_weights(model, weights)
     if not is_half:
         model = optimised_by_onnxruntime(model)

@@ -22,7 +22,7 @@ def _frames(context: int = 1) -> list[inspect.FrameInfo]:
 
 
 @contextlib.contextmanager
-def _cheap_stack() -> Iterator[None]:
+def cheap_stack() -> Iterator[None]:
     """Replace `inspect.stack` for the length of an import.
 
     TVM's `prim_func` decorator calls it once per intrinsic, and it then resolves the source module
@@ -56,7 +56,7 @@ def _without_torch() -> Iterator[None]:
 
 def load_tvm() -> None:
     """Import what search, build and measurement need of TVM; neither torch nor CUDA is started."""
-    with _cheap_stack(), _without_torch():
+    with cheap_stack(), _without_torch():
         import tvm
         import tvm.relax
         import tvm.s_tir.meta_schedule

@@ -21,7 +21,7 @@ from gpu_aware_tune.tuning import tune_events, tune_jobs
 pytestmark = requires_gpu
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16"])
 def test_tune_at_30_percent_and_run_there(tmp_path: Path, dtype: str) -> None:
     from benchmarks.gpu.models import write_model
     from gpu_aware_tune.library import load, open_vm
@@ -30,7 +30,7 @@ def test_tune_at_30_percent_and_run_there(tmp_path: Path, dtype: str) -> None:
     path = write_model("bert", tmp_path, tiny=True)
     settings = Settings(
         gpu_pct=(30,), target="cuda", partition="green", effort="quick", trials=16, seed=1,
-        dtype="float16" if dtype == "float16" else None, db=tmp_path / "db", output=tmp_path / "out",
+        dtype=None if dtype == "float32" else dtype, db=tmp_path / "db", output=tmp_path / "out",
     )  # fmt: skip
     events = list(tune_events(path, settings))
     plan = next(event for event in events if isinstance(event, Planned))
@@ -59,7 +59,7 @@ def test_tune_at_30_percent_and_run_there(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(on_more, got)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (wanted,) = session.run(None, inputs)
-    limit = 5e-2 if dtype == "float16" else 1e-3
+    limit = {"float32": 1e-3, "tf32": 1e-2, "float16": 5e-2}[dtype]
     assert float(np.abs(got - wanted).max()) < limit * float(np.abs(wanted).max())
     assert samples and min(samples) < 1e-2
 

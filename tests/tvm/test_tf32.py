@@ -1,0 +1,259 @@
+"""TF32: which kernels may use it, what their search space makes, and that its numbers are right."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpu_aware_tune.workers.warm import load_tvm
+
+load_tvm()
+
+import tvm  # noqa: E402
+from cuda_on_cpu import run_on_cpu  # noqa: E402
+from tiny_library import target as llvm  # noqa: E402
+from tiny_library import write_onnx  # noqa: E402
+from tvm import te, topi  # noqa: E402
+from tvm.s_tir import meta_schedule as ms  # noqa: E402
+from tvm.s_tir.schedule import Schedule  # noqa: E402
+
+from gpu_aware_tune import cuda_toolchain  # noqa: E402
+from gpu_aware_tune.compile import compile_model  # noqa: E402
+from gpu_aware_tune.cuda_source import lean_source, with_tf32_tiles  # noqa: E402
+from gpu_aware_tune.errors import SetupError, UserError  # noqa: E402
+from gpu_aware_tune.model import load_model  # noqa: E402
+from gpu_aware_tune.space import make_space  # noqa: E402
+from gpu_aware_tune.tasks import extract  # noqa: E402
+from gpu_aware_tune.testing import fake_gpu  # noqa: E402
+from gpu_aware_tune.tf32 import MARK, TF32_INTRINSICS, is_marked, mark_products  # noqa: E402
+from gpu_aware_tune.traces import (  # noqa: E402
+    apply_trace,
+    module_to_json,
+    task_hash,
+    trace_to_json,
+)
+from gpu_aware_tune.verify import _TF32, _allowed_of_model, difference, kernel_inputs  # noqa: E402
+
+try:
+    cuda_toolchain.find_toolchain()
+except SetupError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+CUDA = tvm.target.Target(fake_gpu().target(40))
+ARCH = str(CUDA.attrs["arch"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _worker_environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cuda_toolchain.environment().items():
+            patch.setenv(name, value)
+        yield
+
+
+def matmul(rows: int, columns: int, terms: int, dtype: str = "float32") -> Any:
+    a = te.placeholder((rows, terms), name="a", dtype=dtype)
+    b = te.placeholder((terms, columns), name="b", dtype=dtype)
+    k = te.reduce_axis((0, terms), name="k")
+    c = te.compute((rows, columns), lambda i, j: te.sum(a[i, k] * b[k, j], k), name="c")
+    return te.create_prim_func([a, b, c])
+
+
+def convolution(channels: int, size: int, filters: int, kernel: int, stride: int) -> Any:
+    """With padding, a bias and ReLU behind it."""
+    x = te.placeholder((1, channels, size, size), name="x")
+    w = te.placeholder((filters, channels, kernel, kernel), name="w")
+    bias = te.placeholder((1, filters, 1, 1), name="bias")
+    y = topi.nn.relu(topi.add(topi.nn.conv2d_nchw(x, w, stride, kernel // 2, 1), bias))
+    return te.create_prim_func([x, w, bias, y])
+
+
+def kernel(function: Any, marked: bool = True) -> tvm.IRModule:
+    function = function.with_attr("global_symbol", "main")
+    return tvm.IRModule({"main": function.with_attr(MARK, 1) if marked else function})
+
+
+def drawn(module: tvm.IRModule, count: int, seed: int = 3) -> list[Schedule]:
+    """Random candidates of a kernel's search space."""
+    context = ms.TuneContext(
+        mod=module,
+        target=CUDA,
+        space_generator=make_space(module, CUDA, 40),
+        search_strategy="replay-trace",
+        rand_state=seed,
+        num_threads=1,
+    ).clone()
+    context.pre_tuning(
+        max_trials=count,
+        num_trials_per_iter=count,
+        design_spaces=context.generate_design_space(),
+        database=ms.database.MemoryDatabase(),
+        cost_model=ms.cost_model.RandomModel(),
+    )
+    return [candidate.sch for candidate in context.generate_measure_candidates() or []]
+
+
+def on_tensor_cores(module: tvm.IRModule, count: int, seed: int = 3) -> list[tuple[str, Schedule]]:
+    found = [(trace_to_json(s.trace), s) for s in drawn(module, count, seed)]
+    return [(trace, schedule) for trace, schedule in found if TF32_INTRINSICS in trace]
+
+
+def source_of(schedule: Schedule) -> str:
+    (source,) = cuda_toolchain.cuda_sources(tvm.tirx.build(schedule.mod, target=CUDA))
+    return source
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """To TF32: to nearest, ties away from zero, 13 bits of the mantissa gone."""
+    bits = (values.view(np.uint32).astype(np.uint64) + 0x1000) & 0xFFFFE000
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def plain(module: tvm.IRModule, arrays: list[np.ndarray]) -> np.ndarray:
+    """The kernel's result by its plain loops."""
+    given = [tvm.runtime.tensor(array) for array in arrays]
+    tvm.tirx.build(module, target=llvm())["main"](*given)
+    return given[-1].numpy()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ runs the kernels on the CPU")
+@pytest.mark.parametrize(
+    "function",
+    [matmul(64, 48, 64), matmul(5, 36, 44), convolution(12, 9, 20, 3, 2)],
+    ids=["matmul", "shapes that tiles do not divide", "convolution"],
+)
+def test_kernels_compute_in_tf32(function: Any, tmp_path: Path) -> None:
+    module = kernel(function)
+    arrays = kernel_inputs(module, seed=1)
+    exact = plain(module, arrays)
+    factors = [rounded(array) for array in arrays[:2]]
+    wanted = plain(module, [*factors, *arrays[2:]])
+    assert 1e-5 < difference(wanted, exact) < _TF32 / 2
+    seen = set()
+    for number, (trace, schedule) in enumerate(on_tensor_cores(module, 5)):
+        seen.add("software_pipeline_stage" in trace)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        got = run_on_cpu(source_of(schedule), schedule.mod, arrays, folder)[-1]
+        assert difference(got, wanted) < 2e-6, trace
+    assert seen == {True, False}, "with and without fetching ahead"
+
+
+def test_the_hardware_s_instructions_are_tf32_s() -> None:
+    from cuda.bindings import nvrtc
+
+    (_, schedule), *_ = on_tensor_cores(kernel(matmul(64, 64, 64)), 8)
+    source = lean_source(with_tf32_tiles(source_of(schedule)))
+    assert source is not None
+    options = [b"--gpu-architecture=compute_80", *_includes()]
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, None, None)
+    assert int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0]) == 0
+    ptx = bytearray(nvrtc.nvrtcGetPTXSize(program)[1])
+    nvrtc.nvrtcGetPTX(program, ptx)
+    text = ptx.decode()
+    assert re.search(r"wmma\.mma\.sync\.aligned\.row\.\w+\.m16n16k8\.f32\.tf32\.tf32\.f32", text)
+    assert "cvt.rna.tf32.f32" in text, "the factors are to be rounded"
+    assert ".f16" not in text, "a half somewhere"
+
+
+def _includes() -> list[bytes]:
+    return [f"-I{folder}".encode() for folder in cuda_toolchain.find_toolchain().include_dirs]
+
+
+def test_rows_of_shared_memory_are_skewed_against_bank_conflicts() -> None:
+    strides: dict[str, set[int]] = {}
+    for _, schedule in on_tensor_cores(kernel(matmul(64, 64, 64)), 12):
+        source = source_of(schedule)
+        layouts = re.findall(r"half, nvcuda::wmma::(\w+)> (\w+?)_ptr", source)
+        for layout, tile in layouts:
+            loads = re.findall(rf"load_matrix_sync\({tile}_ptr\[.*, (\d+)\);", source)
+            assert loads
+            key = f"{tile.rpartition('_')[2]} {layout}"
+            strides.setdefault(key, set()).update(int(stride) % 32 for stride in loads)
+    assert strides == {"a row_major": {4}, "b row_major": {8}, "b col_major": {4}}
+
+
+def test_every_kernel_may_stay_in_float32() -> None:
+    module = kernel(matmul(64, 64, 64))
+    context = ms.TuneContext(
+        mod=module, target=CUDA, space_generator=make_space(module, CUDA, 40), num_threads=1
+    ).clone()
+    designs = [trace_to_json(schedule.trace) for schedule in context.generate_design_space()]
+    tiled = [TF32_INTRINSICS in design for design in designs]
+    assert sum(tiled) == 4, "rows or columns of b, with and without fetching ahead"
+    assert not all(tiled)
+
+
+def test_without_the_mark_there_is_no_tf32_and_another_task() -> None:
+    function = matmul(64, 64, 64)
+    module = kernel(function, marked=False)
+    assert not on_tensor_cores(module, 8)
+    assert task_hash(module) != task_hash(kernel(function))
+
+
+def test_a_trace_can_be_replayed_where_nothing_is_registered() -> None:
+    module = kernel(matmul(64, 64, 64))
+    (trace, schedule), *_ = on_tensor_cores(module, 8)
+    tvm.ir.assert_structural_equal(apply_trace(trace, module).mod, schedule.mod)
+    script = (
+        "import sys; from gpu_aware_tune.traces import apply_trace, module_from_json;"
+        "apply_trace(sys.argv[1], module_from_json(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", script, trace, module_to_json(module)]
+    subprocess.run(command, check=True, env=dict(os.environ), timeout=120)
+
+
+def test_a_model_s_products_are_marked_and_nothing_else(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "tiny.onnx", channels=16)
+    model = load_model(path, CUDA, dtype="tf32")
+    marked = {t.name: is_marked(t.module["main"]) for t in extract(model, CUDA)}
+    products = {name: "conv" in name or "matmul" in name for name in marked}
+    assert marked == products and any(marked.values()) and not all(marked.values())
+    assert _allowed_of_model(model) == 1e-2
+    without = load_model(path, CUDA)
+    assert not any(is_marked(t.module["main"]) for t in extract(without, CUDA))
+    assert _allowed_of_model(without) == 5e-4
+    assert model.hash == without.hash
+
+
+def test_a_library_with_tf32_kernels_compiles(tmp_path: Path) -> None:
+    model = load_model(write_onnx(tmp_path / "tiny.onnx", channels=16), CUDA, dtype="tf32")
+    tasks = [t for t in extract(model, CUDA) if is_marked(t.module["main"])]
+    traces = {task.hash: on_tensor_cores(task.module, 6)[0][0] for task in tasks}
+    executable = compile_model(model, CUDA, traces)
+    source = "".join(cuda_toolchain.cuda_sources(executable.mod))
+    assert source.count("wmma::mma_sync") >= len(tasks)
+    cuda_toolchain.export_module(executable.mod, tmp_path / "tiny.so", ARCH)
+    assert (tmp_path / "tiny.so").stat().st_size > 0
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "llvm"])
+def test_devices_without_tf32_are_refused(tmp_path: Path, arch: str) -> None:
+    target = llvm() if arch == "llvm" else tvm.target.Target({"kind": "cuda", "arch": arch})
+    wanted = rf"dtype tf32 needs an NVIDIA GPU of sm_80 or newer, not {arch}: leave it out"
+    with pytest.raises(UserError, match=wanted):
+        load_model(write_onnx(tmp_path / "tiny.onnx"), target, dtype="tf32")
+
+
+def test_a_model_without_products_is_refused() -> None:
+    x = te.placeholder((8, 8), name="x")
+    for function in (te.create_prim_func([x, topi.nn.relu(x)]), matmul(8, 8, 8, "float16")):
+        with pytest.raises(UserError, match="no float32 matrix product or convolution"):
+            mark_products(kernel(function, marked=False), CUDA)
+
+
+def test_squares_are_no_products() -> None:
+    x = te.placeholder((8, 8), name="x")
+    k = te.reduce_axis((0, 8), name="k")
+    squares = te.compute((8,), lambda i: te.sum(x[i, k] * x[i, k], k), name="squares")
+    with pytest.raises(UserError, match="no float32 matrix product"):
+        mark_products(kernel(te.create_prim_func([x, squares]), marked=False), CUDA)
