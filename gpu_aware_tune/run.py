@@ -223,15 +223,19 @@ class Run:
         )
 
     def _default_traces(self) -> dict[str, list[str]]:
-        """The untuned schedules of every task, the plain loops ("") of light ones among them."""
+        """The untuned schedules of every task, on a CPU the plain loops ("") of light ones among them.
+
+        Plain loops bind no GPU threads: the host would run them, on addresses of the device.
+        """
         from gpu_aware_tune.schedules import default_schedules
         from gpu_aware_tune.traces import trace_to_json
 
         target, traces = self.tvm_target(), {}
+        on_cpu = target.kind.name == "llvm"
         for task in self.tasks:
             found = [trace_to_json(s.trace) for s in default_schedules(task.module, target)]
-            plain = [""] if task.flops < _LIGHT_FLOPS or not found else []
-            traces[task.hash] = [*dict.fromkeys(found), *plain]
+            plain = on_cpu and (task.flops < _LIGHT_FLOPS or not found)
+            traces[task.hash] = [*dict.fromkeys(found), *([""] if plain else [])]
         return traces
 
     def choose(self) -> Iterator[Event]:
