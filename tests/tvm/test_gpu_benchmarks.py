@@ -23,6 +23,7 @@ from benchmarks import children  # noqa: E402
 from benchmarks.gpu import (  # noqa: E402
     checks,
     environment,
+    neighbour_order,
     share_gain,
     vs_metaschedule,
     vs_torch,
@@ -30,6 +31,7 @@ from benchmarks.gpu import (  # noqa: E402
 from benchmarks.gpu.check_green import interference  # noqa: E402
 from benchmarks.gpu.lab import NullLab  # noqa: E402
 from benchmarks.gpu.models import MODELS, bert_encoder, write_model  # noqa: E402
+from gpu_aware_tune.partition import usable_cores  # noqa: E402
 
 no_gpu = pytest.mark.skipif(environment.gpu_name() is not None, reason="a GPU is here")
 
@@ -83,11 +85,14 @@ def test_a_slower_neighbour_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @no_gpu
-@pytest.mark.parametrize("name", ["checks", "vs_metaschedule", "share_gain", "vs_torch"])
+@pytest.mark.parametrize(
+    "name", ["checks", "vs_metaschedule", "share_gain", "neighbour_order", "vs_torch"]
+)
 def test_without_a_gpu_one_line_says_so(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    modules = {"checks": checks, "vs_metaschedule": vs_metaschedule, "share_gain": share_gain}
+    modules = {"checks": checks, "vs_metaschedule": vs_metaschedule, "share_gain": share_gain,
+               "neighbour_order": neighbour_order}  # fmt: skip
     monkeypatch.setattr(sys, "argv", [name])
     with pytest.raises(SystemExit) as ended:
         modules.get(name, vs_torch).main()
@@ -196,6 +201,79 @@ def test_gains_are_against_the_whole_gpus_library() -> None:
          "four": {"trials_per_min": 50.0}, "one": {"trials_per_min": 100.0}},
     )  # fmt: skip
     assert "1.50x" in text and "50 trials a minute, one share 100" in text
+
+
+def run_of(way: str, tasks: int, gains: list[float], beside: int) -> dict[str, Any]:
+    """A run as `neighbour_order.tuned` tells it; so many tasks changed as there are gains."""
+    again = [{"changed": True, "regret": gain} for gain in gains]
+    again += [{"changed": False, "regret": 0.0}] * (tasks - len(gains))
+    return {
+        "way": way, "repeat": 0, "tasks": again, "trials": {"a": 64, "b": 60},
+        "trials_per_min": 90.0, "beside": beside, "measured": 130, "backend": "green",
+        "slices": 2, "units": [64, 64],
+    }  # fmt: skip
+
+
+def test_order_is_kept_where_neighbours_change_no_more_tasks() -> None:
+    runs = [run_of("together", 20, [0.01, 0.03], 110), run_of("exclusive", 20, [0.01] * 2, 0)]
+    found = neighbour_order.verdict(runs)
+    assert found["kept"] is True
+    assert found["together"] == {
+        "tasks": 20, "changed": 2, "share": 0.1, "mean_gain": 0.02, "most_gain": 0.03,
+    }  # fmt: skip
+    text = neighbour_order.closing(found)
+    assert text.startswith("order kept beside a neighbour: together 2 of 20 tasks changed (10 %)")
+    assert "gain 2.0 % on average, 3.0 % at most; exclusive 2 of 20" in text
+    text = neighbour_order.line(runs[0])
+    assert "124 trials, 90 a minute; 110 of 130 candidates had a neighbour (green, 2 " in text
+
+
+def test_order_is_not_kept_where_neighbours_change_more_tasks() -> None:
+    runs = [run_of("together", 20, [0.1] * 6, 110), run_of("exclusive", 20, [], 0)]
+    few = neighbour_order.verdict(runs)
+    assert few["kept"] is False and few["chance"] == pytest.approx(0.0101, abs=1e-4)
+    assert neighbour_order.closing(few).startswith("order NOT kept beside a neighbour: together 6")
+    more = neighbour_order.verdict(runs * 3)
+    assert more["together"]["tasks"] == 60 and more["chance"] < 1e-4, "of all repeats"
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [run_of("together", 20, [], 110)],
+        [run_of("together", 20, [], 110), run_of("exclusive", 0, [], 0)],
+        [run_of("together", 20, [], 0), run_of("exclusive", 20, [], 0)],
+    ],
+)
+def test_nothing_is_said_of_order_without_neighbours_and_tasks(runs: list[dict[str, Any]]) -> None:
+    found = neighbour_order.verdict(runs)
+    assert found["kept"] is None
+    assert neighbour_order.closing(found).startswith("no verdict")
+
+
+def test_the_ways_take_turns_at_being_first() -> None:
+    assert list(neighbour_order.turns(2)) == [
+        ("together", 0), ("exclusive", 0), ("exclusive", 1), ("together", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(len(usable_cores()) < 2, reason="two slices need two cores")
+def test_order_beside_a_neighbour_on_cores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(neighbour_order, "stop_orderly", lambda: None)  # this is pytest's process
+    argv = ["neighbour_order", "--null", "--models", "resnet50", "--trials", "4"]
+    monkeypatch.setattr(sys, "argv", argv)
+    neighbour_order.main()
+    text = capsys.readouterr().out
+    written = json.loads(Path(text.rpartition("written to ")[2].strip()).read_text())
+    together, exclusive = written["runs"]
+    assert (together["slices"], exclusive["slices"]) == (2, 2)
+    assert together["beside"] > 0 and exclusive["beside"] == 0
+    assert together["trials"] == exclusive["trials"] == {"resnet50": 4}
+    assert together["tasks"] and exclusive["tasks"], "both were measured again"
+    assert written["verdict"]["kept"] in (True, False)
+    assert written["about"]["packages"]["apache-tvm"]
 
 
 def test_a_side_is_cut_off_after_its_time() -> None:

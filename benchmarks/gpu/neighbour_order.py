@@ -1,0 +1,245 @@
+"""Do kernels keep their order beside a neighbour? Slices that measure together against one at a time.
+
+    python -m benchmarks.gpu.neighbour_order
+    python -m benchmarks.gpu.neighbour_order --trials 64 --time 15 --repeats 1
+    python -m benchmarks.gpu.neighbour_order --null           # without a GPU: tries the code
+
+The models are tuned at the same time, each on its own slice of one GPU, in two ways:
+
+    together   the slices measure at the same time, as a run of several models does
+    exclusive  one candidate is measured at a time, as with --exclusive
+
+Both begin with an empty record store and have the same seed and number of trials; --time bounds
+each search besides. Then the best kernels of each task are measured again, alone, and the run ends.
+A task has changed where that made another kernel the best. A neighbour does no harm where the part
+of changed tasks is no larger together than exclusive. Two kernels that are equally fast change
+places in either way, so that the counts are told with the verdict, and how likely the difference is
+by chance.
+
+The ways take turns, every second repeat begins with the other one, and each repeat has a seed of
+its own. One model alone is measured on two slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.children import stop_orderly
+from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
+from benchmarks.gpu.models import MODELS, write_model
+
+if TYPE_CHECKING:
+    from gpu_aware_tune.events import Event
+    from gpu_aware_tune.retiming import Reorder
+    from gpu_aware_tune.run import Run
+
+    Reorders = dict[tuple[str, int], Reorder]
+
+WAYS = ("together", "exclusive")
+_BACKENDS = ("green", "mps", "mig")  # those of a GPU that have slices
+
+
+def main() -> None:
+    """Tune in both ways in turns, print a line for each run and what they come to."""
+    args = arguments()
+    if not require_gpu(args.null):
+        sys.exit(NO_GPU)
+    stop_orderly()
+    results = Path(tempfile.mkdtemp()) if args.null else args.results
+    names = args.models.split(",")
+    options = {"trials": args.trials, "time_s": args.time, **where(args.partition, args.null)}
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [write_model(name, Path(folder), tiny=args.null) for name in names]
+        for way, repeat in turns(args.repeats):
+            db = Path(folder) / f"{way}-{repeat}"
+            runs.append({"way": way, "repeat": repeat, **tuned(paths, way, repeat, db, options)})
+            print(line(runs[-1]), flush=True)
+            found = verdict(runs)
+            settings = {"models": names, "repeats": args.repeats, **options}
+            figures = {"settings": settings, "verdict": found, "runs": runs}
+            written = write_results("gpu-neighbour-order", figures, args.null, results)
+    print(closing(found))
+    print(f"written to {written}")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; with --null few trials, since it is the code that is tried there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--partition", default=_BACKENDS[0], choices=_BACKENDS)
+    parser.add_argument("--trials", type=int, help="of each model in a run (256; --null: 8)")
+    parser.add_argument("--time", type=float, help="most seconds of each search (no limit)")
+    parser.add_argument("--repeats", type=int, help="of both ways (3; --null: 1)")
+    parser.add_argument("--null", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
+    args = parser.parse_args()
+    args.trials = args.trials or (8 if args.null else 256)
+    args.repeats = args.repeats or (1 if args.null else 3)
+    return args
+
+
+def where(partition: str, null: bool) -> dict[str, Any]:
+    """The options that say what is tuned on: this machine's cores where no GPU is meant."""
+    if null:
+        return {"target": "llvm", "partition": "cores", "trials_per_iteration": 4}
+    return {"target": "cuda", "partition": partition}
+
+
+def turns(repeats: int) -> Iterator[tuple[str, int]]:
+    """The way and the repeat of each run."""
+    for repeat in range(repeats):
+        for way in reversed(WAYS) if repeat % 2 else WAYS:
+            yield way, repeat
+
+
+def tuned(
+    paths: Sequence[Path], way: str, seed: int, db: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """One run over all models up to the second measurement; what that changed, and the trials."""
+    from gpu_aware_tune.events import Progress
+    from gpu_aware_tune.jobs import make_jobs
+    from gpu_aware_tune.run import Run
+
+    begun = time.monotonic()
+    slices = max(2, len(paths))
+    jobs = make_jobs(
+        paths, gpu_pct=100 // slices, slices=slices, exclusive=way == "exclusive", seed=seed,
+        patience=0, db=db, **options,
+    )  # fmt: skip
+    reorders: Reorders = {}
+    last: dict[str, Progress] = {}
+    with Run(jobs) as run:
+        for event in searched(run, reorders):
+            if isinstance(event, Progress):
+                last[event.model] = event
+        row = {"backend": run.models[0].backend, "units": [m.units[0] for m in run.models]}
+        task_names = {task.hash: task.name for task in run.tasks}
+        stopped_by = {model.name: run.search.stopped_by(model.name) for model in run.models}
+    return {
+        **row,
+        "slices": max(len(event.slices) for event in last.values()),
+        "trials": {name: event.trials_done for name, event in last.items()},
+        "trials_per_min": sum(event.trials_per_min for event in last.values()),
+        "stopped_by": stopped_by,
+        "failures": dict(run.search.failures),
+        **neighbours(db),
+        "tasks": [
+            {"task": task_names[task], "units": units, "changed": r.changed, "regret": r.regret}
+            for (task, units), r in reorders.items()
+        ],
+        "seconds": time.monotonic() - begun,
+    }
+
+
+def searched(run: Run, reorders: Reorders) -> Iterator[Event]:
+    """The stages of a run up to the second measurement; `reorders` gets what that changed.
+
+    No library is made: this is the same in both ways, and takes time that searches can have.
+    """
+    from gpu_aware_tune.retiming import retime
+
+    for stage in (run.open_device, run.load_models, run.open_records, run.start_workers):
+        yield from stage()
+    yield from run.search.baseline()
+    yield from run.search.trials()
+    reorders |= yield from retime(run.search, run.pools, run.settings.top_k)
+
+
+def neighbours(db: Path) -> dict[str, int]:
+    """How many candidates a run measured, and how many of them while another slice did."""
+    from gpu_aware_tune.records import Store
+    from gpu_aware_tune.settings import RECORDS_FILE
+
+    with Store(db / RECORDS_FILE, readonly=True) as store:
+        flags = [r.flags.split(",") for r in store.records() if r.seconds is not None]
+    return {"measured": len(flags), "beside": sum("together" in own for own in flags)}
+
+
+def verdict(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of each way over all repeats, and whether order is kept.
+
+    `kept` is None where nothing can be said: a way without tasks, or slices that had no neighbour.
+    `chance` is how likely at least so many of the changed tasks are among those measured together,
+    if neighbours made no difference (Fisher's exact test).
+    """
+    of = {way: [run for run in runs if run["way"] == way] for way in WAYS}
+    found: dict[str, Any] = {
+        way: counted([task for run in own for task in run["tasks"]]) for way, own in of.items()
+    }
+    beside = sum(run["beside"] for run in of["together"])
+    found |= {"beside": beside, "kept": None, "chance": None}
+    shares = [found[way]["share"] for way in WAYS]
+    if beside and None not in shares:
+        found["kept"] = shares[0] <= shares[1]
+        found["chance"] = chance(*(found[way][key] for way in WAYS for key in ("tasks", "changed")))
+    return found
+
+
+def counted(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many tasks changed, and the gain of their new best kernel over the old one."""
+    gains = [task["regret"] for task in tasks if task["changed"]]
+    return {
+        "tasks": len(tasks),
+        "changed": len(gains),
+        "share": len(gains) / len(tasks) if tasks else None,
+        "mean_gain": sum(gains) / len(gains) if gains else 0.0,
+        "most_gain": max(gains, default=0.0),
+    }
+
+
+def chance(tasks: int, changed: int, other_tasks: int, other_changed: int) -> float:
+    """The part of all ways to deal the changed tasks out that gives the first side so many or more."""
+    both = changed + other_changed
+    ways = sum(
+        math.comb(tasks, count) * math.comb(other_tasks, both - count)
+        for count in range(changed, both + 1)
+    )
+    return ways / math.comb(tasks + other_tasks, both)
+
+
+def line(run: dict[str, Any]) -> str:
+    """One run's figures as text."""
+    units = " and ".join(map(str, run["units"]))
+    return (
+        f"{run['way']} {run['repeat']}: {told(counted(run['tasks']))};"
+        f" {sum(run['trials'].values())} trials, {run['trials_per_min']:.0f} a minute;"
+        f" {run['beside']} of {run['measured']} candidates had a neighbour"
+        f" ({run['backend']}, {run['slices']} slices, {units} units)"
+    )
+
+
+def told(counts: dict[str, Any]) -> str:
+    """What the second measurement changed, as text."""
+    if not counts["tasks"]:
+        return "no task measured again"
+    text = f"{counts['changed']} of {counts['tasks']} tasks changed ({100 * counts['share']:.0f} %)"
+    if not counts["changed"]:
+        return text
+    mean, most = 100 * counts["mean_gain"], 100 * counts["most_gain"]
+    return f"{text}, gain {mean:.1f} % on average, {most:.1f} % at most"
+
+
+def closing(found: dict[str, Any]) -> str:
+    """The verdict as text, with the counts that it rests on."""
+    if found["kept"] is None:
+        head = "no verdict" if found["beside"] else "no verdict, no candidate had a neighbour"
+    else:
+        head = f"order {'kept' if found['kept'] else 'NOT kept'} beside a neighbour"
+    counts = "; ".join(f"{way} {told(found[way])}" for way in WAYS)
+    likely = found["chance"]
+    odds = "" if likely is None else f"; so many together by chance: {100 * likely:.0f} %"
+    return f"{head}: {counts}{odds}"
+
+
+if __name__ == "__main__":
+    main()
