@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off
 DEMO := build/demo
 
-GPU_PARTS ?= share_gain vs_metaschedule vs_torch
+GPU_PARTS ?= neighbour_order share_gain vs_metaschedule vs_torch
 GPU_MODELS ?= bert,resnet50
 GPU_RESULTS ?= benchmarks/results
 CHECK_S ?= 240
@@ -56,8 +56,9 @@ gpu-bench: $(GPU_NEEDS)
 	    limit=$$(((end - SECONDS) / left))
 	    left=$$((left - 1))
 	    case $$part in
-	        vs_metaschedule) options="--seconds 25" ;;
-	        share_gain) options="--time 15" ;;
+	        neighbour_order) options="--trials 64 --time 15 --repeats 1" ;;
+	        share_gain) options="--time 12" ;;
+	        vs_metaschedule) options="--seconds 20" ;;
 	        *) options="--time 10 --budget $$((limit - 10))" ;;
 	    esac
 	    timeout -k 10 $$limit $(GPU_PYTHON) -m benchmarks.gpu.$$part --models $(GPU_MODELS) \
