@@ -39,6 +39,16 @@ def run_tune() -> RunTune:
 
 
 @pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The environment of processes that have the stand-in GPU."""
+    import stand_in
+
+    if lacks := stand_in.lacks():
+        pytest.skip(f"the stand-in GPU cannot be built: {lacks}")
+    return stand_in.build(tmp_path_factory.mktemp("stand-in"))
+
+
+@pytest.fixture(scope="session")
 def light_model() -> Callable[[str], Path]:
     """Gives the path of a light model of the onnx wheel: `light_model("squeezenet")`."""
     import onnx

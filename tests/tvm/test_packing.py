@@ -103,7 +103,7 @@ def packing_traces(model: Model, skip: int) -> dict[str, str]:
     """For each task a default schedule that packs a weight, the first or a later one."""
     traces = {}
     for task in extract(model, target()):
-        found = [trace_to_json(s.trace) for s in default_schedules(task.module, target(), 24)]
+        found = [trace_to_json(s.trace) for s in default_schedules(task.module, target(), 8)]
         packing = [trace for trace in found if PACKING in trace]
         if packing:
             traces[task.hash] = packing[min(skip, len(packing) - 1)]
@@ -168,7 +168,7 @@ def test_a_kernel_without_packing_takes_the_packed_weight_in_the_shape_of_the_pl
 ) -> None:
     checked = 0
     for task in extract(convs, target()):
-        for schedule in default_schedules(task.module, target(), 24):
+        for schedule in default_schedules(task.module, target(), 8):
             if PACKING not in trace_to_json(schedule.trace):
                 continue
             arrays = kernel_inputs(task.module, seed=1)

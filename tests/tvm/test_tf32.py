@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from gpu_aware_tune.workers.warm import load_tvm
@@ -19,7 +17,14 @@ from gpu_aware_tune.workers.warm import load_tvm
 load_tvm()
 
 import tvm  # noqa: E402
-from cuda_on_cpu import run_on_cpu  # noqa: E402
+from tf32_kernels import (  # noqa: E402
+    ARCH,
+    CUDA,
+    FUNCTIONS,
+    matmul,
+    module_of,
+    on_tensor_cores,
+)
 from tiny_library import target as llvm  # noqa: E402
 from tiny_library import write_onnx  # noqa: E402
 from tvm import te, topi  # noqa: E402
@@ -33,23 +38,19 @@ from gpu_aware_tune.errors import SetupError, UserError  # noqa: E402
 from gpu_aware_tune.model import load_model  # noqa: E402
 from gpu_aware_tune.space import make_space  # noqa: E402
 from gpu_aware_tune.tasks import extract  # noqa: E402
-from gpu_aware_tune.testing import fake_gpu  # noqa: E402
-from gpu_aware_tune.tf32 import MARK, TF32_INTRINSICS, is_marked, mark_products  # noqa: E402
+from gpu_aware_tune.tf32 import TF32_INTRINSICS, is_marked, mark_products  # noqa: E402
 from gpu_aware_tune.traces import (  # noqa: E402
     apply_trace,
     module_to_json,
     task_hash,
     trace_to_json,
 )
-from gpu_aware_tune.verify import _TF32, _allowed_of_model, difference, kernel_inputs  # noqa: E402
+from gpu_aware_tune.verify import _TF32, _allowed_of_model  # noqa: E402
 
 try:
     cuda_toolchain.find_toolchain()
 except SetupError as error:
     pytest.skip(str(error), allow_module_level=True)
-
-CUDA = tvm.target.Target(fake_gpu().target(40))
-ARCH = str(CUDA.attrs["arch"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,98 +61,33 @@ def _worker_environment() -> Iterator[None]:
         yield
 
 
-def matmul(rows: int, columns: int, terms: int, dtype: str = "float32") -> Any:
-    a = te.placeholder((rows, terms), name="a", dtype=dtype)
-    b = te.placeholder((terms, columns), name="b", dtype=dtype)
-    k = te.reduce_axis((0, terms), name="k")
-    c = te.compute((rows, columns), lambda i, j: te.sum(a[i, k] * b[k, j], k), name="c")
-    return te.create_prim_func([a, b, c])
-
-
-def convolution(channels: int, size: int, filters: int, kernel: int, stride: int) -> Any:
-    """With padding, a bias and ReLU behind it."""
-    x = te.placeholder((1, channels, size, size), name="x")
-    w = te.placeholder((filters, channels, kernel, kernel), name="w")
-    bias = te.placeholder((1, filters, 1, 1), name="bias")
-    y = topi.nn.relu(topi.add(topi.nn.conv2d_nchw(x, w, stride, kernel // 2, 1), bias))
-    return te.create_prim_func([x, w, bias, y])
-
-
-def kernel(function: Any, marked: bool = True) -> tvm.IRModule:
-    function = function.with_attr("global_symbol", "main")
-    return tvm.IRModule({"main": function.with_attr(MARK, 1) if marked else function})
-
-
-def drawn(module: tvm.IRModule, count: int, seed: int = 3) -> list[Schedule]:
-    """Random candidates of a kernel's search space."""
-    context = ms.TuneContext(
-        mod=module,
-        target=CUDA,
-        space_generator=make_space(module, CUDA, 40),
-        search_strategy="replay-trace",
-        rand_state=seed,
-        num_threads=1,
-    ).clone()
-    context.pre_tuning(
-        max_trials=count,
-        num_trials_per_iter=count,
-        design_spaces=context.generate_design_space(),
-        database=ms.database.MemoryDatabase(),
-        cost_model=ms.cost_model.RandomModel(),
-    )
-    return [candidate.sch for candidate in context.generate_measure_candidates() or []]
-
-
-def on_tensor_cores(module: tvm.IRModule, count: int, seed: int = 3) -> list[tuple[str, Schedule]]:
-    found = [(trace_to_json(s.trace), s) for s in drawn(module, count, seed)]
-    return [(trace, schedule) for trace, schedule in found if TF32_INTRINSICS in trace]
-
-
 def source_of(schedule: Schedule) -> str:
     (source,) = cuda_toolchain.cuda_sources(tvm.tirx.build(schedule.mod, target=CUDA))
     return source
 
 
-def rounded(values: np.ndarray) -> np.ndarray:
-    """To TF32: to nearest, ties away from zero, 13 bits of the mantissa gone."""
-    bits = (values.view(np.uint32).astype(np.uint64) + 0x1000) & 0xFFFFE000
-    return bits.astype(np.uint32).view(np.float32)
-
-
-def plain(module: tvm.IRModule, arrays: list[np.ndarray]) -> np.ndarray:
-    """The kernel's result by its plain loops."""
-    given = [tvm.runtime.tensor(array) for array in arrays]
-    tvm.tirx.build(module, target=llvm())["main"](*given)
-    return given[-1].numpy()
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ runs the kernels on the CPU")
-@pytest.mark.parametrize(
-    "function",
-    [matmul(64, 48, 64), matmul(5, 36, 44), convolution(12, 9, 20, 3, 2)],
-    ids=["matmul", "shapes that tiles do not divide", "convolution"],
-)
-def test_kernels_compute_in_tf32(function: Any, tmp_path: Path) -> None:
-    module = kernel(function)
-    arrays = kernel_inputs(module, seed=1)
-    exact = plain(module, arrays)
-    factors = [rounded(array) for array in arrays[:2]]
-    wanted = plain(module, [*factors, *arrays[2:]])
-    assert 1e-5 < difference(wanted, exact) < _TF32 / 2
-    seen = set()
-    for number, (trace, schedule) in enumerate(on_tensor_cores(module, 5)):
-        seen.add("software_pipeline_stage" in trace)
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        got = run_on_cpu(source_of(schedule), schedule.mod, arrays, folder)[-1]
-        assert difference(got, wanted) < 2e-6, trace
-    assert seen == {True, False}, "with and without fetching ahead"
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_kernels_compute_in_tf32(name: str, stand_in: Mapping[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("tf32_kernels.py"), name, "5"],
+        env=stand_in,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert 1e-5 < found["rounding"] < _TF32 / 2
+    assert all(kernel["difference"] < 2e-6 for kernel in found["kernels"]), found
+    ahead = {kernel["ahead"] for kernel in found["kernels"]}
+    assert ahead == {True, False}, "with and without fetching ahead"
 
 
 def test_the_hardware_s_instructions_are_tf32_s() -> None:
     from cuda.bindings import nvrtc
 
-    (_, schedule), *_ = on_tensor_cores(kernel(matmul(64, 64, 64)), 8)
+    (_, schedule), *_ = on_tensor_cores(module_of(matmul(64, 64, 64)), 8)
     source = lean_source(with_tf32_tiles(source_of(schedule)))
     assert source is not None
     options = [b"--gpu-architecture=compute_80", *_includes()]
@@ -171,7 +107,7 @@ def _includes() -> list[bytes]:
 
 def test_rows_of_shared_memory_are_skewed_against_bank_conflicts() -> None:
     strides: dict[str, set[int]] = {}
-    for _, schedule in on_tensor_cores(kernel(matmul(64, 64, 64)), 12):
+    for _, schedule in on_tensor_cores(module_of(matmul(64, 64, 64)), 12):
         source = source_of(schedule)
         layouts = re.findall(r"half, nvcuda::wmma::(\w+)> (\w+?)_ptr", source)
         for layout, tile in layouts:
@@ -183,7 +119,7 @@ def test_rows_of_shared_memory_are_skewed_against_bank_conflicts() -> None:
 
 
 def test_every_kernel_may_stay_in_float32() -> None:
-    module = kernel(matmul(64, 64, 64))
+    module = module_of(matmul(64, 64, 64))
     context = ms.TuneContext(
         mod=module, target=CUDA, space_generator=make_space(module, CUDA, 40), num_threads=1
     ).clone()
@@ -195,13 +131,13 @@ def test_every_kernel_may_stay_in_float32() -> None:
 
 def test_without_the_mark_there_is_no_tf32_and_another_task() -> None:
     function = matmul(64, 64, 64)
-    module = kernel(function, marked=False)
+    module = module_of(function, marked=False)
     assert not on_tensor_cores(module, 8)
-    assert task_hash(module) != task_hash(kernel(function))
+    assert task_hash(module) != task_hash(module_of(function))
 
 
 def test_a_trace_can_be_replayed_where_nothing_is_registered() -> None:
-    module = kernel(matmul(64, 64, 64))
+    module = module_of(matmul(64, 64, 64))
     (trace, schedule), *_ = on_tensor_cores(module, 8)
     tvm.ir.assert_structural_equal(apply_trace(trace, module).mod, schedule.mod)
     script = (
@@ -248,7 +184,7 @@ def test_a_model_without_products_is_refused() -> None:
     x = te.placeholder((8, 8), name="x")
     for function in (te.create_prim_func([x, topi.nn.relu(x)]), matmul(8, 8, 8, "float16")):
         with pytest.raises(UserError, match="no float32 matrix product or convolution"):
-            mark_products(kernel(function, marked=False), CUDA)
+            mark_products(module_of(function, marked=False), CUDA)
 
 
 def test_squares_are_no_products() -> None:
@@ -256,4 +192,4 @@ def test_squares_are_no_products() -> None:
     k = te.reduce_axis((0, 8), name="k")
     squares = te.compute((8,), lambda i: te.sum(x[i, k] * x[i, k], k), name="squares")
     with pytest.raises(UserError, match="no float32 matrix product"):
-        mark_products(kernel(te.create_prim_func([x, squares]), marked=False), CUDA)
+        mark_products(module_of(te.create_prim_func([x, squares]), marked=False), CUDA)

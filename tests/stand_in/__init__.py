@@ -1,0 +1,74 @@
+"""A stand-in for an NVIDIA GPU: driver, CUDA runtime and NVRTC as libraries that work on the CPU.
+
+Everything above these libraries is the real thing: cuda.bindings, TVM's CUDA runtime and code
+generator, and all of this package. Kernels are compiled with g++ and run thread for thread, slowly.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+NEEDED = ("cc", "g++")
+
+
+def lacks() -> str:
+    """What is missing to build it, or an empty text."""
+    from gpu_aware_tune.cuda_toolchain import find_toolchain
+    from gpu_aware_tune.errors import SetupError
+
+    try:
+        find_toolchain()  # its headers declare what the libraries define
+    except SetupError as error:
+        return str(error)
+    return ", ".join(f"{name} is missing" for name in NEEDED if shutil.which(name) is None)
+
+
+def build(folder: Path) -> dict[str, str]:
+    """Build the libraries, and return the environment of a process that is to have this GPU.
+
+    They lie where a wheel of NVIDIA's would put them, so that nothing has to know of them.
+    """
+    from gpu_aware_tune.cuda_toolchain import find_toolchain
+
+    include = find_toolchain().root / "include"
+    root = folder / "nvidia" / "cu13"
+    libraries = root / "lib"
+    libraries.mkdir(parents=True)
+    for name in ("cuda_runtime.h", "cccl/cuda/std/cstdint", "crt/mma.h"):
+        header = root / "include" / name
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text("")
+    driver = libraries / "libcuda.so.1"
+    flags = ["-w", "-O1", "-shared", "-fPIC", f"-I{include}"]
+    _run(
+        "cc",
+        *flags,
+        "-Wl,-soname,libcuda.so.1",
+        "-o",
+        driver,
+        HERE / "driver.c",
+        "-ldl",
+        "-lpthread",
+    )
+    versions = folder / "versions"
+    versions.write_text("libcudart.so.13 { global: cuda*; local: *; };\n")
+    _run("cc", *flags, "-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={versions}",
+         "-o", libraries / "libcudart.so.13", HERE / "runtime.c", driver)  # fmt: skip
+    _run("g++", "-w", "-O1", "-shared", "-fPIC", "-Wl,-soname,libnvrtc.so.13",
+         "-o", libraries / "libnvrtc.so.13", HERE / "nvrtc.cpp")  # fmt: skip
+    python_path = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(libraries),
+        "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
+        "STAND_IN_INCLUDE": str(HERE / "include"),
+    }
+
+
+def _run(*command: object) -> None:
+    subprocess.run([str(part) for part in command], check=True)

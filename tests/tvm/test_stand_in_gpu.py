@@ -1,0 +1,65 @@
+"""The whole way of a run on a GPU, on the stand-in: green contexts, measuring, faults, the library."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, RunTune
+from tiny_library import write_onnx
+
+from gpu_aware_tune.records import Store
+
+
+def test_a_model_is_tuned_for_a_share_and_runs_there(
+    tmp_path: Path, run_tune: RunTune, stand_in: Mapping[str, str]
+) -> None:
+    model = write_onnx(tmp_path / "tiny.onnx", width=6, channels=8, image="gpu_0/image:0")
+    output, db = tmp_path / "tiny.tuned", tmp_path / "db"
+    done = run_tune(
+        model, "--gpu-pct", "30", "--trials", "6", "--effort", "quick", "--json",
+        "--db", db, "-o", output, env=stand_in, timeout_s=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["shares"][0]["verified"], done.stderr[-3000:]
+    with Store(db / "records.sqlite", readonly=True) as store:
+        (run,) = store.runs()
+        records = list(store.records())
+    assert run.machine["evidence"]["32"][0]["sms_seen"] == 32
+    assert {record.partition for record in records} == {"green"}
+    failed = [record.failure for record in records if record.failure is not None]
+    assert not [failure for failure in failed if failure.kind in ("crash", "run", "load")], failed
+    image = np.random.default_rng(0).standard_normal((1, 8, 6, 6)).astype("float32")
+    np.savez(tmp_path / "in.npz", **{"gpu_0/image:0": image, "bias": np.zeros((1, 20), "float32")})
+    done = run_tune("run", output, "--inputs", tmp_path / "in.npz", env=stand_in)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "32 SMs" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "which"),
+    [
+        ("test_device_partitions.py", "not mps and not mig"),
+        ("test_device_faults.py", "illegal and not mps"),
+    ],
+)
+def test_what_is_tested_on_a_gpu_passes(file: str, which: str, stand_in: Mapping[str, str]) -> None:
+    """Apart from MPS and MIG, which the stand-in lacks, and what takes long."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, f"tests/gpu/{file}", "-k", which],
+        cwd=ROOT,
+        env=stand_in,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout
