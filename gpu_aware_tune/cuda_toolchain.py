@@ -126,7 +126,7 @@ def compile_cubin(source: str, arch: str) -> bytes:
 
     Raises:
         SetupError: the toolchain is not installed.
-        RuntimeError: the source does not compile; the text is NVRTC's log.
+        RuntimeError: the source does not compile; the text is NVRTC's log, its last line the reason.
     """
     toolchain = find_toolchain()
     source = with_tf32_tiles(source)
@@ -309,9 +309,17 @@ def _compile_as_tvm(source: str, arch: str) -> bytes:
     os.environ.update(added)
     try:
         return bytes(nvcc.compile_cuda(source, "cubin", arch=arch, compiler="nvrtc"))
+    except RuntimeError as error:
+        raise RuntimeError(_with_reason(str(error))) from error
     finally:
         for name in added:
             del os.environ[name]
+
+
+def _with_reason(log: str) -> str:
+    """NVRTC's log with its first error as the last line, where a failure's reason is looked for."""
+    lines = [line.strip("\0 ") for line in log.splitlines()]
+    return "\n".join([*lines, next((line for line in lines if "error:" in line), "")]).rstrip()
 
 
 def _with_cubin(payload: bytes, sources: Sequence[bytes], arch: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import ROOT
 from tvm import te
 
 from gpu_aware_tune import cuda_toolchain
-from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.errors import SetupError, last_line
 from gpu_aware_tune.partition import find_device
 
 sys.path.insert(0, str(ROOT))
@@ -113,6 +114,13 @@ def test_tvms_compile_callback_can_be_replaced(monkeypatch: pytest.MonkeyPatch) 
         assert bytes(cubin) == cuda_toolchain.compile_cubin(source, ARCH)
     finally:
         tvm.register_global_func("tvm_callback_cuda_compile", before, override=True)
+
+
+def test_a_source_that_does_not_compile_gives_the_reason() -> None:
+    (source,) = cuda_toolchain.cuda_sources(build())
+    with pytest.raises(RuntimeError) as raised:
+        cuda_toolchain.compile_cubin(source.replace("main_kernel(", "main kernel("), ARCH)
+    assert re.fullmatch(r"tvm_kernels.*\(\d+\): error: .*", last_line(raised.value))
 
 
 def test_an_artifact_holds_a_cubin_and_no_source(tmp_path: Path) -> None:
