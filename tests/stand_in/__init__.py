@@ -45,16 +45,8 @@ def build(folder: Path) -> dict[str, str]:
         header.write_text("")
     driver = libraries / "libcuda.so.1"
     flags = ["-w", "-O1", "-shared", "-fPIC", f"-I{include}"]
-    _run(
-        "cc",
-        *flags,
-        "-Wl,-soname,libcuda.so.1",
-        "-o",
-        driver,
-        HERE / "driver.c",
-        "-ldl",
-        "-lpthread",
-    )
+    _run("cc", *flags, "-Wl,-soname,libcuda.so.1", "-o", driver, HERE / "driver.c",
+         HERE / "device.c", "-Wl,-z,defs", "-ldl", "-lpthread")  # fmt: skip
     versions = folder / "versions"
     versions.write_text("libcudart.so.13 { global: cuda*; local: *; };\n")
     _run("cc", *flags, "-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={versions}",

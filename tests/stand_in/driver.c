@@ -1,65 +1,16 @@
 // A libcuda.so.1 without a GPU: enough for this package and for TVM to work as on a machine with one.
-// It checks what the driver would check of the arguments. Kernels that the stand-in NVRTC compiled
-// (nvrtc.cpp) run on the CPU when they are launched; of others the probe writes SM numbers, and the
-// rest does nothing. Memory on the device can be read and written while a kernel or a copy is at work
-// and at no other time: host code that takes a device's pointer for one of its own dies here, too. A
-// kernel that reads or writes elsewhere leaves its process with an error for every later call.
-//
-// Time is the GPU's: as if all of its SMs together were as fast as four of these cores, and a part of
-// them so much slower. What does nothing takes 5 microseconds.
+// It checks what the driver would check of the arguments, and leaves the work to device.c. Kernels that
+// the stand-in NVRTC compiled (nvrtc.cpp) run on the CPU; of others the probe writes SM numbers, and
+// the rest does nothing.
 #define _GNU_SOURCE
-#include <cuda.h>
+#include "device.h"
 #include <dlfcn.h>
-#include <pthread.h>
-#include <setjmp.h>
-#include <signal.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
-#define SMS 132
-#define CORES 4
-#define MEMORY (6ul << 30)  // of each process
-#define MOST_ARGUMENTS 64
-
-typedef void (*launcher)(const unsigned *grid, const unsigned *block, void **arguments);
-struct function { char name[256]; launcher launch; int arguments; };
-struct node {
-  struct function *function;
-  unsigned grid[3], block[3];
-  uint64_t values[MOST_ARGUMENTS];
-  struct node *next;
-};
-struct graph { struct node *first, *last; };
-struct stream { uintptr_t green; unsigned first, sms; struct graph *capturing; };
-struct event { double seconds; };
 static unsigned char context[64];
-static __thread double gpu_s;  // the clock of this thread's streams
-
-static CUresult fault;  // what a kernel has left behind
-static __thread sigjmp_buf *in_kernel;
-struct block { char *start; size_t size; struct block *next; };
-static struct block *blocks;
-static size_t used;
-// One kernel or copy at a time: memory is open meanwhile, and kernels keep shared memory in statics.
-static pthread_mutex_t running = PTHREAD_MUTEX_INITIALIZER;
-
-static void protect(int how) {
-  for (struct block *block = blocks; block; block = block->next)
-    mprotect(block->start, block->size, how);
-}
-void stand_in_open(void) {
-  pthread_mutex_lock(&running);
-  protect(PROT_READ | PROT_WRITE);
-}
-void stand_in_shut(void) {
-  protect(PROT_NONE);
-  pthread_mutex_unlock(&running);
-}
 
 CUresult cuInit(unsigned flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *v) { *v = 13000; return 0; }
@@ -125,76 +76,59 @@ CUresult cuGreenCtxGetDevResource(CUgreenCtx c, CUdevResource *r, CUdevResourceT
   sms(r, (unsigned)((uintptr_t)c >> 16), (uintptr_t)c & 0xffff);
   return 0;
 }
-static CUresult new_stream(CUstream *s, uintptr_t green, unsigned flags) {
+static CUresult make_stream(CUstream *s, uintptr_t green, unsigned flags) {
   if (flags != CU_STREAM_NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
-  struct stream *made = calloc(1, sizeof *made);
-  made->green = green;
-  made->first = green >> 16;
-  made->sms = green ? green & 0xffff : SMS;
-  *s = (CUstream)made;
+  *s = (CUstream)new_stream(green, green >> 16, green ? green & 0xffff : SMS);
   return 0;
 }
 CUresult cuGreenCtxStreamCreate(CUstream *s, CUgreenCtx c, unsigned flags, int priority) {
-  return new_stream(s, (uintptr_t)c, flags);
+  return make_stream(s, (uintptr_t)c, flags);
 }
-CUresult cuStreamCreate(CUstream *s, unsigned flags) { return new_stream(s, 0, flags); }
+CUresult cuStreamCreate(CUstream *s, unsigned flags) { return make_stream(s, 0, flags); }
 CUresult cuStreamGetGreenCtx(CUstream s, CUgreenCtx *c) {
-  *c = (CUgreenCtx)((struct stream *)s)->green;
+  *c = (CUgreenCtx)stream_of(s)->green;
   return 0;
 }
-CUresult cuStreamDestroy_v2(CUstream s) { free(s); return 0; }
-CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t n) {
-  struct block *block = malloc(sizeof *block);
-  block->size = (n + 4095) / 4096 * 4096 + !n * 4096;
-  if (fault) return fault;
-  if (used + block->size > MEMORY) return CUDA_ERROR_OUT_OF_MEMORY;
-  block->start = mmap(NULL, block->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                      -1, 0);
-  if (block->start == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
-  pthread_mutex_lock(&running);
-  used += block->size;
-  block->next = blocks;
-  blocks = block;
-  pthread_mutex_unlock(&running);
-  *p = (CUdeviceptr)block->start;
-  return 0;
-}
-CUresult cuMemFree_v2(CUdeviceptr p) {
-  pthread_mutex_lock(&running);
-  for (struct block **at = &blocks; *at; at = &(*at)->next)
-    if ((*at)->start == (char *)p) {
-      struct block *found = *at;
-      *at = found->next;
-      munmap(found->start, found->size);
-      used -= found->size;
-      free(found);
-      break;
-    }
-  pthread_mutex_unlock(&running);
-  return 0;
-}
+CUresult cuStreamDestroy_v2(CUstream s) { end_stream(stream_of(s)); return 0; }
+CUresult cuStreamSynchronize(CUstream s) { return wait_for_stream(stream_of(s)); }
+CUresult cuCtxSynchronize(void) { return wait_for_all(); }
+CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t n) { return take_memory((void **)p, n); }
+CUresult cuMemFree_v2(CUdeviceptr p) { give_memory((void *)p); return fault(); }
 CUresult cuMemGetInfo_v2(size_t *rest, size_t *all) {
-  *rest = MEMORY - used;
+  *rest = free_memory();
   *all = MEMORY;
-  return fault;
+  return fault();
+}
+static CUresult set(CUdeviceptr p, unsigned v, size_t count, int bytes, CUstream s) {
+  struct op op = {SET, .to = (void *)p, .value = v, .bytes = bytes, .values = {count}};
+  do_later(stream_of(s), &op);
+  return fault();
 }
 CUresult cuMemsetD32Async(CUdeviceptr p, unsigned v, size_t n, CUstream s) {
-  stand_in_open();
-  for (size_t i = 0; i < n; ++i) ((unsigned *)p)[i] = v;
-  stand_in_shut();
-  return fault;
+  return set(p, v, n, 4, s);
 }
 CUresult cuMemsetD8Async(CUdeviceptr p, unsigned char v, size_t n, CUstream s) {
-  stand_in_open();
-  memset((void *)p, v, n);
-  stand_in_shut();
-  return fault;
+  return set(p, v, n, 1, s);
+}
+// The host's own memory may change once a copy from it was asked for, and is there when one to it
+// returns.
+CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t n, CUstream s) {
+  struct op op = {COPY, .to = (void *)to, .from = (void *)from, .bytes = n};
+  do_later(stream_of(s), &op);
+  return fault();
+}
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t n, CUstream s) {
+  struct op op = {COPY, .to = (void *)to, .from = malloc(n), .bytes = n, .value = 1};
+  memcpy((void *)op.from, from, n);
+  do_later(stream_of(s), &op);
+  return fault();
+}
+CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t n, CUstream s) {
+  cuMemcpyAsync((CUdeviceptr)to, from, n, s);
+  return wait_for_stream(stream_of(s));
 }
 CUresult cuMemcpyDtoH_v2(void *h, CUdeviceptr p, size_t n) {
-  stand_in_open();
-  memcpy(h, (void *)p, n);
-  stand_in_shut();
-  return fault;
+  return cuMemcpyDtoHAsync_v2(h, p, n, NULL);
 }
 // The size of an ELF file: its section headers come last.
 static size_t elf_size(const unsigned char *image) {
@@ -239,97 +173,76 @@ CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) {
   return 0;
 }
 CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) { return 0; }
-static double cpu_s(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return t.tv_sec + 1e-9 * t.tv_nsec;
-}
-static void on_fault(int signal, siginfo_t *info, void *where) {
-  if (in_kernel) siglongjmp(*in_kernel, 1);
-  struct sigaction plain = {.sa_handler = SIG_DFL};  // the host's own: it dies of it
-  sigaction(signal, &plain, NULL);
-}
-// Runs a kernel on open memory.
-static void run(struct function *f, const unsigned *grid, const unsigned *block, unsigned sms,
-                void **arguments) {
-  struct sigaction handler = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO}, former;
-  sigjmp_buf before;
-  double start = cpu_s();
-  if (fault) return;
-  sigaction(SIGSEGV, &handler, &former);
-  if (!sigsetjmp(before, 1)) {
-    in_kernel = &before;
-    f->launch(grid, block, arguments);
-  } else {
-    fault = CUDA_ERROR_ILLEGAL_ADDRESS;
-  }
-  in_kernel = NULL;
-  sigaction(SIGSEGV, &former, NULL);
-  gpu_s += (cpu_s() - start) * SMS / sms / CORES;
-}
-static void record(struct graph *graph, struct function *f, const unsigned *grid,
-                   const unsigned *block, void **arguments) {
-  struct node *node = calloc(1, sizeof *node);
-  node->function = f;
-  memcpy(node->grid, grid, sizeof node->grid);
-  memcpy(node->block, block, sizeof node->block);
-  for (int i = 0; i < f->arguments; ++i) memcpy(&node->values[i], arguments[i], 8);
-  *(graph->last ? &graph->last->next : &graph->first) = node;
-  graph->last = node;
-}
-static CUresult launch(struct function *f, const unsigned *grid, const unsigned *block,
-                       struct stream *stream, void **p) {
-  if (fault) return fault;
+static CUresult launch(struct function *f, const unsigned *grid, const unsigned *block, CUstream s,
+                       void **p) {
+  struct stream *stream = stream_of(s);
+  struct op op = {KERNEL, .function = f};
+  if (fault()) return fault();
   if (!(grid[0] * grid[1] * grid[2]) || block[0] * block[1] * block[2] > 1024)
     return CUDA_ERROR_INVALID_VALUE;
-  if (f->launch) {
-    if (stream && stream->capturing) record(stream->capturing, f, grid, block, p);
-    else {
-      stand_in_open();
-      run(f, grid, block, stream ? stream->sms : SMS, p);
-      stand_in_shut();
-    }
-  } else if (!strcmp(f->name, "sm_probe")) {
-    if (!stream || *(unsigned *)p[1] != 40000) return CUDA_ERROR_INVALID_VALUE;
-    stand_in_open();
-    for (unsigned i = 0; i < grid[0]; ++i)
-      (*(unsigned **)p[0])[i] = stream->first + i % stream->sms;
-    stand_in_shut();
-  } else if (!strcmp(f->name, "sentinel")) {
-    if (*(unsigned *)p[1] != (1u << 21) - 1 || *(unsigned *)p[2] != 400) return CUDA_ERROR_INVALID_VALUE;
-  } else if (!*(void **)p[0]) {
-    return CUDA_ERROR_ILLEGAL_ADDRESS;
+  if (!f->launch) {
+    f->arguments = 1;
+    if (!strcmp(f->name, "sm_probe") && (!s || *(unsigned *)p[1] != 40000))
+      return CUDA_ERROR_INVALID_VALUE;
+    if (!strcmp(f->name, "sentinel") &&
+        (*(unsigned *)p[1] != (1u << 21) - 1 || *(unsigned *)p[2] != 400))
+      return CUDA_ERROR_INVALID_VALUE;
+    if (!*(void **)p[0]) return CUDA_ERROR_ILLEGAL_ADDRESS;
   }
+  memcpy(op.grid, grid, sizeof op.grid);
+  memcpy(op.block, block, sizeof op.block);
+  for (int i = 0; i < f->arguments; ++i) memcpy(&op.values[i], p[i], 8);
+  if (stream->capturing) put(stream->capturing, &op);
+  else do_later(stream, &op);
   return 0;
 }
 CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
                         unsigned by, unsigned bz, unsigned shared, CUstream s, void **p, void **e) {
   const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-  if (!s || e) return CUDA_ERROR_INVALID_VALUE;
-  return launch((struct function *)f, grid, block, (struct stream *)s, p);
+  if (!s || e) return CUDA_ERROR_INVALID_VALUE;  // this package never launches elsewhere
+  return launch((struct function *)f, grid, block, s, p);
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p, void **e) {
   const unsigned grid[3] = {c->gridDimX, c->gridDimY, c->gridDimZ};
   const unsigned block[3] = {c->blockDimX, c->blockDimY, c->blockDimZ};
-  return launch((struct function *)f, grid, block, (struct stream *)c->hStream, p);
+  return launch((struct function *)f, grid, block, c->hStream, p);
 }
 CUresult cuEventCreate(CUevent *e, unsigned flags) {
   *e = calloc(1, sizeof(struct event));
   return 0;
 }
-CUresult cuEventDestroy_v2(CUevent e) { free(e); return 0; }
-CUresult cuEventRecord(CUevent e, CUstream s) { ((struct event *)e)->seconds = gpu_s; return 0; }
-CUresult cuEventElapsedTime_v2(float *ms, CUevent a, CUevent b) {
-  double spent = ((struct event *)b)->seconds - ((struct event *)a)->seconds;
-  *ms = spent > 0 ? 1e3 * spent : 0.005;
+CUresult cuEventDestroy_v2(CUevent e) {
+  wait_for_event((struct event *)e);
+  free(e);
   return 0;
 }
+CUresult cuEventRecord(CUevent e, CUstream s) {
+  struct event *event = (struct event *)e;
+  struct op op = {EVENT, .event = event};
+  event->stream = stream_of(s);
+  event->pending = 1;
+  do_later(event->stream, &op);
+  return fault();
+}
+CUresult cuEventSynchronize(CUevent e) { return wait_for_event((struct event *)e); }
+CUresult cuEventElapsedTime_v2(float *ms, CUevent a, CUevent b) {
+  struct event *from = (struct event *)a, *to = (struct event *)b;
+  if (from->pending || to->pending) return fault() ? fault() : CUDA_ERROR_NOT_READY;
+  *ms = to->seconds > from->seconds ? 1e3 * (to->seconds - from->seconds) : 0.005;
+  return 0;
+}
+CUresult cuStreamWaitEvent(CUstream s, CUevent e, unsigned flags) {
+  struct op op = {WAIT, .event = (struct event *)e};
+  do_later(stream_of(s), &op);
+  return fault();
+}
 CUresult cuStreamBeginCapture_v2(CUstream s, CUstreamCaptureMode mode) {
-  ((struct stream *)s)->capturing = calloc(1, sizeof(struct graph));
-  return mode == CU_STREAM_CAPTURE_MODE_RELAXED ? 0 : CUDA_ERROR_INVALID_VALUE;
+  if (!s || mode != CU_STREAM_CAPTURE_MODE_RELAXED) return CUDA_ERROR_INVALID_VALUE;
+  stream_of(s)->capturing = calloc(1, sizeof(struct queue));
+  return 0;
 }
 CUresult cuStreamEndCapture(CUstream s, CUgraph *g) {
-  struct stream *stream = (struct stream *)s;
+  struct stream *stream = stream_of(s);
   if (!stream->capturing) return CUDA_ERROR_ILLEGAL_STATE;
   *g = (CUgraph)stream->capturing;
   stream->capturing = NULL;
@@ -340,26 +253,14 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec *x, CUgraph g, unsigned long lo
   return g ? 0 : CUDA_ERROR_INVALID_VALUE;
 }
 CUresult cuGraphLaunch(CUgraphExec x, CUstream s) {
-  stand_in_open();
-  for (struct node *node = ((struct graph *)x)->first; node; node = node->next) {
-    void *arguments[MOST_ARGUMENTS];
-    for (int i = 0; i < node->function->arguments; ++i) arguments[i] = &node->values[i];
-    run(node->function, node->grid, node->block, s ? ((struct stream *)s)->sms : SMS, arguments);
-  }
-  stand_in_shut();
-  return fault;
+  do_again(stream_of(s), (struct queue *)x);
+  return fault();
 }
 CUresult cuGraphDestroy(CUgraph g) {
-  for (struct node *node = ((struct graph *)g)->first, *next; node; node = next) {
-    next = node->next;
-    free(node);
-  }
+  forget((struct queue *)g);
   free(g);
   return 0;
 }
-CUresult cuStreamSynchronize(CUstream s) { return fault; }
-CUresult cuEventSynchronize(CUevent e) { return fault; }
-CUresult cuCtxSynchronize(void) { return fault; }
 CUresult cuGetErrorName(CUresult code, const char **name) {
   *name = code == CUDA_ERROR_ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
         : code == CUDA_ERROR_OUT_OF_MEMORY   ? "CUDA_ERROR_OUT_OF_MEMORY"

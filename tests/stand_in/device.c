@@ -1,0 +1,213 @@
+// The GPU itself, on the CPU: streams with work that is done when somebody waits for it, memory that
+// the host cannot reach, kernels that may fault.
+//
+// Nothing is done before it must be, so a result that is read, or a clock that is stopped, without
+// waiting for the right stream is seen to be wrong. Memory on the device can be read and written while
+// a kernel or a copy is at work and at no other time: host code that takes a device's pointer for one
+// of its own dies here, too. A kernel that reads or writes elsewhere leaves its process with an error
+// for every later call.
+//
+// Time is the GPU's: as if all of its SMs together were as fast as four of these cores, and a part of
+// them so much slower. What does nothing takes 5 microseconds.
+#define _GNU_SOURCE
+#include "device.h"
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#define CORES 4
+#define NOTHING_S 5e-6
+
+struct block { char *start; size_t size; struct block *next; };
+static struct block *blocks;
+static size_t used;
+static CUresult left_behind;  // by a kernel's fault
+static __thread sigjmp_buf *in_kernel;
+static struct stream default_stream = {.sms = SMS};
+static struct stream *streams = &default_stream;
+// Held while anything is at work: memory is open then, and kernels keep shared memory in statics.
+static pthread_mutex_t device = PTHREAD_MUTEX_INITIALIZER;
+
+static void protect(int how) {
+  for (struct block *block = blocks; block; block = block->next)
+    mprotect(block->start, block->size, how);
+}
+
+struct stream *stream_of(CUstream s) { return s ? (struct stream *)s : &default_stream; }
+
+struct stream *new_stream(uintptr_t green, unsigned first, unsigned sms) {
+  struct stream *made = calloc(1, sizeof *made);
+  made->green = green;
+  made->first = first;
+  made->sms = sms;
+  pthread_mutex_lock(&device);
+  made->next = streams;
+  streams = made;
+  pthread_mutex_unlock(&device);
+  return made;
+}
+
+void end_stream(struct stream *stream) {
+  wait_for_stream(stream);
+  pthread_mutex_lock(&device);
+  for (struct stream **at = &streams; *at; at = &(*at)->next)
+    if (*at == stream) {
+      *at = stream->next;
+      free(stream);
+      break;
+    }
+  pthread_mutex_unlock(&device);
+}
+
+void put(struct queue *queue, const struct op *op) {
+  struct op *own = malloc(sizeof *own);
+  *own = *op;
+  own->next = NULL;
+  *(queue->last ? &queue->last->next : &queue->first) = own;
+  queue->last = own;
+}
+
+void do_later(struct stream *stream, const struct op *op) {
+  pthread_mutex_lock(&device);
+  put(&stream->todo, op);
+  pthread_mutex_unlock(&device);
+}
+
+void do_again(struct stream *stream, const struct queue *queue) {
+  pthread_mutex_lock(&device);
+  for (const struct op *op = queue->first; op; op = op->next) put(&stream->todo, op);
+  pthread_mutex_unlock(&device);
+}
+
+void forget(struct queue *queue) {
+  for (struct op *op = queue->first, *next; op; op = next) {
+    next = op->next;
+    free(op);
+  }
+  *queue = (struct queue){0};
+}
+
+static double cpu_s(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+static void on_fault(int signal, siginfo_t *info, void *where) {
+  if (in_kernel) siglongjmp(*in_kernel, 1);
+  struct sigaction plain = {.sa_handler = SIG_DFL};  // the host's own: it dies of it
+  sigaction(signal, &plain, NULL);
+}
+
+// Runs a kernel and gives the seconds that it took.
+static double run(struct op *op, const struct stream *stream) {
+  struct sigaction handler = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO}, former;
+  sigjmp_buf before;
+  void *arguments[MOST_ARGUMENTS];
+  double start = cpu_s();
+  for (int i = 0; i < op->function->arguments; ++i) arguments[i] = &op->values[i];
+  if (!op->function->launch) {
+    unsigned *ids = (unsigned *)op->values[0];
+    if (!strcmp(op->function->name, "sm_probe"))
+      for (unsigned i = 0; i < op->grid[0]; ++i) ids[i] = stream->first + i % stream->sms;
+    return NOTHING_S;
+  }
+  sigaction(SIGSEGV, &handler, &former);
+  if (!sigsetjmp(before, 1)) {
+    in_kernel = &before;
+    op->function->launch(op->grid, op->block, arguments);
+  } else {
+    left_behind = CUDA_ERROR_ILLEGAL_ADDRESS;
+  }
+  in_kernel = NULL;
+  sigaction(SIGSEGV, &former, NULL);
+  return (cpu_s() - start) * SMS / stream->sms / CORES;
+}
+
+static void finish(struct stream *stream);
+
+static void work_off(struct op *op, struct stream *stream) {
+  switch (op->kind) {
+  case KERNEL: stream->seconds += run(op, stream); break;
+  case COPY: memcpy(op->to, op->from, op->bytes); break;
+  case SET:
+    if (op->bytes == 1) memset(op->to, op->value, op->values[0]);
+    else for (size_t i = 0; i < op->values[0]; ++i) ((uint32_t *)op->to)[i] = op->value;
+    break;
+  case EVENT:
+    op->event->seconds = stream->seconds;
+    op->event->pending = 0;
+    break;
+  case WAIT:
+    if (op->event->pending) finish(op->event->stream);
+    break;
+  }
+}
+
+// Does what a stream has to do; the device is held and its memory open.
+static void finish(struct stream *stream) {
+  while (stream->todo.first && !left_behind) {
+    struct op *op = stream->todo.first;
+    stream->todo.first = op->next;
+    if (!op->next) stream->todo.last = NULL;
+    work_off(op, stream);
+    if (op->kind == COPY && op->value) free((void *)op->from);  // it was kept for this copy
+    free(op);
+  }
+}
+
+static CUresult finish_held(struct stream *stream) {
+  pthread_mutex_lock(&device);
+  protect(PROT_READ | PROT_WRITE);
+  if (stream) finish(stream);
+  else
+    for (stream = streams; stream; stream = stream->next) finish(stream);
+  protect(PROT_NONE);
+  pthread_mutex_unlock(&device);
+  return left_behind;
+}
+
+CUresult wait_for_stream(struct stream *stream) { return finish_held(stream); }
+CUresult wait_for_event(struct event *event) {
+  return event->pending ? finish_held(event->stream) : left_behind;
+}
+CUresult wait_for_all(void) { return finish_held(NULL); }
+CUresult fault(void) { return left_behind; }
+
+CUresult take_memory(void **p, size_t bytes) {
+  struct block *block = malloc(sizeof *block);
+  block->size = (bytes + 4095) / 4096 * 4096 + !bytes * 4096;
+  if (left_behind) return left_behind;
+  if (used + block->size > MEMORY) return CUDA_ERROR_OUT_OF_MEMORY;
+  block->start = mmap(NULL, block->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                      -1, 0);
+  if (block->start == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
+  pthread_mutex_lock(&device);
+  used += block->size;
+  block->next = blocks;
+  blocks = block;
+  pthread_mutex_unlock(&device);
+  *p = block->start;
+  return 0;
+}
+
+void give_memory(void *p) {
+  wait_for_all();
+  pthread_mutex_lock(&device);
+  for (struct block **at = &blocks; *at; at = &(*at)->next)
+    if ((*at)->start == (char *)p) {
+      struct block *found = *at;
+      *at = found->next;
+      munmap(found->start, found->size);
+      used -= found->size;
+      free(found);
+      break;
+    }
+  pthread_mutex_unlock(&device);
+}
+
+size_t free_memory(void) { return MEMORY - used; }
