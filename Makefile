@@ -1,4 +1,5 @@
-# make demo   tune SqueezeNet on this machine's CPU (random weights, two minutes): before and after
+# make demo   tune SqueezeNet on this machine's CPU (random weights, two minutes): side by side with
+#             TVM without schedules, with our default ones, and ONNX Runtime
 # make test   everything that needs no GPU: ruff, mypy, tests
 # make gpu-check   the ten checks on this machine's GPU, then tests/gpu; exit code 3 without a GPU
 # make gpu-bench   the GPU benchmarks, under nine minutes; GPU_PARTS=share_gain runs one of them
@@ -30,8 +31,10 @@ GPU_NEEDS := $(if $(PYTHON),,$(VENV)/.installed-dev)
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/light_models.py squeezenet $(DEMO)/squeezenet.onnx
-	$(BIN)/tune $(DEMO)/squeezenet.onnx --time 60s --db $(DEMO)/tuning_logs -o $(DEMO)/squeezenet.tuned
+	$(BIN)/tune $(DEMO)/squeezenet.onnx --time 40s --db $(DEMO)/tuning_logs -o $(DEMO)/squeezenet.tuned
 	$(BIN)/tune run $(DEMO)/squeezenet.tuned
+	$(BIN)/python benchmarks/model_latency.py --models squeezenet --sides plain,untuned --rounds 4 \
+	    --tuned squeezenet=$(DEMO)/squeezenet.tuned --results $(DEMO)/latency.json
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -87,11 +87,14 @@ def _partition(gpu: GpuFacts, units: int, backend: str) -> Partition:
     if units == gpu.sm_count:  # the whole of what is visible, whatever has limited it
         return FullPartition(Share(100, units, device))
     percent = max(1, 100 * units // gpu.sm_count)
+    step = gpu.sm_step
+    fits_green = units % step == 0 and units >= gpu.sm_min
     if backend == "mps":
         advice = f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={mps_percentage(units, gpu.sm_count)}"
         raise SetupError(
             f"{units} of {gpu.sm_count} SMs under MPS are given to a process before it starts: start"
-            f" it with an MPS daemon and {advice}, or take partition green"
+            f" it with an MPS daemon and {advice}, or take partition"
+            f" {'green' if fits_green else 'full'}"
         )
     if backend == "mig":
         raise SetupError(
@@ -100,11 +103,10 @@ def _partition(gpu: GpuFacts, units: int, backend: str) -> Partition:
         )
     if backend == "full":
         raise UserError(f"partition full is all {gpu.sm_count} SMs, not {units}: take green")
-    step = gpu.sm_step
-    if units % step or units < gpu.sm_min:
+    if not fits_green:
         raise UserError(
             f"a green context of {units} SMs cannot be had here: multiples of {step} from"
-            f" {gpu.sm_min} on"
+            f" {gpu.sm_min} on, or partition full"
         )
     (partition,) = plan_partitions([Share(percent, units, device)], False)
     return partition

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -53,10 +54,14 @@ def build(folder: Path) -> dict[str, str]:
          "-o", libraries / "libcudart.so.13", HERE / "runtime.c", driver)  # fmt: skip
     _run("g++", "-w", "-O1", "-shared", "-fPIC", "-Wl,-soname,libnvrtc.so.13",
          "-o", libraries / "libnvrtc.so.13", HERE / "nvrtc.cpp")  # fmt: skip
+    control = folder / "nvidia-cuda-mps-control"
+    control.write_text(f"#!{sys.executable}\n{(HERE / 'mps_control.py').read_text()}")
+    control.chmod(0o755)
     python_path = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "LD_LIBRARY_PATH": str(libraries),
+        "PATH": os.pathsep.join([str(folder), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
         "STAND_IN_INCLUDE": str(HERE / "include"),
     }

@@ -7,6 +7,9 @@
 // of its own dies here, too. A kernel that reads or writes elsewhere leaves its process with an error
 // for every later call.
 //
+// A process that reaches an MPS daemon (mps_control.py) has the SMs of its limit, and the fault of one
+// client is that of all that were there.
+//
 // Time is the GPU's: as if all of its SMs together were as fast as four of these cores, and a part of
 // them so much slower. What does nothing takes 5 microseconds.
 #define _GNU_SOURCE
@@ -14,10 +17,15 @@
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <time.h>
+#include <unistd.h>
 
 #define CORES 4
 #define NOTHING_S 5e-6
@@ -27,17 +35,60 @@ static struct block *blocks;
 static size_t used;
 static CUresult left_behind;  // by a kernel's fault
 static __thread sigjmp_buf *in_kernel;
-static struct stream default_stream = {.sms = SMS};
+static struct stream default_stream;
 static struct stream *streams = &default_stream;
 // Held while anything is at work: memory is open then, and kernels keep shared memory in statics.
 static pthread_mutex_t device = PTHREAD_MUTEX_INITIALIZER;
+
+static struct timespec begun;  // this MPS client
+
+// A path in the MPS daemon's folder, or "" where none is named.
+static const char *mps_path(const char *name, char *path, size_t size) {
+  const char *folder = getenv("CUDA_MPS_PIPE_DIRECTORY");
+  *path = 0;
+  if (folder) snprintf(path, size, "%s/%s", folder, name);
+  return path;
+}
+
+int is_mps_client(void) {
+  static int found = -1;  // a process is one from its start or not at all
+  if (found < 0) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int client = socket(AF_UNIX, SOCK_STREAM, 0);
+    mps_path("control", address.sun_path, sizeof address.sun_path);
+    found = *address.sun_path && !connect(client, (struct sockaddr *)&address, sizeof address);
+    close(client);
+    clock_gettime(CLOCK_REALTIME, &begun);
+  }
+  return found;
+}
+
+unsigned visible_sms(void) {
+  const char *limit = getenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE");
+  int percent = is_mps_client() && limit ? atoi(limit) : 100;
+  unsigned pairs = 2 * (percent * SMS / 200);
+  return percent == 100 ? SMS : pairs < 8 ? 8 : pairs;
+}
+
+CUresult fault(void) {
+  char path[200];
+  struct stat file;
+  if (!left_behind && is_mps_client() && !stat(mps_path("fault", path, sizeof path), &file) &&
+      (file.st_mtim.tv_sec > begun.tv_sec ||
+       (file.st_mtim.tv_sec == begun.tv_sec && file.st_mtim.tv_nsec > begun.tv_nsec)))
+    left_behind = CUDA_ERROR_ILLEGAL_ADDRESS;
+  return left_behind;
+}
 
 static void protect(int how) {
   for (struct block *block = blocks; block; block = block->next)
     mprotect(block->start, block->size, how);
 }
 
-struct stream *stream_of(CUstream s) { return s ? (struct stream *)s : &default_stream; }
+struct stream *stream_of(CUstream s) {
+  if (!default_stream.sms) default_stream.sms = visible_sms();
+  return s ? (struct stream *)s : &default_stream;
+}
 
 struct stream *new_stream(uintptr_t green, unsigned first, unsigned sms) {
   struct stream *made = calloc(1, sizeof *made);
@@ -121,7 +172,9 @@ static double run(struct op *op, const struct stream *stream) {
     in_kernel = &before;
     op->function->launch(op->grid, op->block, arguments);
   } else {
+    char path[200];
     left_behind = CUDA_ERROR_ILLEGAL_ADDRESS;
+    if (is_mps_client()) fclose(fopen(mps_path("fault", path, sizeof path), "w"));
   }
   in_kernel = NULL;
   sigaction(SIGSEGV, &former, NULL);
@@ -168,20 +221,19 @@ static CUresult finish_held(struct stream *stream) {
     for (stream = streams; stream; stream = stream->next) finish(stream);
   protect(PROT_NONE);
   pthread_mutex_unlock(&device);
-  return left_behind;
+  return fault();
 }
 
 CUresult wait_for_stream(struct stream *stream) { return finish_held(stream); }
 CUresult wait_for_event(struct event *event) {
-  return event->pending ? finish_held(event->stream) : left_behind;
+  return event->pending ? finish_held(event->stream) : fault();
 }
 CUresult wait_for_all(void) { return finish_held(NULL); }
-CUresult fault(void) { return left_behind; }
 
 CUresult take_memory(void **p, size_t bytes) {
   struct block *block = malloc(sizeof *block);
   block->size = (bytes + 4095) / 4096 * 4096 + !bytes * 4096;
-  if (left_behind) return left_behind;
+  if (fault()) return fault();
   if (used + block->size > MEMORY) return CUDA_ERROR_OUT_OF_MEMORY;
   block->start = mmap(NULL, block->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                       -1, 0);

@@ -48,6 +48,8 @@ CUresult wait_for_stream(struct stream *stream);
 CUresult wait_for_event(struct event *event);
 CUresult wait_for_all(void);
 CUresult fault(void);
+int is_mps_client(void);
+unsigned visible_sms(void);  // all, or those of an MPS client's limit
 CUresult take_memory(void **p, size_t bytes);
 void give_memory(void *p);
 size_t free_memory(void);

@@ -20,7 +20,8 @@ CUresult cuDeviceGetName(char *name, int n, CUdevice d) { strncpy(name, "NVIDIA 
 CUresult cuDeviceGetUuid_v2(CUuuid *u, CUdevice d) { memset(u, 7, sizeof *u); return 0; }
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
   switch ((int)a) {
-  case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *v = SMS; break;
+  case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *v = visible_sms(); break;
+  case CU_DEVICE_ATTRIBUTE_MPS_ENABLED: *v = is_mps_client(); break;
   case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *v = 9; break;
   case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *v = 1024; break;
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: *v = 49152; break;
@@ -78,7 +79,7 @@ CUresult cuGreenCtxGetDevResource(CUgreenCtx c, CUdevResource *r, CUdevResourceT
 }
 static CUresult make_stream(CUstream *s, uintptr_t green, unsigned flags) {
   if (flags != CU_STREAM_NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
-  *s = (CUstream)new_stream(green, green >> 16, green ? green & 0xffff : SMS);
+  *s = (CUstream)new_stream(green, green >> 16, green ? green & 0xffff : visible_sms());
   return 0;
 }
 CUresult cuGreenCtxStreamCreate(CUstream *s, CUgreenCtx c, unsigned flags, int priority) {
@@ -118,6 +119,10 @@ CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t n, CUstream s) {
   return fault();
 }
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t n, CUstream s) {
+  if (n > 1 << 20) {  // not kept twice
+    cuMemcpyAsync(to, (CUdeviceptr)from, n, s);
+    return wait_for_stream(stream_of(s));
+  }
   struct op op = {COPY, .to = (void *)to, .from = malloc(n), .bytes = n, .value = 1};
   memcpy((void *)op.from, from, n);
   do_later(stream_of(s), &op);

@@ -45,12 +45,12 @@ def test_a_model_is_tuned_for_a_share_and_runs_there(
 @pytest.mark.parametrize(
     ("file", "which"),
     [
-        ("test_device_partitions.py", "not mps and not mig"),
-        ("test_device_faults.py", "illegal and not mps"),
+        ("test_device_partitions.py", "not mig"),
+        ("test_device_faults.py", "illegal or of_one_mps_client"),
     ],
 )
 def test_what_is_tested_on_a_gpu_passes(file: str, which: str, stand_in: Mapping[str, str]) -> None:
-    """Apart from MPS and MIG, which the stand-in lacks, and what takes long."""
+    """Apart from MIG, which the stand-in lacks, and what takes long."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, f"tests/gpu/{file}", "-k", which],
