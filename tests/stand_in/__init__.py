@@ -48,6 +48,8 @@ def build(folder: Path) -> dict[str, str]:
     flags = ["-w", "-O1", "-shared", "-fPIC", f"-I{include}"]
     _run("cc", *flags, "-Wl,-soname,libcuda.so.1", "-o", driver, HERE / "driver.c",
          HERE / "device.c", "-Wl,-z,defs", "-ldl", "-lpthread")  # fmt: skip
+    _run("cc", *flags, "-Wl,-soname,libnvidia-ml.so.1", "-o", libraries / "libnvidia-ml.so.1",
+         HERE / "nvml.c")  # fmt: skip
     versions = folder / "versions"
     versions.write_text("libcudart.so.13 { global: cuda*; local: *; };\n")
     _run("cc", *flags, "-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={versions}",

@@ -1,0 +1,67 @@
+// A libnvidia-ml.so.1 with one quiet GPU: steady clocks, no throttling, and of processes its caller's.
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { OK = 0, INVALID = 2, UNSUPPORTED = 3, SMALL = 7 };
+typedef void *device;
+struct rates { unsigned gpu, memory; };
+struct process { unsigned pid; unsigned long long memory; unsigned gpu_instance, compute_instance; };
+static int the_gpu;
+
+int nvmlInitWithFlags(unsigned flags) { return OK; }
+int nvmlShutdown(void) { return OK; }
+const char *nvmlErrorString(int code) { return "the stand-in refuses"; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 1; return OK; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, device *d) {
+  *d = &the_gpu;
+  return index ? INVALID : OK;
+}
+int nvmlDeviceGetHandleByUUID(const char *uuid, device *d) {
+  *d = &the_gpu;
+  return strncmp(uuid, "GPU-07070707", 12) ? INVALID : OK;
+}
+int nvmlDeviceGetName(device d, char *name, unsigned size) {
+  strncpy(name, "NVIDIA Fake", size);
+  return OK;
+}
+int nvmlSystemGetDriverVersion(char *version, unsigned size) {
+  strncpy(version, "580.00", size);
+  return OK;
+}
+int nvmlDeviceGetClockInfo(device d, unsigned kind, unsigned *mhz) { *mhz = 1980; return OK; }
+int nvmlDeviceGetMaxClockInfo(device d, unsigned kind, unsigned *mhz) { *mhz = 1980; return OK; }
+int nvmlDeviceGetPerformanceState(device d, unsigned *state) { *state = 0; return OK; }
+int nvmlDeviceGetCurrentClocksEventReasons(device d, unsigned long long *bits) {
+  *bits = 0;
+  return OK;
+}
+int nvmlDeviceGetPowerUsage(device d, unsigned *mw) { *mw = 300000; return OK; }
+int nvmlDeviceGetEnforcedPowerLimit(device d, unsigned *mw) { *mw = 700000; return OK; }
+int nvmlDeviceGetTotalEnergyConsumption(device d, unsigned long long *mj) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  *mj = 300ull * (t.tv_sec * 1000 + t.tv_nsec / 1000000);  // 300 W
+  return OK;
+}
+int nvmlDeviceGetTemperature(device d, unsigned sensor, unsigned *celsius) { *celsius = 50; return OK; }
+int nvmlDeviceGetUtilizationRates(device d, struct rates *rates) {
+  *rates = (struct rates){50, 10};
+  return OK;
+}
+int nvmlDeviceGetComputeRunningProcesses_v3(device d, unsigned *count, struct process *found) {
+  unsigned room = *count;
+  *count = 1;
+  if (!room) return SMALL;
+  *found = (struct process){.pid = getpid()};
+  return OK;
+}
+int nvmlDeviceGetMPSComputeRunningProcesses_v3(device d, unsigned *count, struct process *found) {
+  *count = 0;
+  return OK;
+}
+int nvmlDeviceGetMigMode(device d, unsigned *now, unsigned *next) {
+  *now = *next = 0;
+  return OK;
+}
