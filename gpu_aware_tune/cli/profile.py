@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,12 +166,12 @@ def _row(curve: Curve, point: Point, knees: dict[int, int]) -> dict[str, Any]:
 
 
 def _show(curve: Curve) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from gpu_aware_tune.console import open_console
     from gpu_aware_tune.planning import choose_share
 
-    console = Console()
+    console = open_console(sys.stdout)
     title = f"{curve.model} on {curve.device}, partition {curve.backend}; latency in ms"
     console.print(title, highlight=False, soft_wrap=True)
     batches = len({point.batch for point in curve.points}) > 1
@@ -178,16 +179,20 @@ def _show(curve: Curve) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     names = [f"{curve.unit}s", "share", "code", *(["batch"] if batches else [])]
     names += ["median", "p10", "p90", "per s", "efficacy"]
-    for name in [*names, *(["W", "mJ each"] if power else [])]:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    slowest_ms = max(point.latency_ms for point in curve.points)
+    names += ["W", "mJ each"] if power else []
     most = max(point.efficacy for point in curve.points)
+    rows = [_cells(point, most, batches, power) for point in curve.points]
+    for name, *cells in zip(names, *rows, strict=True):
+        # Where it is narrow the bars give way: a number that is cut says something else.
+        width = max(map(len, (name, *cells)))
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    table.add_column("", no_wrap=True, overflow="crop")
+    slowest_ms = max(point.latency_ms for point in curve.points)
     knees = curve.knees
-    for point in curve.points:
+    for point, cells in zip(curve.points, rows, strict=True):
         bar = "█" * max(1, round(_BAR_WIDTH * point.latency_ms / slowest_ms))
-        mark = " knee" if knees[point.batch] == point.units else ""
-        table.add_row(*_cells(point, most, batches, power), bar + mark)
+        mark = "knee" if knees[point.batch] == point.units else ""
+        table.add_row(*cells, mark.ljust(5) + bar)
     console.print(table)
     if len(curve.points) > len(knees):
         percent, why = choose_share(curve.points)
