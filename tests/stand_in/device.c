@@ -63,7 +63,16 @@ int is_mps_client(void) {
   return found;
 }
 
+const struct instance *mig_instance(void) {
+  static const struct instance instances[] = MIG_INSTANCES;
+  const char *shown = getenv("CUDA_VISIBLE_DEVICES");
+  for (unsigned i = 0; shown && i < sizeof instances / sizeof *instances; ++i)
+    if (!strcmp(shown, instances[i].uuid)) return &instances[i];
+  return NULL;
+}
+
 unsigned visible_sms(void) {
+  if (mig_instance()) return mig_instance()->sms;
   const char *limit = getenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE");
   int percent = is_mps_client() && limit ? atoi(limit) : 100;
   unsigned pairs = 2 * (percent * SMS / 200);

@@ -7,8 +7,11 @@
 #define SMS 132
 #define MEMORY (6ul << 30)  // of each process
 #define MOST_ARGUMENTS 64
+#define MIG_INSTANCES \
+  {{"MIG-07070707-0707-0707-0707-000000000001", 32}, {"MIG-07070707-0707-0707-0707-000000000002", 60}}
 
 typedef void (*launcher)(const unsigned *grid, const unsigned *block, void **arguments);
+struct instance { const char *uuid; unsigned sms; };
 // A kernel that the stand-in NVRTC compiled, or without `launch` one that does nothing.
 struct function { char name[256]; launcher launch; int arguments; };
 
@@ -49,7 +52,8 @@ CUresult wait_for_event(struct event *event);
 CUresult wait_for_all(void);
 CUresult fault(void);
 int is_mps_client(void);
-unsigned visible_sms(void);  // all, or those of an MPS client's limit
+const struct instance *mig_instance(void);  // that this process was started in, or NULL
+unsigned visible_sms(void);  // all, or those of the instance or of an MPS client's limit
 CUresult take_memory(void **p, size_t bytes);
 void give_memory(void *p);
 size_t free_memory(void);

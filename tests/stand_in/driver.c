@@ -16,7 +16,10 @@ CUresult cuInit(unsigned flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA
 CUresult cuDriverGetVersion(int *v) { *v = 13000; return 0; }
 CUresult cuDeviceGetCount(int *n) { *n = 1; return 0; }
 CUresult cuDeviceGet(CUdevice *d, int n) { *d = n; return n ? CUDA_ERROR_INVALID_DEVICE : 0; }
-CUresult cuDeviceGetName(char *name, int n, CUdevice d) { strncpy(name, "NVIDIA Fake", n); return 0; }
+CUresult cuDeviceGetName(char *name, int n, CUdevice d) {
+  strncpy(name, mig_instance() ? "NVIDIA Fake MIG 3g.71gb" : "NVIDIA Fake", n);
+  return 0;
+}
 CUresult cuDeviceGetUuid_v2(CUuuid *u, CUdevice d) { memset(u, 7, sizeof *u); return 0; }
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
   switch ((int)a) {

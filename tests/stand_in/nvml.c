@@ -1,14 +1,22 @@
 // A libnvidia-ml.so.1 with one quiet GPU: steady clocks, no throttling, and of processes its caller's.
+// With STAND_IN_MIG set the GPU has the two MIG instances of device.h.
+#include "device.h"
+#include <stdio.h>
+#include <stdlib.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { OK = 0, INVALID = 2, UNSUPPORTED = 3, SMALL = 7 };
-typedef void *device;
+enum { OK = 0, INVALID = 2, MISSING = 6, SMALL = 7 };
+typedef const void *device;
 struct rates { unsigned gpu, memory; };
 struct process { unsigned pid; unsigned long long memory; unsigned gpu_instance, compute_instance; };
-static int the_gpu;
+struct attributes { unsigned sms, engines[5], slices[2]; unsigned long long memory_mib; };
+static const int the_gpu;
+static const struct instance instances[] = MIG_INSTANCES;
+
+static const struct instance *instance_of(device d) { return d == &the_gpu ? NULL : d; }
 
 int nvmlInitWithFlags(unsigned flags) { return OK; }
 int nvmlShutdown(void) { return OK; }
@@ -23,7 +31,12 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, device *d) {
   return strncmp(uuid, "GPU-07070707", 12) ? INVALID : OK;
 }
 int nvmlDeviceGetName(device d, char *name, unsigned size) {
-  strncpy(name, "NVIDIA Fake", size);
+  strncpy(name, instance_of(d) ? "NVIDIA Fake MIG" : "NVIDIA Fake", size);
+  return OK;
+}
+int nvmlDeviceGetUUID(device d, char *uuid, unsigned size) {
+  strncpy(uuid, instance_of(d) ? instance_of(d)->uuid : "GPU-07070707-0707-0707-0707-070707070707",
+          size);
   return OK;
 }
 int nvmlSystemGetDriverVersion(char *version, unsigned size) {
@@ -62,6 +75,16 @@ int nvmlDeviceGetMPSComputeRunningProcesses_v3(device d, unsigned *count, struct
   return OK;
 }
 int nvmlDeviceGetMigMode(device d, unsigned *now, unsigned *next) {
-  *now = *next = 0;
+  *now = *next = getenv("STAND_IN_MIG") != NULL;
+  return OK;
+}
+int nvmlDeviceGetMaxMigDeviceCount(device d, unsigned *count) { *count = 7; return OK; }
+int nvmlDeviceGetMigDeviceHandleByIndex(device d, unsigned slot, device *found) {
+  if (slot >= sizeof instances / sizeof *instances) return MISSING;
+  *found = &instances[slot];
+  return OK;
+}
+int nvmlDeviceGetAttributes_v2(device d, struct attributes *found) {
+  *found = (struct attributes){.sms = instance_of(d)->sms, .memory_mib = 71680};
   return OK;
 }

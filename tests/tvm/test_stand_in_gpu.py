@@ -43,19 +43,21 @@ def test_a_model_is_tuned_for_a_share_and_runs_there(
 
 
 @pytest.mark.parametrize(
-    ("file", "which"),
+    ("file", "which", "settings"),
     [
-        ("test_device_partitions.py", "not mig"),
-        ("test_device_faults.py", "illegal or of_one_mps_client"),
+        ("test_device_partitions.py", "test", {"STAND_IN_MIG": "1"}),
+        ("test_device_faults.py", "illegal or of_one_mps_client", {}),
     ],
 )
-def test_what_is_tested_on_a_gpu_passes(file: str, which: str, stand_in: Mapping[str, str]) -> None:
-    """Apart from MIG, which the stand-in lacks, and what takes long."""
+def test_what_is_tested_on_a_gpu_passes(
+    file: str, which: str, settings: Mapping[str, str], stand_in: Mapping[str, str]
+) -> None:
+    """Apart from what takes long."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, f"tests/gpu/{file}", "-k", which],
         cwd=ROOT,
-        env=stand_in,
+        env={**stand_in, **settings},
         capture_output=True,
         text=True,
         timeout=240,
