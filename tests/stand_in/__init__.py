@@ -1,12 +1,22 @@
-"""A stand-in for an NVIDIA GPU: driver, CUDA runtime and NVRTC as libraries that work on the CPU.
+"""A stand-in for an NVIDIA GPU: CUDA's libraries, working on the CPU.
 
-Everything above these libraries is the real thing: cuda.bindings, TVM's CUDA runtime and code
-generator, and all of this package. Kernels are compiled with g++ and run thread for thread, slowly.
+    device.c         the GPU: streams, memory, kernels, faults, MPS limits
+    driver.c         libcuda            runtime.c        libcudart, as far as TVM uses it
+    nvml.c           NVML               nvrtc.cpp        NVRTC: compiles with g++
+    mps_control.py   MPS's control program, daemon and commands
+    include/         what CUDA source means on a CPU
+
+Everything above these is the real thing: cuda.bindings, pynvml, TVM's CUDA runtime and code
+generator, and all of this package. Kernels run thread for thread, slowly; small models do.
+
+    PYTHONPATH=tests python -m stand_in tune model.onnx --gpu-pct 30     # any command
+    STAND_IN_MIG=1 PYTHONPATH=tests python -m stand_in tune doctor       # with MIG instances
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -26,6 +36,8 @@ def lacks() -> str:
         find_toolchain()  # its headers declare what the libraries define
     except SetupError as error:
         return str(error)
+    if platform.machine() != "x86_64":
+        return f"it is written for x86_64, not {platform.machine()}"
     return ", ".join(f"{name} is missing" for name in NEEDED if shutil.which(name) is None)
 
 
