@@ -196,9 +196,9 @@ def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[Tun
         UserError: a folder cannot be used, with why.
     """
     from gpu_aware_tune.library.manifest import (
+        check_units,
         check_versions,
         check_weights,
-        choose_units,
         known_units,
         read_manifest,
     )
@@ -208,7 +208,7 @@ def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[Tun
         manifest = read_manifest(path)
         check_versions(path, manifest)
         if tuned_at is not None:
-            choose_units(path, manifest, tuned_at)
+            check_units(path, manifest, tuned_at)
         check_weights(path, manifest)
         folders.append(TunedFolder(path, manifest, known_units(manifest), tuned_at))
     batches: dict[int, Path] = {}

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 @click.option(
     "--units",
     type=click.IntRange(1),
-    help="Which library, by its cores or SMs [default: nearest to what is visible].",
+    help="Run on so many cores or SMs, with the library tuned for the nearest number [default: the "
+    "library nearest to what is visible, on its own number].",
 )
 @click.option(
     "--partition",

@@ -19,7 +19,6 @@ from gpu_aware_tune.library.manifest import (
     check_library,
     check_versions,
     check_weights,
-    choose_units,
     known_units,
     library_of,
     nearest,
@@ -96,9 +95,9 @@ class Library:
     """
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], units: int, partition: str | None = None
+        self, path: Path, manifest: dict[str, Any], units: int | None, partition: str | None = None
     ) -> None:
-        """Open the library for `units`, one of those the manifest has; see `load`."""
+        """Open the library for a share; see `load`."""
         self.path = path
         self.manifest = manifest
         self.inputs = _specs(manifest["inputs"])
@@ -112,7 +111,7 @@ class Library:
         # A process that ends does not wait for a GPU: the driver takes everything back.
         weakref.finalize(self, self._places.stop).atexit = on_cpu(manifest)
         check_weights(path, manifest)
-        self._lane = self._open(units, units)
+        self._lane = self._open_for(units)
 
     def __repr__(self) -> str:
         return f"Library({str(self.path)!r}, units={self.units})"
@@ -157,13 +156,10 @@ class Library:
                 has no partition of so many SMs.
             SetupError: the partition cannot be had.
         """
-        if units is not None and units < 1:
-            raise UserError(f"use({units}): a share has at least 1 unit")
+        seen = visible_units(self.manifest) if units is None else units
         with self._switching:
             self._check_open()
-            seen = visible_units(self.manifest) if units is None else units
-            chosen = nearest(self._known, seen)
-            self._lane = self._open(chosen, seen)
+            self._lane = self._open_for(seen)
         return self
 
     def preload(self) -> Library:
@@ -239,6 +235,16 @@ class Library:
         if self._closed:
             raise UserError(f"{self!r} is closed: load it again")
 
+    def _open_for(self, units: int | None) -> _Lane:
+        """The library for a share; without one the nearest to what is visible, on its own units."""
+        if units is None:
+            chosen = units = nearest(self._known, visible_units(self.manifest))
+        elif units < 1:
+            raise UserError(f"{units} units: a share has at least 1")
+        else:
+            chosen = nearest(self._known, units)
+        return self._open(chosen, units)
+
     def _open(self, units: int, place: int) -> _Lane:
         """The library for `units` on `place` cores or SMs, opened when it is first asked for."""
         file, entry = library_of(self.manifest, units)
@@ -267,23 +273,24 @@ def load(
 
     Args:
         path: the folder.
-        units: which library; by default the one tuned for the number of cores this process may use
-            (or SMs this GPU has) that comes nearest.
+        units: the cores or SMs to run on, as for `Library.use`: the library tuned for the nearest
+            number is taken. By default the one tuned for the number of cores this process may use
+            (or SMs this GPU has) that comes nearest, on the number it was tuned for.
         preload: open the libraries of the other shares too, for `Library.use`; the weights are
             shared, so this costs little memory.
         partition: how a GPU is shared, in place of what the library was tuned with: "green", "mps",
             "mig", or "full" for all that this process sees.
 
     Raises:
-        UserError: the folder is missing, damaged, or was made by other versions, or the GPU has no
-            such partition.
+        UserError: the folder is missing, damaged, or was made by other versions, `units` is below 1,
+            or the GPU has no such partition.
         SetupError: the device it was tuned for is not there, or its share is one that this process
             would have to be started in.
     """
     path = Path(path)
     manifest = read_manifest(path)
     check_versions(path, manifest)
-    library = Library(path, manifest, choose_units(path, manifest, units), partition)
+    library = Library(path, manifest, units, partition)
     return library.preload() if preload else library
 
 

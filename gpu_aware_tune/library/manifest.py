@@ -32,19 +32,16 @@ def library_of(manifest: Mapping[str, Any], units: int) -> tuple[str, str]:
     return str(found["file"]), str(found.get("entry", "main"))
 
 
-def choose_units(path: Path, manifest: Mapping[str, Any], units: int | None) -> int:
-    """Give the units of the library to load: those asked for, or the nearest to what is visible.
+def check_units(path: Path, manifest: Mapping[str, Any], units: int) -> None:
+    """Refuse units that a folder has no library for.
 
     Raises:
-        UserError: the folder has no library for the units asked for.
+        UserError: it has none, with those it has.
     """
     known = known_units(manifest)
-    if units is None:
-        return nearest(known, visible_units(manifest))
     if units not in known:
         allowed = ", ".join(str(count) for count in known)
         raise UserError(f"{path} has no library for {units} units: choose one of {allowed}")
-    return units
 
 
 def check_library(path: Path, manifest: Mapping[str, Any], units: int) -> None:

@@ -547,7 +547,7 @@ def test_use_switches_code_and_cores(tiny: tuple[Model, Path]) -> None:
     visible = min(2, len(cores))
     assert loaded.use(1).use().units == visible
     assert loaded.cores == cores
-    with pytest.raises(UserError, match=r"use\(0\): a share has at least 1 unit"):
+    with pytest.raises(UserError, match="0 units: a share has at least 1"):
         loaded.use(0)
     loaded.close()
     with pytest.raises(UserError, match="is closed"):
@@ -707,8 +707,11 @@ def test_the_nearest_library_is_taken(tiny: tuple[Model, Path]) -> None:
     visible = min(2, len(usable_cores()))
     assert load(tiny[1]).units == visible
     assert load(tiny[1], units=1).units == 1
-    with pytest.raises(UserError, match="choose one of 1, 2"):
-        load(tiny[1], units=3)
+    with pytest.raises(UserError, match="0 units: a share has at least 1"):
+        load(tiny[1], units=0)
+    everywhere = load(tiny[1], units=len(usable_cores()) + 1)
+    assert everywhere.units == 2, "the nearest"
+    assert everywhere.cores == usable_cores(), "no more than there are"
 
 
 def test_missing_and_damaged_folders_are_user_errors(copy: Path) -> None:

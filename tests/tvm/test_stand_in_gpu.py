@@ -40,6 +40,9 @@ def test_a_model_is_tuned_for_a_share_and_runs_there(
     done = run_tune("run", output, "--inputs", tmp_path / "in.npz", env=stand_in)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "32 SMs" in done.stdout
+    done = run_tune("run", output, "--units", "64", "--seconds", "0.1", env=stand_in)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "32 units of" in done.stdout and "partition green: 64 SMs" in done.stdout
 
 
 @pytest.mark.parametrize(
