@@ -75,7 +75,8 @@ int nvmlDeviceGetMPSComputeRunningProcesses_v3(device d, unsigned *count, struct
   return OK;
 }
 int nvmlDeviceGetMigMode(device d, unsigned *now, unsigned *next) {
-  *now = *next = getenv("STAND_IN_MIG") != NULL;
+  const char *wanted = getenv("STAND_IN_MIG");
+  *now = *next = wanted && *wanted;
   return OK;
 }
 int nvmlDeviceGetMaxMigDeviceCount(device d, unsigned *count) { *count = 7; return OK; }
