@@ -133,13 +133,13 @@ void put(struct queue *queue, const struct op *op) {
 
 void do_later(struct stream *stream, const struct op *op) {
   pthread_mutex_lock(&device);
-  put(&stream->todo, op);
+  put(&stream->waiting, op);
   pthread_mutex_unlock(&device);
 }
 
 void do_again(struct stream *stream, const struct queue *queue) {
   pthread_mutex_lock(&device);
-  for (const struct op *op = queue->first; op; op = op->next) put(&stream->todo, op);
+  for (const struct op *op = queue->first; op; op = op->next) put(&stream->waiting, op);
   pthread_mutex_unlock(&device);
 }
 
@@ -212,10 +212,10 @@ static void work_off(struct op *op, struct stream *stream) {
 
 // Does what a stream has to do; the device is held and its memory open.
 static void finish(struct stream *stream) {
-  while (stream->todo.first && !left_behind) {
-    struct op *op = stream->todo.first;
-    stream->todo.first = op->next;
-    if (!op->next) stream->todo.last = NULL;
+  while (stream->waiting.first && !left_behind) {
+    struct op *op = stream->waiting.first;
+    stream->waiting.first = op->next;
+    if (!op->next) stream->waiting.last = NULL;
     work_off(op, stream);
     if (op->kind == COPY && op->value) free((void *)op->from);  // it was kept for this copy
     free(op);

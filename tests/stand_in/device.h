@@ -34,7 +34,7 @@ struct queue { struct op *first, *last; };
 struct stream {
   uintptr_t green;
   unsigned first, sms;  // its SMs
-  struct queue todo;
+  struct queue waiting;
   struct queue *capturing;
   double seconds;  // of its work so far
   struct stream *next;
