@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cubin import machine_code  # noqa: E402
+from benchmarks.draws import random_schedules  # noqa: E402
 from benchmarks.environment import environment, write_results  # noqa: E402
 from gpu_aware_tune import cuda_toolchain  # noqa: E402
 from gpu_aware_tune.partition import device as devices  # noqa: E402
@@ -75,31 +76,15 @@ def matmul(size: int) -> Any:
 def candidates(function: Any, count: int, seed: int) -> tuple[list[Candidate], list[str]]:
     """Random candidates of a task, built with TVM; and what the failed ones said."""
     import tvm
-    from tvm.s_tir import meta_schedule as ms
     from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
     target = tvm.target.Target(devices._absent_gpu(0, ARCH, "").target(132))
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    context = ms.TuneContext(
-        mod=module,
-        target=target,
-        space_generator="post-order-apply",
-        search_strategy="replay-trace",
-        rand_state=seed,
-        num_threads=1,
-    ).clone()
-    context.pre_tuning(
-        max_trials=count,
-        num_trials_per_iter=count,
-        design_spaces=context.generate_design_space(),
-        database=ms.database.MemoryDatabase(),
-        cost_model=ms.cost_model.RandomModel(),
-    )
     found, failed = [], []
-    for drawn in context.generate_measure_candidates() or []:
+    for schedule in random_schedules(module, target, "post-order-apply", count, seed):
         try:
             start = time.process_time()
-            lowered = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(drawn.sch.mod)
+            lowered = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(schedule.mod)
             built = tvm.tirx.build(lowered, target=target)
             build_s = time.process_time() - start
             (source,) = cuda_toolchain.cuda_sources(built)

@@ -30,7 +30,7 @@ _USES_STD = re.compile(r"(?<!\w)(?:cuda::|std::|CUtensorMap)")
 # CUDA has no tiles of 16 x 16 x 8 halves: `tf32` gives them this name where it means TF32 tiles,
 # since TVM's code generator refuses tiles of floats. Rounding is what CUDA asks for after a load.
 _TF32_TILE = re.compile(r"wmma::matrix_[ab], 16, 16, 8, half,")
-TF32_TILES = """\
+_TF32_TILES = """\
 namespace nvcuda { namespace wmma {
 #define TF32_TILE(side, layout) \\
   template <> class fragment<side, 16, 16, 8, half, layout> \\
@@ -61,4 +61,4 @@ def with_tf32_tiles(source: str) -> str:
     """The source with the definition of TF32 tiles, where it uses them."""
     if not _TF32_TILE.search(source):
         return source
-    return source.replace(_MMA_HEADER, _MMA_HEADER + TF32_TILES, 1)
+    return source.replace(_MMA_HEADER, _MMA_HEADER + _TF32_TILES, 1)

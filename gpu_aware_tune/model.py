@@ -178,7 +178,6 @@ def _plainly_named(module: tvm.IRModule) -> tvm.IRModule:
     Kernels name their arguments after them, and TVM writes these names into CUDA source as they are:
     one that reads "gpu_0/data_0" would not compile.
     """
-    import tvm
     from tvm import relax
 
     main = module["main"]
@@ -196,7 +195,15 @@ def _plainly_named(module: tvm.IRModule) -> tvm.IRModule:
             return renamed.get(op, op)
 
     parameters = [renamed.get(parameter, parameter) for parameter in main.params]
-    body = Rename(module).visit_expr(main.body)
+    return _with_main(module, parameters, Rename(module).visit_expr(main.body))
+
+
+def _with_main(module: tvm.IRModule, parameters: Sequence[Any], body: Any) -> tvm.IRModule:
+    """The module with other parameters and another body of main."""
+    import tvm
+    from tvm import relax
+
+    main = module["main"]
     function = relax.Function(parameters, body, main.ret_ty, main.is_pure, main.attrs)
     module = tvm.IRModule(dict(module.functions), attrs=module.attrs)
     module.update_func(module.get_global_var("main"), function)
@@ -242,7 +249,6 @@ def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
 
 def _hoist_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
     """Turn the large constants of main into parameters behind the inputs."""
-    import tvm
     from tvm import relax
 
     weights: dict[str, np.ndarray] = {}
@@ -266,12 +272,7 @@ def _hoist_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, np.n
 
     main = module["main"]
     body = Hoist(module).visit_expr(main.body)
-    hoisted = relax.Function(
-        [*main.params, *parameters], body, main.ret_ty, main.is_pure, main.attrs
-    )
-    module = tvm.IRModule(dict(module.functions), attrs=module.attrs)
-    module.update_func(module.get_global_var("main"), hoisted)
-    return module, weights
+    return _with_main(module, [*main.params, *parameters], body), weights
 
 
 def _input_spec(value: onnx.ValueInfoProto) -> TensorSpec:

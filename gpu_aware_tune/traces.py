@@ -80,8 +80,8 @@ def apply_trace(trace_json: str, module: tvm.IRModule) -> Schedule:
     """
     if '"Tensorize"' in trace_json:
         load_tvm()  # intrinsics are looked up by name during the replay
-    if TF32_INTRINSICS in trace_json:
-        register_intrinsics()
+        if TF32_INTRINSICS in trace_json:
+            register_intrinsics()
     schedule = Schedule(module, error_render_level="fast")
     try:
         _apply_json(_parse_json(trace_json), schedule)

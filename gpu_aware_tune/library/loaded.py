@@ -237,13 +237,11 @@ class Library:
 
     def _open_for(self, units: int | None) -> _Lane:
         """The library for a share; without one the nearest to what is visible, on its own units."""
-        if units is None:
-            chosen = units = nearest(self._known, visible_units(self.manifest))
-        elif units < 1:
+        if units is not None and units < 1:
             raise UserError(f"{units} units: a share has at least 1")
-        else:
-            chosen = nearest(self._known, units)
-        return self._open(chosen, units)
+        seen = visible_units(self.manifest) if units is None else units
+        chosen = nearest(self._known, seen)
+        return self._open(chosen, chosen if units is None else units)
 
     def _open(self, units: int, place: int) -> _Lane:
         """The library for `units` on `place` cores or SMs, opened when it is first asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import sys
@@ -54,6 +55,7 @@ def _without_torch() -> Iterator[None]:
             del sys.modules["torch"]
 
 
+@functools.cache
 def load_tvm() -> None:
     """Import what search, build and measurement need of TVM; neither torch nor CUDA is started."""
     with cheap_stack(), _without_torch():

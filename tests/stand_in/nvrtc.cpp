@@ -36,7 +36,6 @@ static std::string for_cpu(const std::string& source) {
     int number = 0;
     for (std::string one; std::getline(parameters, one, ','); ++number) {
       std::string type = one.substr(0, one.find_last_of(" *&") + 1);
-      type = std::regex_replace(type, std::regex("__restrict__"), "");
       given += (number ? ", *(" : "*(") + type + "*)p[" + std::to_string(number) + "]";
     }
     launchers += "extern \"C\" const int arguments_" + name + " = " + std::to_string(number) + ";\n";

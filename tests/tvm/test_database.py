@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import tvm
 import tvm_ffi
 from click.testing import CliRunner
+from conftest import ROOT
 from tvm import relax
 
 from gpu_aware_tune import database
@@ -29,6 +31,9 @@ from gpu_aware_tune.traces import (
     trace_to_json,
 )
 from gpu_aware_tune.workers.warm import load_tvm
+
+sys.path.insert(0, str(ROOT))
+from benchmarks.draws import random_schedules
 
 load_tvm()
 ms = tvm.s_tir.meta_schedule
@@ -72,14 +77,7 @@ def matmul(modules: dict[str, tvm.IRModule]) -> tvm.IRModule:
 @pytest.fixture(scope="module")
 def candidates(matmul: tvm.IRModule) -> list[tvm.s_tir.Schedule]:
     """Schedules of the matrix product as TVM's search makes them, postprocessors included."""
-    context = ms.TuneContext(
-        mod=matmul, target=TARGET, space_generator="post-order-apply",
-        search_strategy="replay-trace", rand_state=1, num_threads=1,
-    ).clone()  # fmt: skip
-    context.pre_tuning(
-        max_trials=6, num_trials_per_iter=6, design_spaces=context.generate_design_space()
-    )
-    return [candidate.sch for candidate in context.generate_measure_candidates()]
+    return random_schedules(matmul, TARGET, "post-order-apply", 6, seed=1)
 
 
 @pytest.fixture(scope="module")

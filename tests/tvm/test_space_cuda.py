@@ -5,47 +5,22 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import pytest
 import tvm
+from tf32_kernels import matmul, module_of
 from tvm import te
 
+from benchmarks.draws import random_schedules
 from gpu_aware_tune.space import make_space, whole_waves
 from gpu_aware_tune.testing import fake_gpu
-from gpu_aware_tune.workers.warm import load_tvm
 
 SMS = 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _intrinsics() -> None:
-    load_tvm()
-
-
 def designs(function: Any, units: int) -> list[Any]:
-    from tvm.s_tir import meta_schedule as ms
-
     target = tvm.target.Target(fake_gpu().target(units))
-    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    context = ms.TuneContext(
-        mod=module,
-        target=target,
-        space_generator=make_space(module, target, units),
-        search_strategy="replay-trace",
-        rand_state=3,
-        num_threads=1,
-    ).clone()
-    spaces = context.generate_design_space()
-    context.pre_tuning(max_trials=4, num_trials_per_iter=4, design_spaces=spaces,
-                       database=ms.database.MemoryDatabase(),
-                       cost_model=ms.cost_model.RandomModel())  # fmt: skip
-    return [candidate.sch.mod for candidate in context.generate_measure_candidates() or []]
-
-
-def matmul(dtype: str) -> Any:
-    a, b = (te.placeholder((256, 256), name=name, dtype=dtype) for name in "ab")
-    k = te.reduce_axis((0, 256), name="k")
-    product = te.compute((256, 256), lambda i, j: te.sum(a[i, k] * b[k, j], k), name="c")
-    return te.create_prim_func([a, b, product])
+    module = module_of(function, marked=False)
+    space = make_space(module, target, units)
+    return [schedule.mod for schedule in random_schedules(module, target, space, 4, seed=3)]
 
 
 def test_grids_fill_the_share_s_sms_a_whole_number_of_times() -> None:
@@ -66,7 +41,7 @@ def test_grids_fill_the_share_s_sms_a_whole_number_of_times() -> None:
 
 
 def test_tensor_cores_are_for_float16_alone() -> None:
-    half = [module.script() for module in designs(matmul("float16"), SMS)]
-    single = [module.script() for module in designs(matmul("float32"), SMS)]
+    half = [module.script() for module in designs(matmul(256, 256, 256, "float16"), SMS)]
+    single = [module.script() for module in designs(matmul(256, 256, 256, "float32"), SMS)]
     assert any("wmma" in text or "mma" in text for text in half)
     assert single and not any("mma" in text for text in single)

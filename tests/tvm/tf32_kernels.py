@@ -18,6 +18,7 @@ import numpy as np
 from gpu_aware_tune import cuda_toolchain
 from gpu_aware_tune.workers.warm import load_tvm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if __name__ == "__main__":
     cuda_toolchain.preload_runtime()
     os.environ.update(cuda_toolchain.environment())
@@ -25,9 +26,9 @@ load_tvm()
 
 import tvm  # noqa: E402
 from tvm import te, topi  # noqa: E402
-from tvm.s_tir import meta_schedule as ms  # noqa: E402
 from tvm.s_tir.schedule import Schedule  # noqa: E402
 
+from benchmarks.draws import random_schedules  # noqa: E402
 from gpu_aware_tune.space import make_space  # noqa: E402
 from gpu_aware_tune.testing import fake_gpu  # noqa: E402
 from gpu_aware_tune.tf32 import MARK, TF32_INTRINSICS  # noqa: E402
@@ -70,22 +71,7 @@ def module_of(function: Any, marked: bool = True) -> tvm.IRModule:
 
 def on_tensor_cores(module: tvm.IRModule, count: int) -> list[tuple[str, Schedule]]:
     """Of so many random candidates those whose products are in TF32."""
-    context = ms.TuneContext(
-        mod=module,
-        target=CUDA,
-        space_generator=make_space(module, CUDA, 40),
-        search_strategy="replay-trace",
-        rand_state=3,
-        num_threads=1,
-    ).clone()
-    context.pre_tuning(
-        max_trials=count,
-        num_trials_per_iter=count,
-        design_spaces=context.generate_design_space(),
-        database=ms.database.MemoryDatabase(),
-        cost_model=ms.cost_model.RandomModel(),
-    )
-    drawn = [candidate.sch for candidate in context.generate_measure_candidates() or []]
+    drawn = random_schedules(module, CUDA, make_space(module, CUDA, 40), count, seed=3)
     found = [(trace_to_json(schedule.trace), schedule) for schedule in drawn]
     return [(trace, schedule) for trace, schedule in found if TF32_INTRINSICS in trace]
 
