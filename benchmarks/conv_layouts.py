@@ -44,10 +44,10 @@ from benchmarks.model_latency import (  # noqa: E402
     onnxruntime_timer,
     take_turns,
 )
+from gpu_aware_tune.kernels.packing import LAYOUT_FREE, without_packing  # noqa: E402
+from gpu_aware_tune.kernels.schedules import default_schedules  # noqa: E402
+from gpu_aware_tune.kernels.schedules.cpu import machine_of  # noqa: E402
 from gpu_aware_tune.library.threads import CoreThread  # noqa: E402
-from gpu_aware_tune.packing import LAYOUT_FREE, without_packing  # noqa: E402
-from gpu_aware_tune.schedules import default_schedules  # noqa: E402
-from gpu_aware_tune.schedules.cpu import machine_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "conv-layouts.json"
 COLUMNS, BLOCKS = (7, 14, 28), (1, 2, 4)  # of a register tile: pixels of a row, vectors of channels

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.cubin import machine_code  # noqa: E402
 from benchmarks.draws import random_schedules  # noqa: E402
 from benchmarks.environment import environment, write_results  # noqa: E402
-from gpu_aware_tune import cuda_toolchain  # noqa: E402
+from gpu_aware_tune.codegen import cuda_toolchain  # noqa: E402
 from gpu_aware_tune.partition import device as devices  # noqa: E402
 from gpu_aware_tune.workers.warm import load_tvm  # noqa: E402
 

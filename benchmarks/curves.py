@@ -89,9 +89,9 @@ def make_folders(name: str, slim: Path, scratch: Path) -> dict[str, Path]:
     """Export a model with 1, 2 and 4 shares in one library, and with 4 in libraries of their own."""
     import tvm
 
-    from gpu_aware_tune.compile import compile_model, compile_shares
+    from gpu_aware_tune.codegen.compile import compile_model, compile_shares
     from gpu_aware_tune.library import export, link
-    from gpu_aware_tune.model import load_model
+    from gpu_aware_tune.model.importer import load_model
 
     path = model_file(name, slim, scratch)
     cpu = str(tvm.target.codegen.llvm_get_system_cpu())
@@ -152,7 +152,7 @@ def load_times(folders: dict[str, Path], times: int) -> dict[str, dict[str, floa
 def switching(folder: Path, switches: int) -> dict[str, Any]:
     """Seconds of `use` between open libraries, and what callers see meanwhile."""
     from gpu_aware_tune.library import load
-    from gpu_aware_tune.model import random_inputs
+    from gpu_aware_tune.model.importer import random_inputs
 
     library = load(folder, units=1, preload=True)
     known = (1, 2)

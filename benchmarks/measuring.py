@@ -87,7 +87,8 @@ class Bench:
     """One model's heaviest tasks, and workers to draw, build and measure their candidates."""
 
     def __init__(self, model: str, tasks: int, seed: int) -> None:
-        from gpu_aware_tune.model import load_model
+        from gpu_aware_tune.model.importer import load_model
+        from gpu_aware_tune.model.tasks import extract
         from gpu_aware_tune.partition import (
             choose_backend,
             find_device,
@@ -95,7 +96,6 @@ class Bench:
             share_of,
         )
         from gpu_aware_tune.settings import Settings
-        from gpu_aware_tune.tasks import extract
         from gpu_aware_tune.workers import WorkerHost
         from gpu_aware_tune.workers.warm import load_tvm
 
@@ -116,8 +116,8 @@ class Bench:
         self.tasks = extract(load_model(path, self.tvm_target), self.tvm_target)[:tasks]
 
     def __enter__(self) -> Bench:
-        from gpu_aware_tune.builder import BuildPool
-        from gpu_aware_tune.candidates import Searcher, SearchSettings
+        from gpu_aware_tune.codegen.build_pool import BuildPool
+        from gpu_aware_tune.search.candidates import Searcher, SearchSettings
 
         how, memory = self._settings, self._settings.memory_limit_mb << 20
         self._measurer = Measurer(self._host, self._partition, how.run_timeout_s, memory)
@@ -135,8 +135,8 @@ class Bench:
 
     def compare(self, task: Any, count: int) -> dict[str, Any]:
         """Draw, build and measure one task's candidates; gives its row."""
-        from gpu_aware_tune.schedules import default_schedules
-        from gpu_aware_tune.traces import module_to_json, trace_to_json
+        from gpu_aware_tune.kernels.schedules import default_schedules
+        from gpu_aware_tune.kernels.traces import module_to_json, trace_to_json
 
         self._builders.add_task(task.hash, module_to_json(task.module))
         untuned = [trace_to_json(s.trace) for s in default_schedules(task.module, self.tvm_target)]
@@ -152,8 +152,8 @@ class Bench:
 
     def drawn(self, task: Any, count: int) -> list[str]:
         """Traces of the task's candidates, as the search drafts them."""
-        from gpu_aware_tune.candidates import NewTask
-        from gpu_aware_tune.traces import module_to_json
+        from gpu_aware_tune.kernels.traces import module_to_json
+        from gpu_aware_tune.search.candidates import NewTask
 
         self._searcher.add(NewTask(task.hash, module_to_json(task.module)))
         worker, traces = self._searcher.worker, []

@@ -107,11 +107,11 @@ def measure(
     """Milliseconds of one inference for each contestant, ratios, and errors."""
     import tvm
 
+    from gpu_aware_tune.finalize.verify import difference
     from gpu_aware_tune.library import open_vm, save_weights
     from gpu_aware_tune.library.threads import CoreThread
-    from gpu_aware_tune.model import load_model, random_inputs
-    from gpu_aware_tune.tasks import extract
-    from gpu_aware_tune.verify import difference
+    from gpu_aware_tune.model.importer import load_model, random_inputs
+    from gpu_aware_tune.model.tasks import extract
 
     cpu = str(tvm.target.codegen.llvm_get_system_cpu())
     target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": args.threads})
@@ -164,7 +164,7 @@ def contestant(
 
 def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
     """Compile a model without schedules or with the default ones."""
-    from gpu_aware_tune.compile import compile_model
+    from gpu_aware_tune.codegen.compile import compile_model
 
     traces = default_traces(model, target) if kind != "plain" else {}
     compile_model(model, target, traces).export_library(str(path))
@@ -173,9 +173,9 @@ def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
 
 def default_traces(model: Any, target: Any) -> dict[str, str]:
     """A model's default schedules, by task."""
-    from gpu_aware_tune.schedules import default_schedule
-    from gpu_aware_tune.tasks import extract
-    from gpu_aware_tune.traces import trace_to_json
+    from gpu_aware_tune.kernels.schedules import default_schedule
+    from gpu_aware_tune.kernels.traces import trace_to_json
+    from gpu_aware_tune.model.tasks import extract
 
     traces = {}
     for task in extract(model, target):

@@ -68,9 +68,9 @@ def check(name: str, slim: Path, trials: int) -> dict[str, Any]:
     """Tune one model briefly; compare its untuned and its tuned library with ONNX Runtime."""
     import tvm
 
-    from gpu_aware_tune.model import load_model
+    from gpu_aware_tune.finalize.verify import verify_library
+    from gpu_aware_tune.model.importer import load_model
     from gpu_aware_tune.tuning import tune_events
-    from gpu_aware_tune.verify import verify_library
     from gpu_aware_tune.workers.warm import load_tvm
 
     load_tvm()

@@ -191,7 +191,7 @@ def ours(model: onnx.ModelProto) -> tuple[Callable[[], Runner], str]:
     """Import with `load_model`; return what compiles it."""
     import tvm
 
-    from gpu_aware_tune.model import load_model
+    from gpu_aware_tune.model.importer import load_model
 
     target = tvm.target.Target("llvm")
     with tempfile.TemporaryDirectory() as folder:

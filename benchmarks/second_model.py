@@ -80,7 +80,7 @@ def with_head(model: ModelProto, classes: int) -> ModelProto:
 def tuned(run: str, models: list[Path], folder: Path, trials: int) -> dict[str, Any]:
     """Tune once; the search's seconds run from its first stage to the one after it."""
     from gpu_aware_tune.events import Finished, Stage, Trial
-    from gpu_aware_tune.jobs import make_jobs
+    from gpu_aware_tune.run.jobs import make_jobs
     from gpu_aware_tune.tuning import tune_jobs
 
     print(f"running {run} ...", flush=True)

@@ -94,9 +94,9 @@ def tuned(
 
 def measured(folders: dict[str, Path], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
     """A curve of each set, all measured in turns."""
-    from gpu_aware_tune.curves import Curve, measure
     from gpu_aware_tune.partition import choose_backend, find_device, open_partitions
-    from gpu_aware_tune.profiles import open_folders, share_for
+    from gpu_aware_tune.profiling.curves import Curve, measure
+    from gpu_aware_tune.profiling.profiles import open_folders, share_for
     from gpu_aware_tune.workers import WorkerHost
 
     device, _ = find_device("llvm", 0, None)

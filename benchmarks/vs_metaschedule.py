@@ -83,8 +83,8 @@ def run_one(
 
 def opened(paths: list[Path], tasks: int, **settings: Any) -> Any:
     """A run of ours up to the lists of tasks, cut to each model's heaviest ones."""
-    from gpu_aware_tune.jobs import make_jobs
-    from gpu_aware_tune.run import Run
+    from gpu_aware_tune.run.jobs import make_jobs
+    from gpu_aware_tune.run.session import Run
 
     db = paths[0].parent / "records"
     run = Run(make_jobs(paths, target="llvm", patience=0, db=db, resume=False, **settings))
@@ -147,7 +147,7 @@ def run_stock(
     from tvm.s_tir import meta_schedule as ms
     from tvm.s_tir.meta_schedule.measure_callback import PyMeasureCallback
 
-    from gpu_aware_tune.traces import trace_to_json
+    from gpu_aware_tune.kernels.traces import trace_to_json
 
     run = opened([path], tasks, trials=tasks * trials, max_trials_per_task=trials)
     (model,) = run.models
@@ -211,8 +211,8 @@ def retimed(
 
     Gives the latency over time.
     """
-    from gpu_aware_tune.candidates import Candidate
     from gpu_aware_tune.measure import RETIME
+    from gpu_aware_tune.search.candidates import Candidate
 
     steps: list[tuple[float, str, str, str]] = []
     best: dict[str, float] = {}

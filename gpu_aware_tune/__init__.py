@@ -9,18 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpu_aware_tune.curves import Curve
     from gpu_aware_tune.errors import SetupError, TuneError, UserError
-    from gpu_aware_tune.jobs import make_jobs
     from gpu_aware_tune.library import Library, load
-    from gpu_aware_tune.profiles import profile
+    from gpu_aware_tune.profiling.curves import Curve
+    from gpu_aware_tune.profiling.profiles import profile
+    from gpu_aware_tune.run.jobs import make_jobs
     from gpu_aware_tune.settings import DEFAULT, FULL, QUICK, Settings, make_settings
     from gpu_aware_tune.tuning import tune, tune_events, tune_jobs, tune_many
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Curve": "curves",
+    "Curve": "profiling.curves",
     "DEFAULT": "settings",
     "FULL": "settings",
     "QUICK": "settings",
@@ -30,9 +30,9 @@ _HOME = {
     "TuneError": "errors",
     "UserError": "errors",
     "load": "library",
-    "make_jobs": "jobs",
+    "make_jobs": "run.jobs",
     "make_settings": "settings",
-    "profile": "profiles",
+    "profile": "profiling.profiles",
     "tune": "tuning",
     "tune_events": "tuning",
     "tune_jobs": "tuning",

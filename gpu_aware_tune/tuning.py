@@ -2,13 +2,13 @@
 
 Stages, in this order, each one call that gives one noun to the next:
 
-    share                the knee of the model's curve, where none is given  knees.py, profiles.py
+    share                the knee of the model's curve, where none is given  run/auto_share.py
     device               what there is, and how shares of it are made real   partition/
-    models, tasks        ONNX -> fused Relax module -> unique kernels        model.py, tasks.py
-    records              what is known already                               records.py
-    baseline, trials     search, build and measure at the same time          search.py, pipeline.py
-    choices              re-measured alone, checked for their numbers        selection.py
-    libraries            compiled, timed, verified, exported                 shipping.py, library/
+    models, tasks        ONNX -> fused Relax module -> unique kernels        onnx_prepare/, model/
+    records              what is known already                               records/
+    baseline, trials     search, build and measure at the same time          search/, codegen/, measure/
+    choices              re-measured alone, checked for their numbers        finalize/
+    libraries            compiled, timed, verified, exported                 finalize/, library/
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.events import Event, Finished, Stage
-from gpu_aware_tune.jobs import Job, divide, make_jobs
+from gpu_aware_tune.run.jobs import Job, divide, make_jobs
 from gpu_aware_tune.settings import KNEE, Settings, check_files
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def tune_jobs(jobs: Sequence[Job]) -> Iterator[Event]:
     The first Ctrl-C ends the search and exports the best so far; a second one raises
     `KeyboardInterrupt`.
     """
-    from gpu_aware_tune.knees import with_share
-    from gpu_aware_tune.run import Run
+    from gpu_aware_tune.run.auto_share import with_share
+    from gpu_aware_tune.run.session import Run
 
     for path, settings in jobs:
         check_files(path, settings)

@@ -66,8 +66,8 @@ def relax_graph(lab: Any, graph: bool, size: int) -> dict[str, Any]:
     import tvm
     from tvm import relax
 
-    from gpu_aware_tune.compile import compile_module
-    from gpu_aware_tune.cuda_toolchain import environment, link, packer
+    from gpu_aware_tune.codegen.compile import compile_module
+    from gpu_aware_tune.codegen.cuda_toolchain import environment, link, packer
     from gpu_aware_tune.library.program import wait
 
     extent = 64 if lab.null else 1024

@@ -106,7 +106,7 @@ def line(number: int, result: dict[str, Any]) -> str:
 
 def child(name: str, arguments: str, null: bool) -> None:
     """One check, or a part of one, in this process."""
-    from gpu_aware_tune.cuda_toolchain import preload_runtime
+    from gpu_aware_tune.codegen.cuda_toolchain import preload_runtime
 
     die_with_parent()
     preload_runtime()

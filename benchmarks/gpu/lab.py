@@ -323,7 +323,7 @@ def _doubling(elements: int, rounds: int, arch: str) -> Any:
     import tvm
     from tvm import te
 
-    from gpu_aware_tune.cuda_toolchain import environment, export_module
+    from gpu_aware_tune.codegen.cuda_toolchain import environment, export_module
 
     x = te.placeholder((elements,), name="x")
 
@@ -353,7 +353,7 @@ def _doubling(elements: int, rounds: int, arch: str) -> Any:
 @functools.cache
 def _cubin(arch: str) -> bytes:
     """Compiled once for all children, which would each spend seconds on it."""
-    from gpu_aware_tune.cuda_toolchain import compile_cubin
+    from gpu_aware_tune.codegen.cuda_toolchain import compile_cubin
 
     name = hashlib.sha256(f"{arch} {_SOURCE}".encode()).hexdigest()[:16]
     kept = ROOT / "build" / f"gpu-lab-{name}.cubin"

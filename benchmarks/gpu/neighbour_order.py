@@ -37,8 +37,8 @@ from benchmarks.gpu.models import MODELS, write_model
 
 if TYPE_CHECKING:
     from gpu_aware_tune.events import Event
-    from gpu_aware_tune.retiming import Reorder
-    from gpu_aware_tune.run import Run
+    from gpu_aware_tune.finalize.retiming import Reorder
+    from gpu_aware_tune.run.session import Run
 
     Reorders = dict[tuple[str, int], Reorder]
 
@@ -107,8 +107,8 @@ def tuned(
 ) -> dict[str, Any]:
     """One run over all models up to the second measurement; what that changed, and the trials."""
     from gpu_aware_tune.events import Progress
-    from gpu_aware_tune.jobs import make_jobs
-    from gpu_aware_tune.run import Run
+    from gpu_aware_tune.run.jobs import make_jobs
+    from gpu_aware_tune.run.session import Run
 
     begun = time.monotonic()
     slices = max(2, len(paths))
@@ -146,7 +146,7 @@ def searched(run: Run, reorders: Reorders) -> Iterator[Event]:
 
     No library is made: this is the same in both ways, and takes time that searches can have.
     """
-    from gpu_aware_tune.retiming import retime
+    from gpu_aware_tune.finalize.retiming import retime
 
     for stage in (run.open_device, run.load_models, run.open_records, run.start_workers):
         yield from stage()
@@ -157,7 +157,7 @@ def searched(run: Run, reorders: Reorders) -> Iterator[Event]:
 
 def neighbours(db: Path) -> dict[str, int]:
     """How many candidates a run measured, and how many of them while another slice did."""
-    from gpu_aware_tune.records import Store
+    from gpu_aware_tune.records.store import Store
     from gpu_aware_tune.settings import RECORDS_FILE
 
     with Store(db / RECORDS_FILE, readonly=True) as store:

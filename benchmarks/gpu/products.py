@@ -42,8 +42,8 @@ def _by_tvm(lane: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     import tvm
     from tvm import te
 
-    from gpu_aware_tune.cuda_toolchain import environment, export_module
-    from gpu_aware_tune.schedules import default_schedule
+    from gpu_aware_tune.codegen.cuda_toolchain import environment, export_module
+    from gpu_aware_tune.kernels.schedules import default_schedule
 
     size = a.shape[0]
     x, y = (te.placeholder((size, size), name=name, dtype="float16") for name in "xy")

@@ -151,7 +151,7 @@ def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
 
 def described(library: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The manifest of a library's folder, and random inputs for it."""
-    from gpu_aware_tune.model import TensorSpec, random_inputs
+    from gpu_aware_tune.model.importer import TensorSpec, random_inputs
 
     manifest = json.loads((library / "manifest.json").read_text())
     specs = [TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in manifest["inputs"]]

@@ -130,7 +130,7 @@ def _listen(
 
 def run_side(side: str, model: str, trials: int, per_iter: int, null: bool) -> None:
     """Tune with one side, telling on stdout how far it is."""
-    from gpu_aware_tune.cuda_toolchain import preload_runtime
+    from gpu_aware_tune.codegen.cuda_toolchain import preload_runtime
 
     preload_runtime()
     (run_stock if side == "stock" else run_ours)(Path(model), trials, per_iter, null)
@@ -173,10 +173,10 @@ def run_stock(path: Path, trials: int, per_iter: int, null: bool) -> None:
     from tvm.s_tir import meta_schedule as ms
     from tvm.s_tir.meta_schedule.measure_callback import PyMeasureCallback
 
-    from gpu_aware_tune.cuda_toolchain import environment, runtime_environment
-    from gpu_aware_tune.model import load_model
+    from gpu_aware_tune.codegen.cuda_toolchain import environment, runtime_environment
+    from gpu_aware_tune.model.importer import load_model
+    from gpu_aware_tune.model.tasks import extract
     from gpu_aware_tune.partition import find_device
-    from gpu_aware_tune.tasks import extract
 
     device, _ = find_device("llvm" if null else "cuda", 0, None)
     if not null:  # TVM's own compile, with the wheels' headers and no toolkit

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from gpu_aware_tune.codegen.linking import find_compiler
 from gpu_aware_tune.errors import SetupError, TuneError
-from gpu_aware_tune.linking import find_compiler
 from gpu_aware_tune.partition.device import cpu_name
 
 IMPORT_TIMEOUT_S = 120.0
@@ -179,7 +179,7 @@ def _tvm_starts() -> Check:
 
 
 def _cuda_compiler() -> Check:
-    from gpu_aware_tune.cuda_toolchain import find_toolchain
+    from gpu_aware_tune.codegen.cuda_toolchain import find_toolchain
 
     try:
         found = find_toolchain()

@@ -20,7 +20,7 @@ from gpu_aware_tune.settings import PARTITIONS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gpu_aware_tune.curves import Curve, Point
+    from gpu_aware_tune.profiling.curves import Curve, Point
 
 _BAR_WIDTH = 10
 
@@ -93,7 +93,7 @@ def profile(
     if csv_file is not None:
         _check_writable(csv_file)
 
-    from gpu_aware_tune.profiles import profile as measure
+    from gpu_aware_tune.profiling.profiles import profile as measure
 
     with _progress() as progress:
         curve = measure(
@@ -168,8 +168,8 @@ def _row(curve: Curve, point: Point, knees: dict[int, int]) -> dict[str, Any]:
 def _show(curve: Curve) -> None:
     from rich.table import Table
 
-    from gpu_aware_tune.console import open_console
-    from gpu_aware_tune.planning import choose_share
+    from gpu_aware_tune.display.console import open_console
+    from gpu_aware_tune.profiling.knee import choose_share
 
     console = open_console(sys.stdout)
     title = f"{curve.model} on {curve.device}, partition {curve.backend}; latency in ms"

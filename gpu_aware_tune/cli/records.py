@@ -15,7 +15,7 @@ import click
 
 from gpu_aware_tune.cli.options import CONTEXT, DIRECTORY, Command, db_option
 from gpu_aware_tune.errors import SetupError, UserError
-from gpu_aware_tune.records import Counts, Record, Store
+from gpu_aware_tune.records.store import Counts, Record, Store
 from gpu_aware_tune.settings import TARGETS
 
 PLAIN_WIDTH = 160  # of a table that does not go to a terminal
@@ -123,7 +123,7 @@ def export_command(
     Load it with tvm.s_tir.meta_schedule.database.JSONDatabase(work_dir="DIR").
     """
     with Store(db, readonly=True) as store:
-        from gpu_aware_tune.database import export_tvm
+        from gpu_aware_tune.records.tvm_database import export_tvm
 
         moved = export_tvm(store, folder, device, units, tvm_version, overwrite=force)
     text = f"{moved.records} records of {moved.tasks} tasks -> {folder}"
@@ -163,7 +163,7 @@ def import_command(
         if device not in (None, here.key):
             raise UserError(f"--device {device} is not this machine's {here.key}; give --units too")
         device, units = here.key, units or here.units_total
-    from gpu_aware_tune.database import import_tvm
+    from gpu_aware_tune.records.tvm_database import import_tvm
 
     with Store(db) as store:
         moved = import_tvm(store, folder, device, units, tvm_version)
@@ -302,7 +302,7 @@ def show(
 def _table(rows: Sequence[Row], fields: Sequence[str]) -> None:
     from rich.table import Table
 
-    from gpu_aware_tune.console import open_console
+    from gpu_aware_tune.display.console import open_console
 
     # A device's name is long and mostly the same in every row: then it is said once, above.
     devices = {str(row["device"]) for row in rows}

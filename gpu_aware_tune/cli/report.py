@@ -63,7 +63,7 @@ def report(
 
     It is one file that needs no network, light or dark as the reader likes, and can be printed.
     """
-    from gpu_aware_tune.records import Store
+    from gpu_aware_tune.records.store import Store
     from gpu_aware_tune.report.history import read_history
     from gpu_aware_tune.report.inputs import (
         find_run,

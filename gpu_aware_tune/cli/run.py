@@ -72,7 +72,7 @@ def run(
     given = _read_arrays(inputs_file) if inputs_file is not None else None
 
     from gpu_aware_tune.library import load
-    from gpu_aware_tune.model import random_inputs
+    from gpu_aware_tune.model.importer import random_inputs
 
     with contextlib.closing(load(library, units, partition=partition)) as loaded:
         inputs = given if given is not None else random_inputs(loaded.inputs, seed)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import click
 
 from gpu_aware_tune.cli.options import CONTEXT, debug_option
+from gpu_aware_tune.codegen.linking import find_compiler
 from gpu_aware_tune.errors import TuneError
-from gpu_aware_tune.jobs import Job, make_jobs
-from gpu_aware_tune.linking import find_compiler
+from gpu_aware_tune.run.jobs import Job, make_jobs
 from gpu_aware_tune.settings import (
     DTYPES,
     EFFORTS,
@@ -187,8 +187,8 @@ def _run(
     verbose: bool,
 ) -> tuple[list[Planned], list[Finished]]:
     """Follows the run to its end and returns each model's plan and outcome (none for a dry run)."""
+    from gpu_aware_tune.display.progress import Display
     from gpu_aware_tune.events import Finished, Planned
-    from gpu_aware_tune.progress import Display
     from gpu_aware_tune.tuning import tune_jobs
 
     planned: list[Planned] = []

@@ -26,7 +26,7 @@ def watch(db: Path, run_id: int | None, interval: str, once: bool) -> None:
 
     Only reads the record store, so a run is not disturbed however many watch it.
     """
-    from gpu_aware_tune.records import Store
+    from gpu_aware_tune.records.store import Store
     from gpu_aware_tune.report.live import Watcher
     from gpu_aware_tune.report.terminal import Screen, lines
     from gpu_aware_tune.settings import parse_duration

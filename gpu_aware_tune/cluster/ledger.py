@@ -7,8 +7,8 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
-from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.cluster.messages import Artifact
+from gpu_aware_tune.search.candidates import Candidate, NewTask
 
 _LOSSES = 2  # a candidate that was on so many machines when they died is not tried again
 _KNOWN = 64  # measured schedules that a search which moves starts from

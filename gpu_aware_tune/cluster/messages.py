@@ -6,11 +6,11 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.measure import Effort
-from gpu_aware_tune.measurement import Measurement
-from gpu_aware_tune.pipeline import TaskSpec
-from gpu_aware_tune.pools import PoolSettings
+from gpu_aware_tune.measure.measurement import Measurement
+from gpu_aware_tune.search.candidates import Candidate, NewTask
+from gpu_aware_tune.search.pipeline import TaskSpec
+from gpu_aware_tune.search.pools import PoolSettings
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,6 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from gpu_aware_tune import builder, cuda_toolchain
-from gpu_aware_tune.builder import Built, remove
-from gpu_aware_tune.candidates import Candidate
 from gpu_aware_tune.cluster.messages import (
     Artifact,
     Ask,
@@ -37,11 +34,14 @@ from gpu_aware_tune.cluster.messages import (
     ToNode,
     Work,
 )
+from gpu_aware_tune.codegen import build_pool, cuda_toolchain
+from gpu_aware_tune.codegen.build_pool import Built, remove
 from gpu_aware_tune.errors import SetupError, TuneError
 from gpu_aware_tune.partition import find_device
 from gpu_aware_tune.partition.topology import allowed_cpus, physical_cores
-from gpu_aware_tune.pipeline import Demand, Pipeline
-from gpu_aware_tune.pools import Pools, PoolSettings, available_cores, worker_counts
+from gpu_aware_tune.search.candidates import Candidate
+from gpu_aware_tune.search.pipeline import Demand, Pipeline
+from gpu_aware_tune.search.pools import Pools, PoolSettings, available_cores, worker_counts
 from gpu_aware_tune.workers import WorkerHost
 
 _IDLE_S = 0.1
@@ -299,7 +299,7 @@ def _check_tools(setup: NodeSetup) -> None:
         )
         raise SetupError(f"it has {ours}, the run {theirs}: install the same versions")
     # Without a linker every candidate would fail, and at once.
-    (cuda_toolchain if setup.pools.device.kind == "cuda" else builder).linker()
+    (cuda_toolchain if setup.pools.device.kind == "cuda" else build_pool).linker()
 
 
 def _keep_to(part: tuple[int, int]) -> None:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.cluster.ledger import Ledger, Searches
 from gpu_aware_tune.cluster.members import Member
 from gpu_aware_tune.cluster.messages import (
@@ -29,8 +28,9 @@ from gpu_aware_tune.cluster.messages import (
 )
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure import SEARCH, Effort
-from gpu_aware_tune.measurement import Measurement
-from gpu_aware_tune.pipeline import Demand, Outcome, TaskSpec
+from gpu_aware_tune.measure.measurement import Measurement
+from gpu_aware_tune.search.candidates import Candidate, NewTask
+from gpu_aware_tune.search.pipeline import Demand, Outcome, TaskSpec
 
 _WAIT_S = 0.1
 _PATIENCE_S = 60.0  # for machines that start slowly, once one works

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_aware_tune.cuda_toolchain import preload_runtime
+from gpu_aware_tune.codegen.cuda_toolchain import preload_runtime
 
 preload_runtime()  # before TVM is imported, which looks for it once
 

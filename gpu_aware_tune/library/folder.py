@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpu_aware_tune.codegen.linking import find_compiler
 from gpu_aware_tune.errors import SetupError, UserError
-from gpu_aware_tune.linking import find_compiler
 
 if TYPE_CHECKING:
-    from gpu_aware_tune.model import Model
+    from gpu_aware_tune.model.importer import Model
 
 FORMAT = 1
 MANIFEST, WEIGHTS = "manifest.json", "weights.bin"

@@ -29,7 +29,7 @@ from gpu_aware_tune.library.manifest import (
 from gpu_aware_tune.library.places import places_for
 from gpu_aware_tune.library.program import Program, Weights, open_vm
 from gpu_aware_tune.library.threads import CoreThread, PartitionThread
-from gpu_aware_tune.model import TensorSpec, random_inputs
+from gpu_aware_tune.model.importer import TensorSpec, random_inputs
 
 Result = TypeVar("Result")
 

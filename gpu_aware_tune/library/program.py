@@ -13,9 +13,9 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
-from gpu_aware_tune.cuda_toolchain import has_gpu_kernels
+from gpu_aware_tune.codegen.cuda_toolchain import has_gpu_kernels
 from gpu_aware_tune.errors import SetupError, UserError, last_line
-from gpu_aware_tune.packing import packed
+from gpu_aware_tune.kernels.packing import packed
 
 _WARM_UP = 3
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from gpu_aware_tune.measure.base import BaseMeasurer
+from gpu_aware_tune.measure.measurement import Failure, Measurement
 from gpu_aware_tune.measure.measurer import Measurer, Slice
 from gpu_aware_tune.measure.shared import SharedMeasurer, SharedWorker
 from gpu_aware_tune.measure.timing import LONG, RETIME, SEARCH, Effort
 from gpu_aware_tune.measure.worker import Contest, Job
-from gpu_aware_tune.measurement import Failure, Measurement
 
 __all__ = [
     "LONG",

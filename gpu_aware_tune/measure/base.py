@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.measure.worker import Contest, Job, Opened
-from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.workers import Worker
 
 if TYPE_CHECKING:

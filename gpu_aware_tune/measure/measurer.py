@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gpu_aware_tune.measure.base import Answer, BaseMeasurer, opened, reopen
+from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.measure.worker import Contest, Job, Reply
-from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.workers import Worker, WorkerHost
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
+from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.measure.timing import Effort, Timer, measure
-from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.partition import Snapshot, disturbances
 
 _SENTINEL_EVERY = 32  # jobs

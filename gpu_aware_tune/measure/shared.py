@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure.base import Answer, BaseMeasurer, opened, reopen
+from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.measure.worker import Contest, Job, Reply
-from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.workers import Worker, WorkerHost
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gpu_aware_tune.measurement import Measurement
+from gpu_aware_tune.measure.measurement import Measurement
 
 # (number, repeat) -> seconds of one call, one value a repeat; TVM's time_evaluator has this shape.
 Timer = Callable[[int, int], Sequence[float]]

@@ -16,9 +16,9 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.measure.quality import Watch
 from gpu_aware_tune.measure.timing import Effort, Timer, compare, measure
-from gpu_aware_tune.measurement import Measurement
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Partition

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gpu_aware_tune.display.tables import format_seconds
 from gpu_aware_tune.report.drawing import SERIES, Colors, Drawing
 from gpu_aware_tune.report.history import Curve, History, Point, TaskHistory, model_curve
 from gpu_aware_tune.report.inputs import Stock
-from gpu_aware_tune.tables import format_seconds
 
 WIDTH_IN = 9.2
 COLUMNS = 4

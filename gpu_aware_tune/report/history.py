@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gpu_aware_tune.records import LogEntry, Run, Store
+from gpu_aware_tune.records.store import LogEntry, Run, Store
 
 
 @dataclass(frozen=True)

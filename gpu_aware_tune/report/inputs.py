@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.records import Run, Store
+from gpu_aware_tune.records.store import Run, Store
 from gpu_aware_tune.report.history import TaskInfo, task_infos
 
 MANIFEST = "manifest.json"

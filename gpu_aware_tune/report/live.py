@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from gpu_aware_tune.records import Run, Store
-from gpu_aware_tune.records_lock import writer_of
+from gpu_aware_tune.records.lock import writer_of
+from gpu_aware_tune.records.store import Run, Store
 from gpu_aware_tune.report.history import History, read_history
 from gpu_aware_tune.report.inputs import find_run, find_tasks
 

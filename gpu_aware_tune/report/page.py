@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from gpu_aware_tune.display.tables import format_clock, format_gain, format_seconds
 from gpu_aware_tune.report import figures, shares, tables
 from gpu_aware_tune.report.drawing import Drawing, to_svg
 from gpu_aware_tune.report.history import History, Latency, latencies
 from gpu_aware_tune.report.inputs import Profile, Stock
 from gpu_aware_tune.report.style import style
-from gpu_aware_tune.tables import format_clock, format_gain, format_seconds
 
 _PROFILE = (
     "Run <code>tune profile LIB --json &gt; p.json</code> and pass <code>--profile p.json</code>."

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from gpu_aware_tune.display.tables import format_gain, format_seconds
 from gpu_aware_tune.report.figures import units_text
 from gpu_aware_tune.report.history import History, TaskHistory
 from gpu_aware_tune.report.inputs import Profile, Stock
-from gpu_aware_tune.tables import format_gain, format_seconds
 
 _ORIGINS = {"default": "untuned", "search": "search", "seed": "seed"}
 

@@ -11,16 +11,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gpu_aware_tune.console import PLAIN_WIDTH, LiveView, open_console
-from gpu_aware_tune.report.figures import units_text
-from gpu_aware_tune.report.history import History, Point, TaskHistory, latencies
-from gpu_aware_tune.report.live import State
-from gpu_aware_tune.tables import (
+from gpu_aware_tune.display.console import PLAIN_WIDTH, LiveView, open_console
+from gpu_aware_tune.display.tables import (
     format_clock,
     format_failures,
     format_gain,
     format_seconds,
 )
+from gpu_aware_tune.report.figures import units_text
+from gpu_aware_tune.report.history import History, Point, TaskHistory, latencies
+from gpu_aware_tune.report.live import State
 
 _BARS = "▁▂▃▄▅▆▇█"
 _UNWEIGHTED = "weights unknown: each task counts once in the model's latency"

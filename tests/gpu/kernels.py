@@ -9,7 +9,7 @@ from typing import Any
 import tvm
 from tvm import te
 
-from gpu_aware_tune import cuda_toolchain
+from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.measure import Job
 from gpu_aware_tune.measure.timing import SEARCH
 from gpu_aware_tune.partition import Device

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_aware_tune.cuda_toolchain import preload_runtime
+from gpu_aware_tune.codegen.cuda_toolchain import preload_runtime
 from gpu_aware_tune.partition import Device, find_device
 from gpu_aware_tune.partition.gpus import query_gpus
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from on_gpu import first_gpu, requires_gpu
 
-from gpu_aware_tune.cuda_toolchain import runtime_environment
+from gpu_aware_tune.codegen.cuda_toolchain import runtime_environment
 from gpu_aware_tune.measure import SEARCH, Job, Measurer, SharedWorker
 from gpu_aware_tune.partition import (
     Device,

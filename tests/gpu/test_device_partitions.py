@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from on_gpu import first_gpu, requires_gpu
 
-from gpu_aware_tune.cuda_toolchain import runtime_environment
+from gpu_aware_tune.codegen.cuda_toolchain import runtime_environment
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.measure import Measurer, SharedWorker
 from gpu_aware_tune.measure.timing import RETIME

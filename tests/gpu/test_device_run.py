@@ -12,9 +12,9 @@ import pytest
 from on_gpu import requires_gpu
 
 from gpu_aware_tune.events import Finished, Note, Planned, Progress
-from gpu_aware_tune.jobs import make_jobs
 from gpu_aware_tune.partition import partition_for
-from gpu_aware_tune.records import Store
+from gpu_aware_tune.records.store import Store
+from gpu_aware_tune.run.jobs import make_jobs
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.tuning import tune_events, tune_jobs
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_aware_tune.records import Record, RecordKey, Run, Store
+from gpu_aware_tune.records.store import Record, RecordKey, Run, Store
 
 DEVICE, TARGET, TVM = "llvm/AMD EPYC/znver4", "llvm -mcpu=znver4", "0.27.0"
 TASKS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from gpu_aware_tune.allocation import Allocation, Goal
-from gpu_aware_tune.tasks import Task
+from gpu_aware_tune.model.tasks import Task
+from gpu_aware_tune.search.allocation import Allocation, Goal
 
 
 def task(name: str, weight: int = 1, flops: float = 1e6) -> Task:

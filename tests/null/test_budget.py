@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_aware_tune.budget import Budget
+from gpu_aware_tune.search.budget import Budget
 
 
 class Clock:

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from gpu_aware_tune.cli import main as cli_main
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, ShareResult
-from gpu_aware_tune.jobs import Job
+from gpu_aware_tune.run.jobs import Job
 from gpu_aware_tune.settings import Settings
 
 PLANNED = Planned("net", "CPU", ("100 % of 2 cores = 2 cores",), (2,), "cores", (), 4, None)

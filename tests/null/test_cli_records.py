@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from gpu_aware_tune.cli.records import records
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
-from gpu_aware_tune.records import FILE_NAME, Record, RecordKey, Store
+from gpu_aware_tune.records.store import FILE_NAME, Record, RecordKey, Store
 
 CONV = RecordKey("111222", "llvm/cpu/znver5", 2, "llvm -mcpu=znver5", "0.27.0")
 HALF = RecordKey("111222", "llvm/cpu/znver5", 1, "llvm -mcpu=znver5", "0.27.0")

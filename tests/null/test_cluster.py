@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from gpu_aware_tune.candidates import Candidate, NewTask
 from gpu_aware_tune.cluster import ClusterPipeline
 from gpu_aware_tune.cluster.connection import connected
 from gpu_aware_tune.cluster.ledger import Ledger
@@ -34,10 +33,11 @@ from gpu_aware_tune.cluster.messages import (
     Work,
 )
 from gpu_aware_tune.errors import SetupError, UserError
-from gpu_aware_tune.measurement import Measurement
+from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.partition import Share
-from gpu_aware_tune.pipeline import Demand, TaskSpec
-from gpu_aware_tune.pools import PoolSettings
+from gpu_aware_tune.search.candidates import Candidate, NewTask
+from gpu_aware_tune.search.pipeline import Demand, TaskSpec
+from gpu_aware_tune.search.pools import PoolSettings
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.testing import fake_gpu
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpu_aware_tune import cuda_toolchain
-from gpu_aware_tune.cuda_toolchain import (
+from gpu_aware_tune.codegen import cuda_toolchain
+from gpu_aware_tune.codegen.cuda_toolchain import (
     compile_cubin,
     environment,
     find_toolchain,

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_aware_tune.curves import Subject, batch_of, measure
 from gpu_aware_tune.errors import TuneError, UserError
 from gpu_aware_tune.partition import Device, NullPartition, nvml, share_of
-from gpu_aware_tune.profiles import grid, profile, share_for
+from gpu_aware_tune.profiling.curves import Subject, batch_of, measure
+from gpu_aware_tune.profiling.profiles import grid, profile, share_for
 from gpu_aware_tune.testing import FakeNvml, fake_gpu, null_device
 from gpu_aware_tune.workers import Exit
 
@@ -61,7 +61,7 @@ class ScriptedHost:
         self.workers: list[ScriptedWorker] = []
 
     def spawn(self, entry: str, partition: Any, *args: Any, env: Any) -> ScriptedWorker:
-        assert entry == "gpu_aware_tune.curves:serve"
+        assert entry == "gpu_aware_tune.profiling.curves:serve"
         assert env == partition.env()
         units = partition.share.units
         log: list[str] = []

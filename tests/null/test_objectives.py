@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.jobs import make_jobs
-from gpu_aware_tune.objectives import combined, most_throughput, one_for_all
+from gpu_aware_tune.run.jobs import make_jobs
+from gpu_aware_tune.search.objectives import combined, most_throughput, one_for_all
 
 # Seconds on 1 and 4 units: one kernel is best on each, one is near the best on both.
 KERNELS = {

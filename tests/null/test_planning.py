@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from gpu_aware_tune.planning import choose_share, efficacy, knee, knees, marginal_gains
+from gpu_aware_tune.profiling.knee import choose_share, efficacy, knee, knees, marginal_gains
 
 SMS = [8, 16, 24, 32, 48, 64, 80, 96, 112, 132]
 

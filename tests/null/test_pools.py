@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpu_aware_tune.partition import Share
-from gpu_aware_tune.pools import plan_slices
+from gpu_aware_tune.search.pools import plan_slices
 from gpu_aware_tune.testing import fake_gpu, null_device
 
 DEVICE = null_device(10)

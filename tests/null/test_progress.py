@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from gpu_aware_tune.console import LiveView, open_console
+from gpu_aware_tune.display.console import LiveView, open_console
+from gpu_aware_tune.display.progress import ROWS_SHOWN, Display
+from gpu_aware_tune.display.tables import (
+    format_clock,
+    format_failures,
+    format_gain,
+    format_seconds,
+    fraction_done,
+)
 from gpu_aware_tune.events import (
     Event,
     Finished,
@@ -20,14 +28,6 @@ from gpu_aware_tune.events import (
     TaskPlan,
     TaskResult,
     Trial,
-)
-from gpu_aware_tune.progress import ROWS_SHOWN, Display
-from gpu_aware_tune.tables import (
-    format_clock,
-    format_failures,
-    format_gain,
-    format_seconds,
-    fraction_done,
 )
 
 

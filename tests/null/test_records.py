@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_aware_tune.records import Record, RecordKey, Store
+from gpu_aware_tune.records.store import Record, RecordKey, Store
 
 KEY = RecordKey("123", "llvm/cpu/znver5", 2, "llvm -mcpu=znver5", "0.27.0")
 

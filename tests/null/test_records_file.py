@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from test_records import KEY, numbers, record, tables
 
-from gpu_aware_tune import records_schema
 from gpu_aware_tune.errors import SetupError, UserError
-from gpu_aware_tune.records import FILE_NAME, Record, Store
+from gpu_aware_tune.records import schema as records_schema
+from gpu_aware_tune.records.store import FILE_NAME, Record, Store
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -16,7 +16,7 @@ from report_store import FACTS, add, finished_store, key, machine, start
 
 from gpu_aware_tune.cli.report import report
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
-from gpu_aware_tune.records import Record, Store
+from gpu_aware_tune.records.store import Record, Store
 from gpu_aware_tune.report.drawing import LIGHT
 from gpu_aware_tune.report.figures import model_figure
 from gpu_aware_tune.report.history import read_history, task_infos
@@ -257,7 +257,7 @@ def test_a_resumed_run_begins_with_what_was_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("gpu_aware_tune.records.time.time", lambda: now[0])
+    monkeypatch.setattr("gpu_aware_tune.records.store.time.time", lambda: now[0])
     with Store(tmp_path) as store:
         add(store, start(store))
         now[0] = 2000.0
@@ -282,7 +282,7 @@ def test_a_run_that_found_everything_in_the_store_shows_it_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("gpu_aware_tune.records.time.time", lambda: now[0])
+    monkeypatch.setattr("gpu_aware_tune.records.store.time.time", lambda: now[0])
     with Store(tmp_path) as store:
         add(store, start(store))
         now[0] = 2000.0

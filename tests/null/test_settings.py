@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpu_aware_tune.errors import SetupError, UserError
-from gpu_aware_tune.jobs import make_jobs
+from gpu_aware_tune.run.jobs import make_jobs
 from gpu_aware_tune.settings import (
     DEFAULT,
     EFFORTS,

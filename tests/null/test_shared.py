@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from gpu_aware_tune.builder import Built
-from gpu_aware_tune.candidates import Candidate
+from gpu_aware_tune.codegen.build_pool import Built
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure import SEARCH, Contest, Job, SharedMeasurer, SharedWorker, Slice, worker
+from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.measure.worker import Reply
-from gpu_aware_tune.measurement import Measurement
 from gpu_aware_tune.partition import MpsPartition, NullPartition, Partition, Share, open_slices
-from gpu_aware_tune.pipeline import Outcome, Pipeline, TaskSpec
+from gpu_aware_tune.search.candidates import Candidate
+from gpu_aware_tune.search.pipeline import Outcome, Pipeline, TaskSpec
 from gpu_aware_tune.testing import null_device
 from gpu_aware_tune.workers.pool import Worker
 
@@ -397,7 +397,7 @@ def test_a_run_loses_nothing(start: Start, alone: bool) -> None:
 
 
 def test_a_stopped_run_leaves_nothing_under_way(start: Start) -> None:
-    from gpu_aware_tune.pipeline import Demand
+    from gpu_aware_tune.search.pipeline import Demand
 
     shared = start([4, 3, 2], [3, 2], timeout_s=20)
     pipeline = Pipeline(

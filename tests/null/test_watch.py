@@ -18,8 +18,8 @@ from report_store import CANDIDATES, add, finished_store, machine, start
 
 from gpu_aware_tune.cli.watch import watch
 from gpu_aware_tune.errors import TuneError, UserError
-from gpu_aware_tune.records import Store
-from gpu_aware_tune.records_lock import writer_of
+from gpu_aware_tune.records.lock import writer_of
+from gpu_aware_tune.records.store import Store
 from gpu_aware_tune.report.history import Point
 from gpu_aware_tune.report.live import State, Watcher
 from gpu_aware_tune.report.terminal import Screen, sparkline
@@ -31,7 +31,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from report_store import CANDIDATES, add, start
-from gpu_aware_tune.records import Store
+from gpu_aware_tune.records.store import Store
 with Store(Path({db!r})) as store:
     run = start(store, trials=20)
     add(store, run, CANDIDATES[:4])

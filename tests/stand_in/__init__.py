@@ -29,7 +29,7 @@ NEEDED = ("cc", "g++")
 
 def lacks() -> str:
     """What is missing to build it, or an empty text."""
-    from gpu_aware_tune.cuda_toolchain import find_toolchain
+    from gpu_aware_tune.codegen.cuda_toolchain import find_toolchain
     from gpu_aware_tune.errors import SetupError
 
     try:
@@ -46,7 +46,7 @@ def build(folder: Path) -> dict[str, str]:
 
     They lie where a wheel of NVIDIA's would put them, so that nothing has to know of them.
     """
-    from gpu_aware_tune.cuda_toolchain import find_toolchain
+    from gpu_aware_tune.codegen.cuda_toolchain import find_toolchain
 
     include = find_toolchain().root / "include"
     root = folder / "nvidia" / "cu13"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from gpu_aware_tune.cuda_toolchain import find_toolchain
+from gpu_aware_tune.codegen.cuda_toolchain import find_toolchain
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.workers import WorkerHost, pool
 
@@ -31,7 +31,7 @@ from . import version
 
 
 COMPILE = """
-from gpu_aware_tune.cuda_toolchain import compile_cubin, find_toolchain
+from gpu_aware_tune.codegen.cuda_toolchain import compile_cubin, find_toolchain
 assert compile_cubin('extern "C" __global__ void k(float *p) { *p = 1; }', "sm_90a")[1:4] == b"ELF"
 print(find_toolchain().root)
 """
@@ -60,7 +60,7 @@ def test_a_worker_host_does_not_start_cuda_through_torch(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("TVM_FFI_DISABLE_TORCH_C_DLPACK", raising=False)
     with WorkerHost() as host:
-        worker = host.spawn("gpu_aware_tune.builder:serve", {"kind": "llvm"})
+        worker = host.spawn("gpu_aware_tune.codegen.build_pool:serve", {"kind": "llvm"})
         worker.kill()
     assert not asked.exists()
 

@@ -16,8 +16,7 @@ load_tvm()
 import tvm  # noqa: E402
 from tvm import te  # noqa: E402
 
-from gpu_aware_tune import __version__, cuda_toolchain  # noqa: E402
-from gpu_aware_tune.candidates import NewTask, SearchSettings  # noqa: E402
+from gpu_aware_tune import __version__  # noqa: E402
 from gpu_aware_tune.cluster.messages import (  # noqa: E402
     Ask,
     Begin,
@@ -32,14 +31,16 @@ from gpu_aware_tune.cluster.messages import (  # noqa: E402
     Work,
 )
 from gpu_aware_tune.cluster.node import Node, settings_here  # noqa: E402
+from gpu_aware_tune.codegen import cuda_toolchain  # noqa: E402
 from gpu_aware_tune.errors import SetupError  # noqa: E402
+from gpu_aware_tune.kernels.schedules import default_schedules  # noqa: E402
+from gpu_aware_tune.kernels.traces import module_to_json, task_hash, trace_to_json  # noqa: E402
 from gpu_aware_tune.measure import SEARCH  # noqa: E402
 from gpu_aware_tune.partition import Device, Share, find_device, share_of  # noqa: E402
-from gpu_aware_tune.pipeline import TaskSpec  # noqa: E402
-from gpu_aware_tune.pools import PoolSettings  # noqa: E402
-from gpu_aware_tune.schedules import default_schedules  # noqa: E402
+from gpu_aware_tune.search.candidates import NewTask, SearchSettings  # noqa: E402
+from gpu_aware_tune.search.pipeline import TaskSpec  # noqa: E402
+from gpu_aware_tune.search.pools import PoolSettings  # noqa: E402
 from gpu_aware_tune.testing import fake_gpu  # noqa: E402
-from gpu_aware_tune.traces import module_to_json, task_hash, trace_to_json  # noqa: E402
 
 SIZE = 64
 

@@ -13,7 +13,7 @@ from tiny_library import write_library
 
 from gpu_aware_tune.cli.main import main
 from gpu_aware_tune.library import load
-from gpu_aware_tune.model import random_inputs
+from gpu_aware_tune.model.importer import random_inputs
 
 RunTune = Callable[..., "subprocess.CompletedProcess[str]"]
 

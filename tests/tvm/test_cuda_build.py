@@ -15,7 +15,7 @@ import tvm
 from conftest import ROOT
 from tvm import te
 
-from gpu_aware_tune import cuda_toolchain
+from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.errors import SetupError, last_line
 from gpu_aware_tune.partition import find_device
 
@@ -53,8 +53,8 @@ def test_a_whole_model_compiles(tmp_path: Path, image: str) -> None:
     """Whatever its inputs are called: TVM writes their names into the source."""
     from tiny_library import write_onnx
 
-    from gpu_aware_tune.compile import compile_model
-    from gpu_aware_tune.model import load_model
+    from gpu_aware_tune.codegen.compile import compile_model
+    from gpu_aware_tune.model.importer import load_model
 
     device, _ = find_device("cuda", 0, ARCH if no_gpu() else None)
     target = tvm.target.Target(device.target(132))
@@ -140,8 +140,8 @@ def write_whole_library(folder: Path) -> Path:
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import relax as builder
 
-    from gpu_aware_tune.shipping import compile_to_file
-    from gpu_aware_tune.traces import module_to_json
+    from gpu_aware_tune.finalize.library_build import compile_to_file
+    from gpu_aware_tune.kernels.traces import module_to_json
 
     with IRBuilder() as made, builder.function():
         R.func_name("main")
@@ -167,7 +167,7 @@ def test_a_whole_library_holds_cubins_and_no_source(tmp_path: Path) -> None:
 def test_the_graph_check_has_something_to_capture() -> None:
     """Check 6 compares with and without TVM's graphs, which hold only what the weights decide."""
     from benchmarks.gpu.check_children import _products
-    from gpu_aware_tune.compile import compile_module
+    from gpu_aware_tune.codegen.compile import compile_module
 
     device, _ = find_device("cuda", 0, ARCH if no_gpu() else None)
     target = tvm.target.Target(device.target(132))
@@ -196,11 +196,11 @@ STUB = "".join(
 RELOAD = """
 import ctypes, sys
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
-from gpu_aware_tune import cuda_toolchain
+from gpu_aware_tune.codegen import cuda_toolchain
 assert cuda_toolchain.preload_runtime()
 import tvm
 assert "tvm_runtime_cuda" in tvm.base._LOADED_LIBS, "the stand-in for the driver was not enough"
-from gpu_aware_tune.cuda_toolchain import has_gpu_kernels
+from gpu_aware_tune.codegen.cuda_toolchain import has_gpu_kernels
 library = tvm.runtime.load_module(sys.argv[4])
 assert library.kind == "relax.VMExecutable" and has_gpu_kernels(library), "verified on the CPU"
 module = tvm.runtime.load_module(sys.argv[2])

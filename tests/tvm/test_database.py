@@ -18,11 +18,9 @@ from click.testing import CliRunner
 from conftest import ROOT
 from tvm import relax
 
-from gpu_aware_tune import database
 from gpu_aware_tune.cli.records import records as records_command
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
-from gpu_aware_tune.records import Record, RecordKey, Store
-from gpu_aware_tune.traces import (
+from gpu_aware_tune.kernels.traces import (
     TraceError,
     apply_trace,
     module_from_json,
@@ -30,6 +28,8 @@ from gpu_aware_tune.traces import (
     task_hash,
     trace_to_json,
 )
+from gpu_aware_tune.records import tvm_database
+from gpu_aware_tune.records.store import Record, RecordKey, Store
 from gpu_aware_tune.workers.warm import load_tvm
 
 sys.path.insert(0, str(ROOT))
@@ -103,7 +103,7 @@ def fill(store: Store, module: tvm.IRModule, traces: list[str], units: int = 2) 
     good = [Record(key, trace, 0.001 * (i + 1)) for i, trace in enumerate(traces[:-2])]
     store.add([*good, Record(key, traces[-2], failure="crash")])
     store.add([Record(key, traces[-1], 1e-9, wrong=True), Record(key, "", 0.5, origin="default")])
-    store.add_task(key.task, "matmul", module_to_json(module), database.args_json(module))
+    store.add_task(key.task, "matmul", module_to_json(module), tvm_database.args_json(module))
 
 
 def stock(folder: Path) -> Any:
@@ -125,7 +125,7 @@ def test_relax_finds_the_chosen_kernel_and_no_other(
 ) -> None:
     chosen = trace_to_json(candidates[0].trace)
     name = task_hash(matmul)
-    kernels = database.memory_database({name: matmul}, {name: chosen}, TARGET)
+    kernels = tvm_database.memory_database({name: matmul}, {name: chosen}, TARGET)
     with TARGET, kernels:
         applied = relax.transform.MetaScheduleApplyDatabase()(model)
     scheduled = {
@@ -151,7 +151,7 @@ def test_one_record_a_task_and_none_for_plain_loops(
     by_hash = {task_hash(module): module for module in modules.values()}
     matmul = task_hash(modules["fused_matmul_relu"])
     chosen = {matmul: traces[0], task_hash(modules["softmax"]): ""}
-    kernels = database.memory_database(by_hash, chosen, TARGET)
+    kernels = tvm_database.memory_database(by_hash, chosen, TARGET)
     (record,) = kernels.get_all_tuning_records()
     assert trace_to_json(record.trace) == traces[0]
     found = kernels.query_schedule(by_hash[matmul], TARGET, "main")
@@ -164,29 +164,29 @@ def test_a_trace_of_another_task_is_named(
     softmax = modules["softmax"]
     name = task_hash(softmax)
     with pytest.raises(TraceError, match=f"task {name}: .*block"):
-        database.memory_database({name: softmax}, {name: traces[0]}, TARGET)
+        tvm_database.memory_database({name: softmax}, {name: traces[0]}, TARGET)
     with pytest.raises(TraceError, match="its module has the hash"):
-        database.memory_database({"77": softmax}, {"77": traces[0]}, TARGET)
+        tvm_database.memory_database({"77": softmax}, {"77": traces[0]}, TARGET)
 
 
 def test_two_modules_with_one_hash_are_told_apart(
     store: Store, modules: dict[str, tvm.IRModule]
 ) -> None:
     matmul, softmax = modules["fused_matmul_relu"], modules["softmax"]
-    assert database.is_same_task(store, matmul), "a task that is new to the store"
+    assert tvm_database.is_same_task(store, matmul), "a task that is new to the store"
     store.add_task(task_hash(matmul), "matmul", module_to_json(matmul))
     store.add_task(task_hash(softmax), "clash", module_to_json(matmul))
-    assert database.is_same_task(store, module_from_json(module_to_json(matmul)))
-    assert not database.is_same_task(store, softmax)
+    assert tvm_database.is_same_task(store, module_from_json(module_to_json(matmul)))
+    assert not tvm_database.is_same_task(store, softmax)
 
 
 def test_target_text_leaves_out_what_the_units_say() -> None:
-    assert database.target_text(TARGET) == TEXT
-    assert database.target_text(tvm.target.Target({"kind": "llvm", "num-cores": 64})) == "llvm"
+    assert tvm_database.target_text(TARGET) == TEXT
+    assert tvm_database.target_text(tvm.target.Target({"kind": "llvm", "num-cores": 64})) == "llvm"
     gpu = tvm.target.Target("nvidia/nvidia-h100", host={"kind": "llvm", "mcpu": "znver5"})
-    assert database.target_text(gpu) == "cuda -arch=sm_90a"
+    assert tvm_database.target_text(gpu) == "cuda -arch=sm_90a"
     several = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64", "mattr": ["+avx2", "+fma"]})
-    assert database.target_text(several) == "llvm -mcpu=x86-64 -mattr=+avx2,+fma"
+    assert tvm_database.target_text(several) == "llvm -mcpu=x86-64 -mattr=+avx2,+fma"
 
 
 # -- TVM's files ------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_stock_tvm_reads_what_was_exported(
 ) -> None:
     fill(store, matmul, traces)
     store.set_retimed(key_of(matmul), traces[0], 0.0025)
-    moved = database.export_tvm(store, tmp_path / "out")
+    moved = tvm_database.export_tvm(store, tmp_path / "out")
     assert (moved.tasks, moved.records, moved.skipped) == (1, len(traces) - 2, 0)
     loaded = stock(tmp_path / "out")
     assert len(loaded) == len(traces) - 2
@@ -214,9 +214,9 @@ def test_round_trip_through_tvm_files(
     store: Store, matmul: tvm.IRModule, traces: list[str], tmp_path: Path
 ) -> None:
     fill(store, matmul, traces)
-    database.export_tvm(store, tmp_path / "out")
+    tvm_database.export_tvm(store, tmp_path / "out")
     with Store(tmp_path / "second") as second:
-        moved = database.import_tvm(second, tmp_path / "out", DEVICE, 2)
+        moved = tvm_database.import_tvm(second, tmp_path / "out", DEVICE, 2)
         assert (moved.tasks, moved.records, moved.failures) == (1, len(traces) - 2, 0)
         key = key_of(matmul)
         before = [(r.trace, r.best_s) for r in store.best(key, 99) if r.trace]
@@ -226,10 +226,10 @@ def test_round_trip_through_tvm_files(
         assert task is not None
         assert tvm_ffi.structural_equal(module_from_json(task.module), matmul)
         assert "matmul" in task.name
-        again = database.import_tvm(second, tmp_path / "out", DEVICE, 2)
+        again = tvm_database.import_tvm(second, tmp_path / "out", DEVICE, 2)
         assert again == moved
         assert second.known(key) == len(traces) - 2
-        database.export_tvm(second, tmp_path / "again")
+        tvm_database.export_tvm(second, tmp_path / "again")
     for name in ("database_workload.json", "database_tuning_record.json"):
         assert (tmp_path / "again" / name).read_text() == (tmp_path / "out" / name).read_text()
 
@@ -248,7 +248,7 @@ def test_records_that_tvm_wrote_are_the_same_to_us(
     for schedule, run_secs in zip(candidates, times, strict=False):
         record = ms.database.TuningRecord(schedule.trace, workload, run_secs, TARGET, args)
         theirs.commit_tuning_record(record)
-    moved = database.import_tvm(store, tmp_path, DEVICE, 1)
+    moved = tvm_database.import_tvm(store, tmp_path, DEVICE, 1)
     assert (moved.records, moved.failures) == (2, 2)
     found = {record.trace: record for record in store.all(key_of(matmul, units=1))}
     expected = [trace_to_json(schedule.trace) for schedule in candidates[:4]]
@@ -264,16 +264,16 @@ def test_only_one_device_and_units_at_a_time(
     fill(store, matmul, traces, units=2)
     fill(store, matmul, traces[:3], units=1)
     with pytest.raises(UserError, match=r"2 kinds .*with 1 units.*with 2 units.*--units"):
-        database.export_tvm(store, tmp_path / "out")
+        tvm_database.export_tvm(store, tmp_path / "out")
     with pytest.raises(UserError, match=f"no records match; the store has: {DEVICE} with 1 units"):
-        database.export_tvm(store, tmp_path / "out", units=7)
+        tvm_database.export_tvm(store, tmp_path / "out", units=7)
     assert not (tmp_path / "out").exists()
-    assert database.export_tvm(store, tmp_path / "out", units=1).records == 1
+    assert tvm_database.export_tvm(store, tmp_path / "out", units=1).records == 1
     (line,) = (tmp_path / "out" / "database_tuning_record.json").read_text().splitlines()
     assert json.loads(line)[1][2]["num-cores"] == 1
     with pytest.raises(UserError, match="exists; choose another folder or pass --force"):
-        database.export_tvm(store, tmp_path / "out", units=2)
-    full = database.export_tvm(store, tmp_path / "out", units=2, overwrite=True)
+        tvm_database.export_tvm(store, tmp_path / "out", units=2)
+    full = tvm_database.export_tvm(store, tmp_path / "out", units=2, overwrite=True)
     assert full.records == len(traces) - 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "database_tuning_record.json",
@@ -285,7 +285,7 @@ def test_tasks_without_a_module_are_counted(
     store: Store, traces: list[str], tmp_path: Path
 ) -> None:
     store.add([Record(RecordKey("5", DEVICE, 2, TEXT, "0.27"), traces[0], 0.1)])
-    assert database.export_tvm(store, tmp_path).skipped == 1
+    assert tvm_database.export_tvm(store, tmp_path).skipped == 1
 
 
 def test_a_folder_that_cannot_be_made(
@@ -294,7 +294,7 @@ def test_a_folder_that_cannot_be_made(
     fill(store, matmul, traces)
     (tmp_path / "file").touch()
     with pytest.raises(SetupError, match=r"cannot write to .*; choose another folder"):
-        database.export_tvm(store, tmp_path / "file")
+        tvm_database.export_tvm(store, tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_files_that_are_none_of_tvms(
     text: str,
 ) -> None:
     fill(store, matmul, traces[:5])
-    database.export_tvm(store, tmp_path / "out")
+    tvm_database.export_tvm(store, tmp_path / "out")
     path = tmp_path / "out" / name
     if line is None:
         path.unlink()
@@ -329,7 +329,7 @@ def test_files_that_are_none_of_tvms(
         path.write_text(path.read_text() + line + "\n")
     with Store(tmp_path / "second") as second:
         with pytest.raises(UserError) as error:
-            database.import_tvm(second, tmp_path / "out", DEVICE, 2)
+            tvm_database.import_tvm(second, tmp_path / "out", DEVICE, 2)
         assert text in str(error.value)
         assert "\n" not in str(error.value)
         assert second.counts() == []
@@ -340,7 +340,7 @@ def test_lines_that_cannot_be_used_are_counted(
     store: Store, matmul: tvm.IRModule, traces: list[str], tmp_path: Path
 ) -> None:
     fill(store, matmul, traces)
-    database.export_tvm(store, tmp_path)
+    tvm_database.export_tvm(store, tmp_path)
     path = tmp_path / "database_tuning_record.json"
     index, (trace, run_secs, target, args) = json.loads(path.read_text().splitlines()[0])
     bad = [
@@ -349,7 +349,7 @@ def test_lines_that_cannot_be_used_are_counted(
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in bad))
     with Store(tmp_path / "second") as second:
-        moved = database.import_tvm(second, tmp_path, DEVICE, 2)
+        moved = tvm_database.import_tvm(second, tmp_path, DEVICE, 2)
         assert (moved.records, moved.skipped) == (0, 2)
 
 
@@ -357,10 +357,10 @@ def test_records_of_another_kind_of_device(
     store: Store, matmul: tvm.IRModule, traces: list[str], tmp_path: Path
 ) -> None:
     fill(store, matmul, traces)
-    database.export_tvm(store, tmp_path)
+    tvm_database.export_tvm(store, tmp_path)
     with Store(tmp_path / "second") as second:
         with pytest.raises(UserError, match="measured on llvm, but the device is cuda/H200"):
-            database.import_tvm(second, tmp_path, "cuda/H200/sm_90a", 32)
+            tvm_database.import_tvm(second, tmp_path, "cuda/H200/sm_90a", 32)
         assert second.counts() == []
 
 
@@ -368,7 +368,7 @@ def test_the_version_that_wrote_the_files_is_part_of_the_key(
     store: Store, matmul: tvm.IRModule, traces: list[str], tmp_path: Path
 ) -> None:
     fill(store, matmul, traces[:3])
-    database.export_tvm(store, tmp_path, tvm_version=str(tvm.__version__))
+    tvm_database.export_tvm(store, tmp_path, tvm_version=str(tvm.__version__))
     path = tmp_path / "database_workload.json"
     name, module = json.loads(path.read_text())
     now = str(tvm.__version__).encode()
@@ -376,10 +376,10 @@ def test_the_version_that_wrote_the_files_is_part_of_the_key(
     module = base64.b64encode(base64.b64decode(module).replace(now, old)).decode()
     path.write_text(json.dumps([name, module]) + "\n")
     with Store(tmp_path / "second") as second:
-        database.import_tvm(second, tmp_path, DEVICE, 2)
+        tvm_database.import_tvm(second, tmp_path, DEVICE, 2)
         assert second.known(replace(key_of(matmul), tvm=old.decode())) == 1
         assert second.known(key_of(matmul)) == 0
-        database.import_tvm(second, tmp_path, DEVICE, 2, tvm_version="9")
+        tvm_database.import_tvm(second, tmp_path, DEVICE, 2, tvm_version="9")
         assert second.known(replace(key_of(matmul), tvm="9")) == 1
 
 
@@ -424,7 +424,7 @@ def test_import_takes_this_machine_by_default(
 
     here, _note = find_device("llvm", 0, None)
     fill(store, matmul, traces)
-    database.export_tvm(store, tmp_path / "out")
+    tvm_database.export_tvm(store, tmp_path / "out")
     run("import", tmp_path / "out", "--db", tmp_path / "second", "--target", "llvm")
     with Store(tmp_path / "second", readonly=True) as reader:
         (counts,) = reader.counts()

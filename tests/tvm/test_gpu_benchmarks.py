@@ -140,9 +140,9 @@ def test_a_library_of_several_shares_is_timed_too(tmp_path: Path) -> None:
     import tvm
     from tiny_library import default_traces, target, target_json, write_onnx
 
-    from gpu_aware_tune.compile import compile_shares
+    from gpu_aware_tune.codegen.compile import compile_shares
     from gpu_aware_tune.library import export, link
-    from gpu_aware_tune.model import load_model
+    from gpu_aware_tune.model.importer import load_model
 
     model = load_model(write_onnx(tmp_path / "tiny.onnx"), target())
     shares = {n: (tvm.target.Target(target_json(n)), default_traces(model)) for n in (1, 2)}

@@ -14,14 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_library import default_traces, target
 from tvm.s_tir import Schedule
 
-from gpu_aware_tune.compile import compile_model
-from gpu_aware_tune.model import Model, load_model
-from gpu_aware_tune.schedules import default_schedules
-from gpu_aware_tune.schedules.reductions import Reduction
-from gpu_aware_tune.schedules.tiles import Machine
-from gpu_aware_tune.tasks import extract
-from gpu_aware_tune.traces import trace_to_json
-from gpu_aware_tune.verify import VerifyReport, verify_kernel, verify_library
+from gpu_aware_tune.codegen.compile import compile_model
+from gpu_aware_tune.finalize.verify import VerifyReport, verify_kernel, verify_library
+from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules.reductions import Reduction
+from gpu_aware_tune.kernels.schedules.tiles import Machine
+from gpu_aware_tune.kernels.traces import trace_to_json
+from gpu_aware_tune.model.importer import Model, load_model
+from gpu_aware_tune.model.tasks import extract
 
 AVX512 = tvm.target.Target({"kind": "llvm", "mcpu": "skylake-avx512", "num-cores": 2})
 AVX2 = tvm.target.Target({"kind": "llvm", "mcpu": "haswell", "num-cores": 2})
@@ -234,7 +234,7 @@ def test_a_kernel_that_tvm_refuses_to_change_leaves_the_layout_and_says_so(
     def refuse(*_: Any) -> None:
         raise RuntimeError("not affine")
 
-    monkeypatch.setattr("gpu_aware_tune.schedules.channels.Kernel.blocked", refuse)
+    monkeypatch.setattr("gpu_aware_tune.kernels.schedules.channels.Kernel.blocked", refuse)
     model = load(tmp_path / "n.onnx", NETWORK, FILTERS, (1, 3, 40, 40))
     assert blocked(model) == []
     assert (48, 32, 3, 3) in {array.shape for array in model.weights.values()}

@@ -23,8 +23,7 @@ import tvm_ffi
 from tiny_library import default_traces, target, target_json, write_library, write_onnx
 
 from gpu_aware_tune import library as library_package
-from gpu_aware_tune import verify as verify_module
-from gpu_aware_tune.compile import (
+from gpu_aware_tune.codegen.compile import (
     compile_model,
     compile_shares,
     is_scheduled,
@@ -32,6 +31,9 @@ from gpu_aware_tune.compile import (
     schedule_module,
 )
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
+from gpu_aware_tune.finalize import verify as verify_module
+from gpu_aware_tune.finalize.verify import difference, kernel_inputs, verify_kernel, verify_library
+from gpu_aware_tune.kernels.traces import TraceError, apply_trace, trace_to_json
 from gpu_aware_tune.library import (
     Library,
     Program,
@@ -45,11 +47,9 @@ from gpu_aware_tune.library import loaded as loaded_module
 from gpu_aware_tune.library.folder import _exchange
 from gpu_aware_tune.library.loaded import nearest
 from gpu_aware_tune.library.threads import CoreThread
-from gpu_aware_tune.model import Model, load_model, random_inputs
+from gpu_aware_tune.model.importer import Model, load_model, random_inputs
+from gpu_aware_tune.model.tasks import extract
 from gpu_aware_tune.partition.topology import usable_cores
-from gpu_aware_tune.tasks import extract
-from gpu_aware_tune.traces import TraceError, apply_trace, trace_to_json
-from gpu_aware_tune.verify import difference, kernel_inputs, verify_kernel, verify_library
 
 
 @pytest.fixture(scope="module")

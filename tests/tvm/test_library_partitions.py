@@ -20,7 +20,7 @@ from gpu_aware_tune.cli.run import run
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.library import Program, load, places, program
 from gpu_aware_tune.library.threads import PartitionThread
-from gpu_aware_tune.model import random_inputs
+from gpu_aware_tune.model.importer import random_inputs
 from gpu_aware_tune.partition import NullPartition, Share, attach, driver, partition_for
 from gpu_aware_tune.testing import FakeDriver, fake_gpu
 

@@ -10,12 +10,12 @@ import pytest
 from small_network import write_network
 
 from gpu_aware_tune import load
-from gpu_aware_tune.candidates import Candidate
 from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, Trial
-from gpu_aware_tune.jobs import make_jobs
 from gpu_aware_tune.partition import CoresPartition, usable_cores
-from gpu_aware_tune.records import Store
-from gpu_aware_tune.run import Run
+from gpu_aware_tune.records.store import Store
+from gpu_aware_tune.run.jobs import make_jobs
+from gpu_aware_tune.run.session import Run
+from gpu_aware_tune.search.candidates import Candidate
 from gpu_aware_tune.tuning import tune_jobs
 
 HALF = 50  # percent: one core of two

@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.model import Model, TensorSpec, load_model, random_inputs
+from gpu_aware_tune.model.importer import Model, TensorSpec, load_model, random_inputs
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -317,7 +317,7 @@ def test_sorting_is_legalized_for_the_gpu(tmp_path: Path) -> None:
 
 def test_loading_prints_nothing(block: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, tvm\nfrom pathlib import Path\nfrom gpu_aware_tune.model import load_model\n"
+        "import sys, tvm\nfrom pathlib import Path\nfrom gpu_aware_tune.model.importer import load_model\n"
         "load_model(Path(sys.argv[1]), tvm.target.Target('llvm'))\n"
     )
     node = helper.make_node("Gather", ["x.1", "i"], ["y"], axis=1)  # TVM warns of both

@@ -15,10 +15,9 @@ from tvm import relax
 from tvm.relax import op
 from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
 
-from gpu_aware_tune.compile import compile_model
-from gpu_aware_tune.library import open_vm, save_weights
-from gpu_aware_tune.model import Model, load_model, random_inputs
-from gpu_aware_tune.packing import (
+from gpu_aware_tune.codegen.compile import compile_model
+from gpu_aware_tune.finalize.verify import difference, kernel_inputs, verify_kernel, verify_library
+from gpu_aware_tune.kernels.packing import (
     LAYOUT_FREE,
     PACK,
     PACKING,
@@ -28,10 +27,11 @@ from gpu_aware_tune.packing import (
     weight_buffers,
     without_packing,
 )
-from gpu_aware_tune.schedules import default_schedules
-from gpu_aware_tune.tasks import Task, extract
-from gpu_aware_tune.traces import trace_to_json
-from gpu_aware_tune.verify import difference, kernel_inputs, verify_kernel, verify_library
+from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.traces import trace_to_json
+from gpu_aware_tune.library import open_vm, save_weights
+from gpu_aware_tune.model.importer import Model, load_model, random_inputs
+from gpu_aware_tune.model.tasks import Task, extract
 
 Spec = tuple[tuple[int, ...], str]
 
@@ -208,8 +208,8 @@ def test_tvms_search_packs_marked_weights_and_the_numbers_stay_right(convs: Mode
     from gpu_aware_tune.workers.warm import load_tvm
 
     load_tvm()
-    from gpu_aware_tune.candidates import NewTask, SearchSettings, _Search
-    from gpu_aware_tune.traces import module_to_json
+    from gpu_aware_tune.kernels.traces import module_to_json
+    from gpu_aware_tune.search.candidates import NewTask, SearchSettings, _Search
 
     task = heaviest(convs)
     search = _Search(target(), SearchSettings(population=8, generations=1, per_draft=4, seed=3), 0)

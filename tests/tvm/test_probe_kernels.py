@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from gpu_aware_tune.cuda_toolchain import compile_cubin, find_toolchain
+from gpu_aware_tune.codegen.cuda_toolchain import compile_cubin, find_toolchain
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition.kernels import PTX, SOURCE
 

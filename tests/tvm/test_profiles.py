@@ -14,10 +14,10 @@ from tiny_library import target_json, write_library
 from gpu_aware_tune.cli.main import main
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.library import save_weights
-from gpu_aware_tune.model import Model
+from gpu_aware_tune.model.importer import Model
 from gpu_aware_tune.partition import Device, find_device, open_partitions, usable_cores
-from gpu_aware_tune.planning import choose_share
-from gpu_aware_tune.profiles import Curve, grid, profile, profile_untuned
+from gpu_aware_tune.profiling.knee import choose_share
+from gpu_aware_tune.profiling.profiles import Curve, grid, profile, profile_untuned
 from gpu_aware_tune.workers import WorkerHost
 
 CORES = len(usable_cores())

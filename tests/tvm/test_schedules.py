@@ -15,14 +15,14 @@ from tvm import relax
 from tvm.relax import op
 from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
 
-from gpu_aware_tune.packing import PACKING, mark_weights, without_packing
-from gpu_aware_tune.schedules import default_schedule, default_schedules
-from gpu_aware_tune.schedules.access import accesses_of, axes_of
-from gpu_aware_tune.schedules.blocks import block_of, inline_maps
-from gpu_aware_tune.schedules.planes import flatten_planes, interleave_rows
-from gpu_aware_tune.schedules.tiles import STACK_BYTES, Machine, best_tiles
-from gpu_aware_tune.traces import apply_trace, trace_to_json
-from gpu_aware_tune.verify import kernel_inputs, verify_kernel
+from gpu_aware_tune.finalize.verify import kernel_inputs, verify_kernel
+from gpu_aware_tune.kernels.packing import PACKING, mark_weights, without_packing
+from gpu_aware_tune.kernels.schedules import default_schedule, default_schedules
+from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
+from gpu_aware_tune.kernels.schedules.blocks import block_of, inline_maps
+from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
+from gpu_aware_tune.kernels.schedules.tiles import STACK_BYTES, Machine, best_tiles
+from gpu_aware_tune.kernels.traces import apply_trace, trace_to_json
 
 Spec = tuple[tuple[int, ...], str]
 Make = Callable[..., Any]
@@ -225,7 +225,7 @@ def test_alternatives_differ() -> None:
 
 @pytest.mark.parametrize("cpu", ["haswell", "skylake-avx512", "znver4"])
 def test_tiles_fit_the_registers_of_the_processor(cpu: str) -> None:
-    from gpu_aware_tune.schedules.cpu import machine_of
+    from gpu_aware_tune.kernels.schedules.cpu import machine_of
 
     machine = machine_of(tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": 4}))
     assert machine == Machine(*((8, 16, 4) if cpu == "haswell" else (16, 32, 4)))

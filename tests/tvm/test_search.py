@@ -12,9 +12,9 @@ load_tvm()
 
 import tvm  # noqa: E402
 
-from gpu_aware_tune.candidates import NewTask, SearchSettings, _Search  # noqa: E402
-from gpu_aware_tune.space import MAX_STATEMENTS, make_space, statements  # noqa: E402
-from gpu_aware_tune.traces import apply_trace, module_to_json, task_hash  # noqa: E402
+from gpu_aware_tune.kernels.space import MAX_STATEMENTS, make_space, statements  # noqa: E402
+from gpu_aware_tune.kernels.traces import apply_trace, module_to_json, task_hash  # noqa: E402
+from gpu_aware_tune.search.candidates import NewTask, SearchSettings, _Search  # noqa: E402
 
 TARGET = tvm.target.Target({"kind": "llvm", "num-cores": 2})
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from tiny_library import default_traces, target, target_json, write_onnx
 
-from gpu_aware_tune import shipping
-from gpu_aware_tune.builder import BuildPool
+from gpu_aware_tune.codegen.build_pool import BuildPool
 from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.finalize import library_build
+from gpu_aware_tune.finalize.library_build import Wanted, compile_all, compile_together, run_on
 from gpu_aware_tune.library import open_vm, save_weights
-from gpu_aware_tune.model import Model, load_model, random_inputs
+from gpu_aware_tune.model.importer import Model, load_model, random_inputs
 from gpu_aware_tune.partition import Partition, find_device, open_partitions, share_of
-from gpu_aware_tune.shipping import Wanted, compile_all, compile_together, run_on
 from gpu_aware_tune.workers import WorkerHost
 
 
@@ -102,6 +102,6 @@ def test_a_worker_that_dies_or_hangs_is_one_line(
     why: str,
 ) -> None:
     if argument == 60:
-        monkeypatch.setattr(shipping, "_LIMIT_S", 0.3)
+        monkeypatch.setattr(library_build, "_LIMIT_S", 0.3)
     with WorkerHost() as host, pytest.raises(TuneError, match=f"timing the library .*{why}"):
-        shipping._inside(host, partition, function, (argument,), "timing")
+        library_build._inside(host, partition, function, (argument,), "timing")

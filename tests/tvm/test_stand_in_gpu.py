@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, RunTune
 from tiny_library import write_onnx
 
-from gpu_aware_tune.records import Store
+from gpu_aware_tune.records.store import Store
 
 
 def test_a_model_is_tuned_for_a_share_and_runs_there(

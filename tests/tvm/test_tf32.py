@@ -31,21 +31,21 @@ from tvm import te, topi  # noqa: E402
 from tvm.s_tir import meta_schedule as ms  # noqa: E402
 from tvm.s_tir.schedule import Schedule  # noqa: E402
 
-from gpu_aware_tune import cuda_toolchain  # noqa: E402
-from gpu_aware_tune.compile import compile_model  # noqa: E402
-from gpu_aware_tune.cuda_source import lean_source, with_tf32_tiles  # noqa: E402
+from gpu_aware_tune.codegen import cuda_toolchain  # noqa: E402
+from gpu_aware_tune.codegen.compile import compile_model  # noqa: E402
+from gpu_aware_tune.codegen.cuda_source import lean_source, with_tf32_tiles  # noqa: E402
 from gpu_aware_tune.errors import SetupError, UserError  # noqa: E402
-from gpu_aware_tune.model import load_model  # noqa: E402
-from gpu_aware_tune.space import make_space  # noqa: E402
-from gpu_aware_tune.tasks import extract  # noqa: E402
-from gpu_aware_tune.tf32 import TF32_INTRINSICS, is_marked, mark_products  # noqa: E402
-from gpu_aware_tune.traces import (  # noqa: E402
+from gpu_aware_tune.finalize.verify import _TF32, _allowed_of_model  # noqa: E402
+from gpu_aware_tune.kernels.space import make_space  # noqa: E402
+from gpu_aware_tune.kernels.tf32 import TF32_INTRINSICS, is_marked, mark_products  # noqa: E402
+from gpu_aware_tune.kernels.traces import (  # noqa: E402
     apply_trace,
     module_to_json,
     task_hash,
     trace_to_json,
 )
-from gpu_aware_tune.verify import _TF32, _allowed_of_model  # noqa: E402
+from gpu_aware_tune.model.importer import load_model  # noqa: E402
+from gpu_aware_tune.model.tasks import extract  # noqa: E402
 
 try:
     cuda_toolchain.find_toolchain()
@@ -141,7 +141,7 @@ def test_a_trace_can_be_replayed_where_nothing_is_registered() -> None:
     (trace, schedule), *_ = on_tensor_cores(module, 8)
     tvm.ir.assert_structural_equal(apply_trace(trace, module).mod, schedule.mod)
     script = (
-        "import sys; from gpu_aware_tune.traces import apply_trace, module_from_json;"
+        "import sys; from gpu_aware_tune.kernels.traces import apply_trace, module_from_json;"
         "apply_trace(sys.argv[1], module_from_json(sys.argv[2]))"
     )
     command = [sys.executable, "-c", script, trace, module_to_json(module)]

@@ -12,7 +12,7 @@ import tvm_ffi
 from tvm import te
 from tvm.s_tir import Schedule
 
-from gpu_aware_tune.traces import (
+from gpu_aware_tune.kernels.traces import (
     TraceError,
     apply_trace,
     canonical_trace,

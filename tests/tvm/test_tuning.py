@@ -20,9 +20,9 @@ from tvm import te
 
 import gpu_aware_tune
 from gpu_aware_tune.events import Event, Finished, Note, Planned, Trial
-from gpu_aware_tune.records import Store
+from gpu_aware_tune.kernels.traces import module_to_json
+from gpu_aware_tune.records.store import Store
 from gpu_aware_tune.settings import Settings
-from gpu_aware_tune.traces import module_to_json
 from gpu_aware_tune.tuning import tune_events
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,7 +236,7 @@ def test_untuned_kernels_are_kept_where_the_whole_model_is_faster_with_them(
     def slow_when_tuned(*args: object) -> dict[str, float]:
         return {"tuned": 2e-3, "untuned": 1e-3}
 
-    monkeypatch.setattr("gpu_aware_tune.model_run.time_on", slow_when_tuned)
+    monkeypatch.setattr("gpu_aware_tune.run.model_run.time_on", slow_when_tuned)
     events = run(network, settings(tmp_path, trials=8))
     done = last(events)
     assert done.shares[0].tuned_s == done.shares[0].untuned_s == 1e-3

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_aware_tune import cuda_toolchain
+from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.workers.warm import load_tvm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,11 +29,11 @@ from tvm import te, topi  # noqa: E402
 from tvm.s_tir.schedule import Schedule  # noqa: E402
 
 from benchmarks.draws import random_schedules  # noqa: E402
-from gpu_aware_tune.space import make_space  # noqa: E402
+from gpu_aware_tune.finalize.verify import difference, kernel_inputs  # noqa: E402
+from gpu_aware_tune.kernels.space import make_space  # noqa: E402
+from gpu_aware_tune.kernels.tf32 import MARK, TF32_INTRINSICS  # noqa: E402
+from gpu_aware_tune.kernels.traces import trace_to_json  # noqa: E402
 from gpu_aware_tune.testing import fake_gpu  # noqa: E402
-from gpu_aware_tune.tf32 import MARK, TF32_INTRINSICS  # noqa: E402
-from gpu_aware_tune.traces import trace_to_json  # noqa: E402
-from gpu_aware_tune.verify import difference, kernel_inputs  # noqa: E402
 
 CUDA = tvm.target.Target(fake_gpu().target(40))
 ARCH = str(CUDA.attrs["arch"])

@@ -9,12 +9,12 @@ import onnx
 import tvm
 from onnx import TensorProto, helper, numpy_helper
 
-from gpu_aware_tune.compile import compile_model
+from gpu_aware_tune.codegen.compile import compile_model
+from gpu_aware_tune.kernels.schedules import default_schedule
+from gpu_aware_tune.kernels.traces import trace_to_json
 from gpu_aware_tune.library import export, link
-from gpu_aware_tune.model import Model, load_model
-from gpu_aware_tune.schedules import default_schedule
-from gpu_aware_tune.tasks import extract
-from gpu_aware_tune.traces import trace_to_json
+from gpu_aware_tune.model.importer import Model, load_model
+from gpu_aware_tune.model.tasks import extract
 
 
 def target(units: int = 2) -> tvm.target.Target:

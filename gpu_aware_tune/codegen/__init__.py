@@ -1,0 +1,1 @@
+"""A candidate -> an artifact: compiled kernels and linked libraries."""

@@ -1,0 +1,1 @@
+"""Tables, console output and progress of the command line."""

@@ -1,0 +1,1 @@
+"""Records -> verified libraries: re-measured, selected, compiled, checked."""

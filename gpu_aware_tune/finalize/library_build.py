@@ -1,0 +1,257 @@
+"""From chosen kernels to a library on disk: compile, measure before and after, verify, export."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gpu_aware_tune.codegen.build_pool import BuildPool, Built
+from gpu_aware_tune.errors import TuneError, last_line
+from gpu_aware_tune.workers import WorkerHost
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gpu_aware_tune.model.importer import Model, TensorSpec
+    from gpu_aware_tune.partition import Partition
+
+Key = TypeVar("Key", bound=Hashable)
+
+_COMPILE = "gpu_aware_tune.finalize.library_build:compile_to_file"
+_TOGETHER = "gpu_aware_tune.finalize.library_build:compile_shares_to_file"
+_TIME = "gpu_aware_tune.finalize.library_build:time_libraries"
+_RUN = "gpu_aware_tune.finalize.library_build:run_library"
+_CALL = "gpu_aware_tune.measure.worker:call"
+_LIMIT_S = 600.0  # of a worker that times or runs libraries: one that hangs must not hold the run
+_ROUNDS = 10
+_ROUND_S = 0.3
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One library to compile: a model with kernels (traces by task hash) for some units.
+
+    `name` tells several of one model and units apart, such as "tuned" and "untuned".
+    """
+
+    model: Model
+    name: str
+    units: int
+    target: Mapping[str, Any]
+    traces: Mapping[str, str]
+
+
+def compile_all(
+    wanted: Sequence[Wanted], builders: BuildPool, folder: Path
+) -> dict[tuple[str, str, int], Path]:
+    """Compile libraries side by side in the build workers.
+
+    Returns:
+        The path of each, by (the model's name, name, units).
+
+    Raises:
+        TuneError: a library did not compile, with what TVM said.
+    """
+    from gpu_aware_tune.kernels.traces import module_to_json
+
+    texts = {id(item.model): module_to_json(item.model.module) for item in wanted}
+    calls = {}
+    for number, item in enumerate(wanted):
+        path = folder / f"library-{number}.so"
+        args = (texts[id(item.model)], dict(item.target), dict(item.traces), str(path))
+        what = f"{item.model.name}: the {item.name} library for {item.units} units"
+        calls[item.model.name, item.name, item.units] = _Call(_COMPILE, args, path, what)
+    return _call_all(builders, calls)
+
+
+def compile_together(
+    wanted: Sequence[Wanted], builders: BuildPool, folder: Path
+) -> dict[str, Path]:
+    """Compile for each model one library that holds all of its shares, equal kernels once.
+
+    It is exported for all of these units, with `entry="main_{units}"`; see `compile.merge_shares`.
+
+    Returns:
+        The path of each, by the model's name.
+
+    Raises:
+        TuneError: a library did not compile, with what TVM said.
+    """
+    from gpu_aware_tune.kernels.traces import module_to_json
+
+    shares: dict[str, list[Wanted]] = {}
+    for item in wanted:
+        shares.setdefault(item.model.name, []).append(item)
+    calls = {}
+    for number, (name, items) in enumerate(shares.items()):
+        path = folder / f"shares-{number}.so"
+        described = {item.units: (dict(item.target), dict(item.traces)) for item in items}
+        args = (module_to_json(items[0].model.module), described, str(path))
+        calls[name] = _Call(_TOGETHER, args, path, f"{name}: the library of all shares")
+    return _call_all(builders, calls)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function for a build worker that writes a library and gives the error's text, or None."""
+
+    function: str
+    args: tuple[Any, ...]
+    path: Path
+    what: str
+
+
+def _call_all(builders: BuildPool, calls: Mapping[Key, _Call]) -> dict[Key, Path]:
+    def start(key: Key) -> None:
+        builders.call(key, calls[key].function, *calls[key].args)
+
+    done: dict[Key, Path] = {}
+    for key, answer in builders.work_off(calls, start):
+        if isinstance(answer, Built) or answer is not None:
+            failure = answer.failure if isinstance(answer, Built) else None
+            text = failure.text if failure else answer
+            raise TuneError(f"{calls[key].what} did not compile: {text}")
+        done[key] = calls[key].path
+    return done
+
+
+def compile_to_file(
+    module_json: str, target: dict[str, Any], traces: Mapping[str, str], path: str
+) -> str | None:
+    """Compile one library (in a worker); gives the error's text, or None."""
+    import tvm
+
+    from gpu_aware_tune.codegen.compile import compile_module
+
+    wanted = tvm.target.Target(target)
+    return _to_file(
+        module_json, target, path, lambda module: compile_module(module, wanted, traces)
+    )
+
+
+def compile_shares_to_file(
+    module_json: str, shares: Mapping[int, tuple[dict[str, Any], Mapping[str, str]]], path: str
+) -> str | None:
+    """Compile one library for several shares (in a worker); gives the error's text, or None."""
+    import tvm
+
+    from gpu_aware_tune.codegen.compile import compile_shares
+
+    wanted = {units: (tvm.target.Target(t), traces) for units, (t, traces) in shares.items()}
+    target, _ = shares[max(shares)]
+    return _to_file(module_json, target, path, lambda module: compile_shares(module, wanted))
+
+
+def _to_file(
+    module_json: str, target: Mapping[str, Any], path: str, compile_it: Callable[[Any], Any]
+) -> str | None:
+    from gpu_aware_tune.codegen.cuda_toolchain import link as link_cubins
+    from gpu_aware_tune.codegen.cuda_toolchain import packer
+    from gpu_aware_tune.kernels.traces import module_from_json
+    from gpu_aware_tune.library import link
+
+    try:
+        executable = compile_it(module_from_json(module_json))
+        if target["kind"] == "cuda":  # build workers make source; a library holds cubins
+            packed = {"fcompile": link_cubins, "fpack_imports": packer(str(target["arch"]))}
+            executable.export_library(path, **packed)
+        else:
+            link(executable, path)
+    except Exception as error:  # sent to the parent, which stops the run with it
+        return f"{type(error).__name__}: {last_line(error)}"
+    return None
+
+
+def time_on(
+    host: WorkerHost,
+    partition: Partition,
+    libraries: Mapping[str, Path],
+    weights: Path,
+    model: Model,
+) -> dict[str, float]:
+    """Seconds of one inference of each library on a partition, in a worker of its own.
+
+    The libraries take turns, so that drift of the machine meets all of them alike, and the lowest
+    tenth of each is told, as for kernels: on a shared machine disturbances only ever add time.
+    """
+    args = ({name: str(path) for name, path in libraries.items()}, str(weights), model.inputs)
+    answer: dict[str, float] = _inside(host, partition, _TIME, args, "timing")
+    return answer
+
+
+def run_on(
+    host: WorkerHost,
+    partition: Partition,
+    library: Path,
+    entry: str,
+    weights: Path,
+    model: Model,
+    seed: int,
+) -> list[np.ndarray]:
+    """A library's outputs on a partition, in a worker of its own: a wrong kernel may crash or hang.
+
+    Args:
+        library: the `.so`.
+        entry: its function, "main_2" for 2 units where it holds several shares.
+        weights: the file that `save_weights` wrote.
+        model: what the library was compiled from.
+        seed: of the random inputs, see `model.random_inputs`.
+    """
+    # The inputs' description, not themselves: what a worker starts with is one small message.
+    args = (str(library), str(weights), entry, model.inputs, seed)
+    answer: list[np.ndarray] = _inside(host, partition, _RUN, args, "running")
+    return answer
+
+
+def _inside(
+    host: WorkerHost, partition: Partition, function: str, args: tuple[Any, ...], doing: str
+) -> Any:
+    """What a function gives in a worker inside a partition; a worker that dies or hangs is an error."""
+    worker = host.spawn(_CALL, partition, function, args, env=partition.env())
+    why = f"no answer in {_LIMIT_S:.0f} s"
+    try:
+        if select.select([worker], [], [], _LIMIT_S)[0]:
+            return worker.recv()
+        partition.before_kill(worker.pid)
+    except EOFError:
+        why = ""
+    finally:
+        ended = worker.kill().text
+    raise TuneError(f"{doing} the library on {partition} failed: {why or ended}")
+
+
+def time_libraries(
+    libraries: Mapping[str, str], weights: str, specs: Sequence[TensorSpec]
+) -> dict[str, float]:
+    """See `time_on` (in the worker)."""
+    from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.measure.timing import lowest_tenth
+    from gpu_aware_tune.model.importer import random_inputs
+
+    inputs = random_inputs(specs, seed=0)
+    timers = {name: open_vm(path, weights).timer(inputs) for name, path in libraries.items()}
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(_ROUNDS):
+        for name, timer in timers.items():
+            samples[name].extend(timer(_ROUND_S / len(timers)))
+    return {name: lowest_tenth(values) for name, values in samples.items()}
+
+
+def run_library(
+    library: str, weights: str, entry: str, specs: Sequence[TensorSpec], seed: int
+) -> list[np.ndarray]:
+    """See `run_on` (in the worker)."""
+    from gpu_aware_tune.library import open_vm
+    from gpu_aware_tune.model.importer import random_inputs
+
+    inputs = random_inputs(specs, seed)
+    program = open_vm(library, weights, entry=entry)
+    return program(program.place(list(inputs.values())))
+
+
+def traces_of(choices: Iterator[Any] | Sequence[Any], units: int) -> dict[str, str]:
+    """The traces of one share's choices by task hash; plain loops are left out."""
+    return {c.task.hash: c.trace for c in choices if c.units == units and c.trace}

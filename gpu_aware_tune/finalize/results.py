@@ -1,0 +1,116 @@
+"""What a run reports at its end, and what the library's manifest says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gpu_aware_tune.events import Reordered, ShareResult, TaskResult
+from gpu_aware_tune.finalize.retiming import Reorder
+from gpu_aware_tune.finalize.selection import Choice, fastest_s
+from gpu_aware_tune.search.stage import Search
+
+if TYPE_CHECKING:
+    from gpu_aware_tune.partition import Device, Share
+    from gpu_aware_tune.settings import Settings
+
+
+def task_results(choices: Sequence[Choice], search: Search) -> tuple[TaskResult, ...]:
+    """The rows of the closing table."""
+    return tuple(
+        TaskResult(
+            name=choice.task.name,
+            units=choice.units,
+            weight=choice.task.weight,
+            trials=search.allocation.trials(choice.task.hash),
+            untuned_s=search.untuned_s(choice.task, choice.units),
+            tuned_s=choice.seconds or None,
+            origin=choice.origin,
+        )
+        for choice in choices
+    )
+
+
+def share_results(
+    shares: Sequence[Share],
+    latency_s: Mapping[tuple[str, int], float],
+    errors: Mapping[int, float | None],
+    losses: Mapping[int, float],
+) -> tuple[ShareResult, ...]:
+    """The model's latency on each share, before ("untuned") and after ("tuned")."""
+    return tuple(
+        ShareResult(
+            share=share.describe(),
+            units=share.units,
+            untuned_s=latency_s.get(("untuned", share.units)),
+            tuned_s=latency_s.get(("tuned", share.units)),
+            verified=share.units in errors,
+            max_error=errors.get(share.units),
+            loss=losses.get(share.units),
+        )
+        for share in shares
+    )
+
+
+def losses(choices: Sequence[Choice], search: Search) -> dict[int, float]:
+    """What the chosen kernels cost on each share on top of the fastest ones there, as a part of these."""
+    chosen: dict[int, float] = {}
+    own: dict[int, float] = {}
+    for choice in choices:
+        key = search.keys[choice.task.hash, choice.units]
+        fastest = fastest_s(key, search.store) or choice.seconds
+        chosen[choice.units] = chosen.get(choice.units, 0.0) + choice.task.weight * choice.seconds
+        own[choice.units] = own.get(choice.units, 0.0) + choice.task.weight * fastest
+    return {units: chosen[units] / seconds - 1 for units, seconds in own.items() if seconds}
+
+
+def manifest(
+    device: Device,
+    backend: str,
+    settings: Settings,
+    shares: Sequence[Share],
+    results: Sequence[ShareResult],
+    choices: Sequence[Choice],
+) -> dict[str, Any]:
+    """What the exported folder says about the run, besides the model and the files.
+
+    `results` are those of `shares`, in their order.
+    """
+    return {
+        "device": device.key,
+        "backend": backend,
+        "seed": settings.seed,
+        "objective": settings.objective,
+        "shares": [
+            {
+                "percent": share.percent,
+                "units": share.units,
+                "text": share.describe(),
+                "target": device.target(share.units),
+                "untuned_s": result.untuned_s,
+                "tuned_s": result.tuned_s,
+                "max_error": result.max_error,
+                "loss": result.loss,
+            }
+            for share, result in zip(shares, results, strict=True)
+        ],
+        "tasks": [
+            {
+                "name": choice.task.name,
+                "hash": choice.task.hash,
+                "units": choice.units,
+                "weight": choice.task.weight,
+                "seconds": choice.seconds,
+                "origin": choice.origin,
+            }
+            for choice in choices
+        ],
+    }
+
+
+def reordered(reorders: Sequence[Reorder]) -> Reordered | None:
+    """Sum up what measuring alone changed; None where nothing was measured again."""
+    if not reorders:
+        return None
+    regret = max(reorder.regret for reorder in reorders)
+    return Reordered(len(reorders), sum(reorder.changed for reorder in reorders), regret)

@@ -1,0 +1,1 @@
+"""What is done to one kernel: its schedules, search space, traces and packed weights."""

@@ -1,0 +1,134 @@
+"""What the CPU schedules need of blocks: their names, what kind they are, and inlining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm_ffi
+from tvm.ir import Call
+from tvm.ir.expr import TensorLoad
+from tvm.s_tir import SBlock, SBlockRealize, Schedule
+from tvm.tirx import BufferStore, Select
+
+from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
+
+# Calls that cost tens of instructions an element: never computed twice to save a pass over memory.
+_COSTLY = ("exp", "log", "erf", "tanh", "sigmoid", "pow", "sin", "cos", "tan", "sqrt", "hypot")
+
+
+def attempt(schedule: Schedule, change: Callable[[Schedule], None]) -> Schedule:
+    """Apply a change of several steps, or none of it where TVM refuses a step."""
+    changed = schedule.copy()
+    try:
+        change(changed)
+    except Exception:  # TVM refuses with ScheduleError, ValueError, RuntimeError and others
+        return schedule
+    return changed
+
+
+def block_names(schedule: Schedule) -> list[str]:
+    """Give the names of all blocks in program order, the root left out (whatever its name is)."""
+    names: list[str] = []
+    body = schedule.mod["main"].body
+    tvm_ffi.structural_walk(
+        body, (SBlock, lambda block: names.append(str(block.name_hint))), order="pre"
+    )
+    return names[1:]
+
+
+def block_of(schedule: Schedule, name: str) -> Any:
+    """Give a block itself (not the schedule's variable for it)."""
+    return schedule.get(schedule.get_sblock(name))
+
+
+def loops_of_axes(schedule: Schedule, name: str) -> list[Any] | None:
+    """Give the loop behind each axis of a block; None where an axis is not exactly one loop."""
+    realizes: list[Any] = []
+
+    def visit(realize: Any) -> None:
+        if realize.block.name_hint == name:
+            realizes.append(realize)
+
+    tvm_ffi.structural_walk(schedule.mod["main"].body, (SBlockRealize, visit))
+    loops = schedule.get_loops(schedule.get_sblock(name))
+    variables = [schedule.get(loop).loop_var for loop in loops]
+    found = []
+    for value in realizes[0].iter_values:
+        matching = [
+            loop for loop, variable in zip(loops, variables, strict=True) if value.same_as(variable)
+        ]
+        if len(matching) != 1:
+            return None
+        found.append(matching[0])
+    return found if len(found) == len(loops) else None
+
+
+def is_reduction(block: Any) -> bool:
+    """Whether a block accumulates over at least one axis."""
+    axes = axes_of(block)
+    return axes is not None and block.init is not None and any(axis.reduce for axis in axes)
+
+
+def is_map(block: Any) -> bool:
+    """Whether a block computes each element of one buffer by itself."""
+    axes = axes_of(block)
+    return (
+        axes is not None
+        and isinstance(block.body, BufferStore)
+        and not any(axis.reduce for axis in axes)
+    )
+
+
+def inline_maps(schedule: Schedule) -> None:
+    """Compute element-wise blocks inside their consumers wherever that costs nothing."""
+    for name in block_names(schedule):
+        variable = schedule.get_sblock(name)
+        block = schedule.get(variable)
+        consumers = [schedule.get(consumer) for consumer in schedule.get_consumers(variable)]
+        if is_map(block) and consumers and all(_may_inline(block, c, consumers) for c in consumers):
+            try:
+                schedule.compute_inline(variable)
+            except Exception:  # a block that refuses stays a stage of its own
+                continue
+
+
+def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
+    """Whether a map should be computed inside one of its consumers."""
+    if is_map(consumer):
+        return len(consumers) == 1 or not is_costly(block)
+    value = block.body.value
+    if isinstance(value, TensorLoad):
+        return True
+    # A reduction reads most elements often; what each reads once is computed on the way, unless
+    # a condition (padding) would keep the inner loop from being vectorised.
+    axes, accesses = axes_of(consumer), accesses_of(consumer, consumer.reads)
+    if axes is None or accesses is None or is_costly(block) or conditions_of(block):
+        return False
+    steps = 1
+    for axis in axes:
+        steps *= axis.extent
+    written = block.writes[0].source
+    return all(a.elements >= steps for a in accesses if a.buffer.same_as(written))
+
+
+def is_costly(block: Any) -> bool:
+    """Whether computing a block's values twice costs more than a pass over memory."""
+    return any(_name(call).startswith(_COSTLY) for call in _calls(block))
+
+
+def conditions_of(block: Any) -> list[Any]:
+    """Give the conditions by which a block's value is chosen."""
+    found = [call.args[0] for call in _calls(block) if _name(call) == "if_then_else"]
+    tvm_ffi.structural_walk(block.body, (Select, lambda select: found.append(select.condition)))
+    return found
+
+
+def _calls(block: Any) -> list[Any]:
+    calls: list[Any] = []
+    tvm_ffi.structural_walk(block.body, (Call, calls.append))
+    return calls
+
+
+def _name(call: Any) -> str:
+    return str(getattr(call.op, "name", "")).rpartition(".")[2]

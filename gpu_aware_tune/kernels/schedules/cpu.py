@@ -1,0 +1,114 @@
+"""The default schedules for CPUs: register tiles for reductions, parallel vector loops else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+
+import tvm
+from tvm.s_tir import Schedule
+from tvm.target import codegen
+
+from gpu_aware_tune.kernels.schedules.blocks import (
+    attempt,
+    block_names,
+    block_of,
+    inline_maps,
+    is_reduction,
+    loops_of_axes,
+)
+from gpu_aware_tune.kernels.schedules.maps import schedule_map
+from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
+from gpu_aware_tune.kernels.schedules.reductions import Reduction, split_lanes
+from gpu_aware_tune.kernels.schedules.tiles import Machine
+
+_POOR = 3.0  # times what full vectors would take; then partial sums in lanes are tried first
+
+
+def machine_of(target: tvm.target.Target) -> Machine:
+    """Give the facts of a CPU target that the schedules depend on."""
+    bits = int(codegen.llvm_get_vector_width(target))
+    if codegen.target_has_features("avx512f", target):
+        lanes, registers = 16, 32
+    elif codegen.target_has_features("avx", target):
+        lanes, registers = 8, 16
+    elif bits >= 512:  # TVM says so of any x86 processor
+        lanes, registers = 4, 16
+    else:
+        lanes, registers = max(4, bits // 32), 32
+    return Machine(lanes, registers, units=max(1, int(target.attrs.get("num-cores", 1) or 1)))
+
+
+def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator[Schedule]:
+    """Schedule every block of a kernel, in up to `most` ways for its heaviest reduction."""
+    base = Schedule(module, error_render_level="fast")
+    inline_maps(base)
+    names = [name for name in block_names(base) if is_reduction(block_of(base, name))]
+    if not names:
+        yield _with_maps(base, machine)
+        return
+    for name in names:
+        for change in (flatten_planes, interleave_rows):
+            base = attempt(base, partial(change, name=name))
+    heaviest = max(names, key=lambda name: Reduction(base, name, machine).steps)
+    for schedule in islice(_reduced(base, heaviest, machine), most):
+        done = schedule
+        for name in names:
+            if name != heaviest:
+                done = next(_reduced(done, name, machine))
+        yield _with_maps(done, machine)
+
+
+def _reduced(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule]:
+    """Schedule one reduction in every way that TVM accepts, the promising ones first.
+
+    The last one is the schedule as it was, where nothing was accepted.
+    """
+    reduction = Reduction(schedule, name, machine)
+    tiles = reduction.tiles()
+    ideal = reduction.steps / machine.lanes / machine.units
+    found = False
+    if not tiles or tiles[0].cycles > _POOR * ideal:
+        split = attempt(schedule, partial(split_lanes, name=name, machine=machine))
+        if split is not schedule:
+            for part in (f"{name}_rf", name):
+                split = next(_tiled(split, part, machine), split)
+            found = True
+            yield split
+    rows = list(_in_rows(schedule, reduction))
+    if rows and (not tiles or reduction.row_cycles() < tiles[0].cycles):
+        found = True
+        yield rows.pop()
+    for tiled in _tiled(schedule, name, machine):
+        found = True
+        yield tiled
+    if not found:
+        yield schedule
+
+
+def _in_rows(schedule: Schedule, reduction: Reduction) -> Iterator[Schedule]:
+    for fuse_consumer in (True, False):
+        tried = attempt(schedule, partial(reduction.apply_rows, fuse_consumer=fuse_consumer))
+        if tried is not schedule:
+            yield tried
+            return
+
+
+def _tiled(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule]:
+    reduction = Reduction(schedule, name, machine)
+    for tile in reduction.tiles():
+        for fuse_consumer in (True, False):
+            apply = partial(reduction.apply, tile=tile, fuse_consumer=fuse_consumer)
+            tried = attempt(schedule, apply)
+            if tried is not schedule:
+                yield tried
+                break
+
+
+def _with_maps(schedule: Schedule, machine: Machine) -> Schedule:
+    """Schedule what is left: element-wise blocks whose loops nobody has touched."""
+    for name in block_names(schedule):
+        if loops_of_axes(schedule, name) is not None:
+            schedule = attempt(schedule, partial(schedule_map, name=name, machine=machine))
+    return schedule

@@ -1,0 +1,1 @@
+"""ONNX graph -> `Model` (a fused Relax module) -> its tasks."""

@@ -1,0 +1,1 @@
+"""A library's latency over the shares of a device."""

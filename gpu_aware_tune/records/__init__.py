@@ -1,0 +1,1 @@
+"""The record store: every measurement, in SQLite; its only reader and writer."""

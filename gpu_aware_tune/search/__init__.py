@@ -1,0 +1,1 @@
+"""The search stage: candidates, trials and where they go."""
