@@ -11,6 +11,7 @@ from gpu_aware_tune.codegen.build_pool import CALL_FAILED, BuildPool, Built
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.events import Event, Note
 from gpu_aware_tune.model.tasks import Task
+from gpu_aware_tune.records.rows import UNFIT
 from gpu_aware_tune.records.store import RecordKey, Store
 from gpu_aware_tune.search.objectives import ONE_SET, one_for_all, usable
 from gpu_aware_tune.settings import Settings
@@ -39,27 +40,34 @@ def choose(
     """Give the kernel of each task and share: the fastest there or, with `robust` and `mean`, on all.
 
     Each is run against the unscheduled kernel on random inputs, in a build worker, because a wrong
-    kernel may crash. A mismatch marks its record wrong, and the next best is taken.
+    kernel may crash. A mismatch marks its record wrong, and the next best is taken. So is it where
+    a trace cannot be applied to its kernel; that is checked without `settings.verify`, too.
     """
     right: set[tuple[str, str]] = set()  # (task hash, trace) that passed
     together = settings.objective in ONE_SET
     places = [tuple(units)] if together else [(count,) for count in units]
     open_ = [(task, place) for task in tasks for place in places]
+    seed = settings.seed if settings.verify else None
+    unfit = 0
     while open_:
         picked = [_best(task, place, keys, store, settings.objective) for task, place in open_]
         unchecked = {
             (choices[0].task.hash, choices[0].trace): choices[0]
             for choices in picked
-            if settings.verify and choices[0].trace
+            if choices[0].trace
         }
         todo = [choice for name, choice in unchecked.items() if name not in right]
         wrong = set()
-        for choice, problem in _checks(todo, builders, target, settings.seed):
+        for choice, problem in _checks(todo, builders, target, seed):
             name = choice.task.hash, choice.trace
             if problem is None:
                 right.add(name)
                 continue
             wrong.add(name)
+            if problem == UNFIT:
+                unfit += 1
+                store.mark_unfit(*name)
+                continue
             for count in units:
                 store.mark_wrong(keys[choice.task.hash, count], choice.trace)
             yield Note(f"{choice.task.name}: a kernel was wrong ({problem})", "warning")
@@ -70,6 +78,8 @@ def choose(
             else:
                 yield from choices
         open_ = still_open
+    if unfit:
+        yield Note(f"{unfit} schedules in the records do not fit their kernels; left out")
 
 
 def _best(
@@ -96,13 +106,13 @@ def _best(
 
 def fastest_s(key: RecordKey, store: Store) -> float | None:
     """Seconds of the best kernel on one share, by the second measurement where there is one."""
-    records = [r for r in store.all(key) if r.best_s is not None and not r.wrong]
+    records = [r for r in store.all(key) if r.usable]
     again = [r for r in records if r.retimed is not None]
     return min((r.best_s for r in again or records if r.best_s is not None), default=None)
 
 
 def _checks(
-    choices: Sequence[Choice], builders: BuildPool, target: object, seed: int
+    choices: Sequence[Choice], builders: BuildPool, target: object, seed: int | None
 ) -> Iterator[tuple[Choice, str | None]]:
     """Check kernels in the build workers; gives what is wrong with each, or None."""
     from gpu_aware_tune.kernels.traces import module_to_json
@@ -124,14 +134,27 @@ def _checks(
 _WORKER = "gpu_aware_tune.finalize.selection:check_kernel"
 
 
-def check_kernel(module_json: str, trace: str, target: dict[str, object], seed: int) -> str | None:
-    """Run one kernel against the plain loops (in a worker); gives what is wrong, or None."""
+def check_kernel(
+    module_json: str, trace: str, target: dict[str, object], seed: int | None
+) -> str | None:
+    """Run one kernel against the unscheduled one (in a worker); returns what is wrong, or None.
+
+    Args:
+        module_json, trace, target: the kernel.
+        seed: of the inputs; None: only see whether the trace can be applied.
+    """
     import tvm
 
     from gpu_aware_tune.finalize.verify import verify_kernel
-    from gpu_aware_tune.kernels.traces import module_from_json
+    from gpu_aware_tune.kernels.traces import TraceError, apply_trace, module_from_json
 
     module, on = module_from_json(module_json), tvm.target.Target(target)
+    try:
+        apply_trace(trace, module)
+    except TraceError:
+        return UNFIT
+    if seed is None:
+        return None
     try:
         check = verify_kernel(module, trace, on, seed)
     except Exception:

@@ -47,8 +47,8 @@ class Model:
     `module` has gone through TVM's `zero` pipeline. Its `main` takes the inputs, then the weights
     in the order of `weights`, and has the attribute `num_input`; for a CPU its kernels are marked
     with which of their arguments are weights (see `packing`), and images are in blocks of channels
-    where that fits (see `layouts`). `prepared` is the ONNX graph it was made from, and `hash`
-    identifies that by content.
+    where that fits (see `layouts`). `prepared` is the ONNX graph it was made from, `hash`
+    identifies that by content, and `notes` say what could not be done for it.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Model:
     outputs: tuple[TensorSpec, ...]
     weights: dict[str, np.ndarray] = field(repr=False)
     prepared: bytes = field(repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def load_model(
@@ -81,6 +82,7 @@ def load_model(
     Raises:
         UserError: the file, the shapes or an operator cannot be used; one line says which and why.
     """
+    from gpu_aware_tune.kernels.naming import canonical_names
     from gpu_aware_tune.kernels.packing import mark_weights
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
     from gpu_aware_tune.kernels.tf32 import mark_products
@@ -93,15 +95,15 @@ def load_model(
     with _quiet():
         module = _fused(_plainly_named(_imported(proto)), target)
     module, weights = _hoist_constants(module)
+    notes: tuple[str, ...] = ()
     if dtype == TF32:
         module = mark_products(module, target)
     if target.kind.name == "llvm":
         module = mark_weights(module)
         if blocks:
-            try:
-                module, weights = block_channels(module, weights, machine_of(target).lanes)
-            except Exception as error:  # TVM refuses a kernel; the model is as right without
-                log.warning("%s: images stay as ONNX lays them out: %s", path, _first_line(error))
+            blocked = block_channels(module, weights, machine_of(target).lanes)
+            module, weights, notes = blocked.module, blocked.weights, blocked.notes
+    module = canonical_names(module)
     names = [value.name for value in proto.graph.output]
     return Model(
         name=path.stem,
@@ -111,6 +113,7 @@ def load_model(
         outputs=_output_specs(module["main"].ret_ty, names),
         weights=weights,
         prepared=prepared,
+        notes=notes,
     )
 
 

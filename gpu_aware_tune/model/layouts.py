@@ -23,12 +23,20 @@ import tvm
 from tvm import relax
 from tvm.tirx import PrimFunc
 
+from gpu_aware_tune.errors import last_line
 from gpu_aware_tune.kernels.schedules.channels import Kernel, Side
 
 
-def block_channels(
-    module: tvm.IRModule, weights: Mapping[str, np.ndarray], lanes: int
-) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
+@dataclass(frozen=True)
+class Blocked:
+    """A module whose activations are in blocks, its weights as it takes them, and what was refused."""
+
+    module: tvm.IRModule
+    weights: dict[str, np.ndarray]
+    notes: tuple[str, ...]
+
+
+def block_channels(module: tvm.IRModule, weights: Mapping[str, np.ndarray], lanes: int) -> Blocked:
     """Store the images that convolutions read and write in blocks of `lanes` channels.
 
     Args:
@@ -41,15 +49,26 @@ def block_channels(
         The module, whose blocked kernels have names that end in `_nchw16c` (for 16 lanes), and the
         weights as it takes them. An image stays as it is where its channels are no multiple of
         `lanes`, where anything but a kernel reads it, or where a kernel walks over its channels in
-        another way than one after another.
+        another way than one after another. A kernel that TVM refuses to transform keeps its layout,
+        and so do the images that it shares with others; a note names it.
     """
     main = module["main"]
     first = int(main.attrs["num_input"])
     named = dict(zip(list(main.params)[first:], weights, strict=True))
-    calls, elsewhere = list(_calls(module, lanes)), _used_elsewhere(main)
-    images = _blocked(calls, elsewhere | set(named))
-    chosen = {call: call.sides_in(images) for call in calls}
-    filters = _filters(chosen, named, elsewhere)
+    tuples = _Tuples(main)
+    calls, elsewhere = list(_calls(module, lanes, tuples)), _used_elsewhere(main, tuples)
+    refused: dict[str, str] = {}
+    while True:
+        kept = {
+            v for call in calls if call.name in refused for v in call.variables if v is not None
+        }
+        images = _blocked(calls, elsewhere | set(named) | kept)
+        chosen = {call: call.sides_in(images) for call in calls if call.name not in refused}
+        filters = _filters(chosen, named, elsewhere | kept)
+        kernels, failures = _transformed(chosen, filters, lanes)
+        if not failures:
+            break
+        refused |= failures
     stored = dict(weights)
     parameters = {}
     for variable, dims in filters.items():
@@ -58,16 +77,60 @@ def block_channels(
         parameters[variable] = relax.Var(
             name, relax.TensorType(stored[name].shape, variable.ty.dtype)
         )
+    notes = tuple(f"kernel {name} keeps its layout: {why}" for name, why in refused.items())
+    return Blocked(_rewired(module, kernels, parameters), stored, notes)
+
+
+def _transformed(
+    chosen: Mapping[_Call, Sequence[Side]], filters: Mapping[Any, tuple[int, ...]], lanes: int
+) -> tuple[dict[Any, tuple[str, PrimFunc]], dict[str, str]]:
+    """The kernels in blocks by call, each with its name; and why, by name, TVM refused others."""
     made: dict[Any, PrimFunc] = {}
     kernels = {}
+    refused: dict[str, str] = {}
     for call, sides in chosen.items():
-        if sides:
-            dims = filters.get(call.filter, ())
-            key = call.name, dims, *(side.parameters for side in sides)
+        if not sides or call.name in refused:
+            continue
+        dims = filters.get(call.filter, ())
+        key = call.name, dims, *(side.parameters for side in sides)
+        try:
             if key not in made:
                 made[key] = call.kernel.blocked(sides, dims)
-            kernels[call.expression] = f"{call.name}_nchw{lanes}c", made[key]
-    return _rewired(module, kernels, parameters), stored
+        except Exception as error:  # TVM refuses with ScheduleError, ValueError and others
+            refused[call.name] = last_line(error)
+            continue
+        kernels[call.expression] = f"{call.name}_nchw{lanes}c", made[key]
+    return kernels, refused
+
+
+class _Tuples:
+    """The results of kernels that have several, and the variables that their elements are bound to."""
+
+    def __init__(self, main: Any) -> None:
+        self._elements: dict[Any, dict[int, list[Any]]] = {}
+        self._known: set[Any] = set()
+        for variable, value in _bindings(main):
+            if isinstance(value, relax.TupleGetItem) and isinstance(value.tuple_value, relax.Var):
+                of_tuple = self._elements.setdefault(value.tuple_value, {})
+                of_tuple.setdefault(int(value.index), []).append(variable)
+            elif _is_kernel_call(value):
+                self._known.add(variable)
+
+    def takes(self, value: Any) -> bool:
+        """Whether a bound value is an element of a kernel's results."""
+        return isinstance(value, relax.TupleGetItem) and value.tuple_value in self._known
+
+    def elements(self, variable: Any, count: int) -> list[Any]:
+        """The variable of each element; None where there is none, or more than one."""
+        found = self._elements.get(variable, {})
+        return [found[at][0] if len(found.get(at, ())) == 1 else None for at in range(count)]
+
+    def repeated(self) -> Iterator[Any]:
+        """The variables of elements that are bound more than once."""
+        for of_tuple in self._elements.values():
+            for variables in of_tuple.values():
+                if len(variables) > 1:
+                    yield from variables
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +156,7 @@ class _Call:
         return tuple(s for s in self.kernel.sides if any(m in images for m in self.members(s)))
 
 
-def _calls(module: tvm.IRModule, lanes: int) -> Iterator[_Call]:
+def _calls(module: tvm.IRModule, lanes: int, tuples: _Tuples) -> Iterator[_Call]:
     """The calls of kernels that are bound to a variable of `main` itself, not within a branch."""
     kernels: dict[str, Kernel] = {}
     for variable, value in _bindings(module["main"]):
@@ -102,7 +165,7 @@ def _calls(module: tvm.IRModule, lanes: int) -> Iterator[_Call]:
             kernel = kernels.setdefault(name, Kernel(module[name], lanes))
             arguments = [each if isinstance(each, relax.Var) else None for each in value.args[1]]
             results = len(kernel.function.params) - len(arguments)
-            given = [variable] if results == 1 else [None] * results
+            given = [variable] if results == 1 else tuples.elements(variable, results)
             yield _Call(name, value, kernel, (*arguments, *given))
 
 
@@ -117,17 +180,18 @@ def _is_kernel_call(value: Any) -> bool:
     return isinstance(value, tvm.ir.Call) and value.op.same_as(call_tir)
 
 
-def _used_elsewhere(main: Any) -> set[Any]:
-    """Variables that are an input or the result of `main`, or used by anything but calls of kernels."""
-    found = set(list(main.params)[: int(main.attrs["num_input"])])
+def _used_elsewhere(main: Any, tuples: _Tuples) -> set[Any]:
+    """Variables that anything but a kernel makes or uses, the inputs and the result of `main` too."""
+    found = {*list(main.params)[: int(main.attrs["num_input"])], *tuples.repeated()}
 
     def visit(node: Any) -> None:
         if isinstance(node, relax.Var):
             found.add(node)
 
     relax.analysis.post_order_visit(main.body.body, visit)
-    for _, value in _bindings(main):
-        if not _is_kernel_call(value):
+    for variable, value in _bindings(main):
+        if not _is_kernel_call(value) and not tuples.takes(value):
+            found.add(variable)
             relax.analysis.post_order_visit(value, visit)
     return found
 

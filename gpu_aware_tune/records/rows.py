@@ -42,6 +42,11 @@ class Record:
     retimed: float | None = None
 
     @property
+    def usable(self) -> bool:
+        """Whether the kernel ran, and is numerically correct as far as that was checked."""
+        return self.best_s is not None and self.failure is None and not self.wrong
+
+    @property
     def best_s(self) -> float | None:
         """The seconds to go by: those of the second, exclusive measurement where there is one."""
         return self.seconds if self.retimed is None else self.retimed
@@ -112,6 +117,7 @@ class LogEntry:
         return self.seconds if self.retimed is None else self.retimed
 
 
+UNFIT = "unfit"  # failure of a record whose trace cannot be applied to its task
 KEY = "k.task, k.device, k.units, k.target, k.tvm"
 COLUMNS = (
     f"{KEY}, t.json, r.seconds, r.failure, r.failure_text, r.origin, r.spread, r.repeats, r.run,"

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from gpu_aware_tune.records.rows import (
     FROM,
     KEY,
     LOG,
+    UNFIT,
     USABLE,
     Counts,
     LogEntry,
@@ -173,6 +174,62 @@ class Store:
             db.execute(
                 "INSERT OR IGNORE INTO tasks VALUES (?, ?, ?, ?, ?)",
                 (hash, name, module, args_json, time.time()),
+            )
+
+    def adopt_names(
+        self, task: str, module_json: str, rename: Callable[[str], str | None]
+    ) -> tuple[int, int]:
+        """Replace a task's module by one with other names inside, and its traces to match.
+
+        Args:
+            task: its hash.
+            module_json: the module with the new names.
+            rename: returns a trace for the new names, or None where it fits neither. The records
+                of such a trace stay, marked with the failure `UNFIT`, and are not used.
+
+        Returns:
+            How many traces were renamed, and how many do not fit.
+        """
+        of_task = "SELECT id FROM keys WHERE task = ?"
+        with self._writing() as db:
+            rows = db.execute(
+                f"SELECT DISTINCT t.id, t.json {FROM} WHERE k.task = ? AND t.json IS NOT NULL",
+                (task,),
+            ).fetchall()
+            renamed = unfit = 0
+            for old, text in rows:
+                trace = unpacked(text)
+                changed = rename(trace)
+                if changed is None:
+                    unfit += 1
+                    db.execute(
+                        f"UPDATE records SET failure = ? WHERE trace = ? AND key IN ({of_task})",
+                        (UNFIT, old, task),
+                    )
+                elif changed != trace:
+                    renamed += 1
+                    db.execute(ADD_TRACE, packed(changed))
+                    (new,) = db.execute(
+                        "SELECT id FROM traces WHERE hash = ?", (digest(changed),)
+                    ).fetchone()
+                    # Where the new name has a record under a key already, that one is newer.
+                    db.execute(
+                        f"UPDATE OR IGNORE records SET trace = ? WHERE trace = ? AND key IN ({of_task})",
+                        (new, old, task),
+                    )
+            db.execute(
+                "UPDATE tasks SET module = ? WHERE hash = ?",
+                (zlib.compress(module_json.encode()), task),
+            )
+            return renamed, unfit
+
+    def mark_unfit(self, task: str, trace: str) -> None:
+        """Mark a trace that cannot be applied to its task; its records stay and are not used."""
+        with self._writing() as db:
+            db.execute(
+                "UPDATE records SET failure = ? WHERE trace = (SELECT id FROM traces WHERE hash = ?)"
+                " AND key IN (SELECT id FROM keys WHERE task = ?)",
+                (UNFIT, digest(trace), task),
             )
 
     def start_run(self, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> int:

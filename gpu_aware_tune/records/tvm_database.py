@@ -17,6 +17,7 @@ import tvm_ffi
 from tvm.s_tir import meta_schedule as ms
 
 from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.kernels.naming import fits_names, names_in, renamed_trace
 from gpu_aware_tune.kernels.traces import (
     TraceError,
     apply_trace,
@@ -93,6 +94,36 @@ def is_same_task(store: Store, module: tvm.IRModule) -> bool:
     if stored is None:
         return True
     return bool(tvm_ffi.structural_equal(module_from_json(stored.module), module))
+
+
+def adopt_task(store: Store, module: tvm.IRModule) -> int:
+    """Bring what the store holds of a task to canonical names inside its kernel (see `naming`).
+
+    Stores of before name blocks after the variables of whichever model came first. Its traces are
+    renamed; those of another model, which fit neither module, are marked and left out.
+
+    Args:
+        store: open for writing.
+        module: the task's module, with canonical names; structurally equal to the stored one.
+
+    Returns:
+        How many traces do not fit.
+    """
+    name = task_hash(module)
+    stored = store.task(name)
+    if stored is None:
+        return 0
+    old, new = names_in(stored.module), names_in(module_to_json(module))
+    if old.are_canonical:
+        return 0
+
+    def rename(trace: str) -> str | None:
+        if not trace or fits_names(trace, new):  # "" stands for the unscheduled kernel
+            return trace
+        changed = renamed_trace(trace, old)
+        return changed if fits_names(changed, new) else None
+
+    return store.adopt_names(name, module_to_json(module), rename)[1]
 
 
 def target_text(target: tvm.target.Target) -> str:

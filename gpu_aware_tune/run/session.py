@@ -87,6 +87,8 @@ class Run:
         for model in self.models:
             yield Stage("model", f"importing {model.path.name}")
             model.load(self.device.target(self.device.units_total))
+            for note in model.model.notes:
+                yield Note(f"{model.name}: {note}", "warning")
         yield from self._assign_shares()
 
     def _assign_shares(self) -> Iterator[Event]:
@@ -128,8 +130,9 @@ class Run:
     def _know_tasks(self, model: ModelRun) -> Iterator[Event]:
         """Keep a model's tasks in the store; of two different kernels with one hash only the first."""
         from gpu_aware_tune.kernels.traces import module_to_json
-        from gpu_aware_tune.records.tvm_database import args_json, is_same_task
+        from gpu_aware_tune.records.tvm_database import adopt_task, args_json, is_same_task
 
+        unfit = 0
         for task in list(model.tasks):
             if not is_same_task(self.store, task.module):
                 model.tasks.remove(task)
@@ -137,6 +140,9 @@ class Run:
             elif not self.settings.dry_run:
                 module_json, args = module_to_json(task.module), args_json(task.module)
                 self.store.add_task(task.hash, task.name, module_json, args)
+                unfit += adopt_task(self.store, task.module)
+        if unfit:
+            yield Note(f"{model.name}: {unfit} schedules in the records do not fit; left out")
 
     @property
     def tasks(self) -> list[Task]:

@@ -26,7 +26,7 @@ def usable(records: Mapping[int, Sequence[Record]]) -> dict[str, dict[int, float
     seconds: dict[str, dict[int, float]] = {}
     for units, found in records.items():
         for record in found:
-            if record.best_s is not None and not record.wrong:
+            if record.usable and record.best_s is not None:
                 seconds.setdefault(record.trace, {})[units] = record.best_s
     return seconds
 

@@ -14,6 +14,7 @@ from gpu_aware_tune.events import Event, Note, Progress, Trial
 from gpu_aware_tune.measure import SEARCH, Effort
 from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.model.tasks import Task
+from gpu_aware_tune.records.rows import UNFIT
 from gpu_aware_tune.records.store import Record, RecordKey, Store
 from gpu_aware_tune.search.allocation import Allocation, Goal
 from gpu_aware_tune.search.budget import Budget
@@ -356,10 +357,11 @@ class Search:
         origins: dict[str, str] = {}
         tried = []
         for count in units:
-            records = self.store.all(self.keys[task.hash, count])
+            every = self.store.all(self.keys[task.hash, count])
+            records = [record for record in every if record.failure != UNFIT]
             tried.append({r.trace for r in records if r.origin == "search"})
             for record in records:
-                if record.best_s is not None and not record.wrong:
+                if record.usable and record.best_s is not None:
                     found.setdefault(record.trace, {})[count] = record.best_s
                     origins[record.trace] = record.origin
         known = [(t, s, origins[t]) for t, s in found.items() if len(s) == len(units)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from tvm.s_tir import Schedule
 
 from gpu_aware_tune.codegen.compile import compile_model
 from gpu_aware_tune.finalize.verify import VerifyReport, verify_kernel, verify_library
-from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules import channels, default_schedules
+from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, is_reduction
+from gpu_aware_tune.kernels.schedules.cpu import cpu_schedules, machine_of
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
 from gpu_aware_tune.kernels.schedules.tiles import Machine
 from gpu_aware_tune.kernels.traces import trace_to_json
 from gpu_aware_tune.model.importer import Model, load_model
-from gpu_aware_tune.model.tasks import extract
+from gpu_aware_tune.model.tasks import Task, extract
 
 AVX512 = tvm.target.Target({"kind": "llvm", "mcpu": "skylake-avx512", "num-cores": 2})
+SSE = tvm.target.Target({"kind": "llvm", "mcpu": "nehalem", "num-cores": 2})
 AVX2 = tvm.target.Target({"kind": "llvm", "mcpu": "haswell", "num-cores": 2})
 MACHINE = Machine(lanes=16, registers=32, units=2)
 
@@ -37,6 +41,7 @@ def load(
     filters: dict[str, tuple[int, ...]],
     shape: tuple[int, ...] = (1, 16, 12, 12),
     cpu: tvm.target.Target = AVX512,
+    halves: Sequence[int] = (),
     **options: Any,
 ) -> Model:
     """Write a network of an input `x`, convolutions with seeded weights and a result; load it."""
@@ -45,9 +50,11 @@ def load(
         numpy_helper.from_array(generator.standard_normal(size).astype("float32"), name)
         for name, size in filters.items()
     ]
+    if halves:
+        weights.append(numpy_helper.from_array(np.array(halves, np.int64), "halves"))
     graph = helper.make_graph(
         [
-            helper.make_node(kind, inputs, [output], **attrs)
+            helper.make_node(kind, inputs, output.split(","), **attrs)
             for kind, inputs, output, attrs in nodes
         ],
         "layouts",
@@ -228,17 +235,75 @@ def test_without_blocks_every_tensor_keeps_its_layout(tmp_path: Path) -> None:
     assert (48, 32, 3, 3) in {array.shape for array in model.weights.values()}
 
 
-def test_a_kernel_that_tvm_refuses_to_change_leaves_the_layout_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_only_a_kernel_that_tvm_refuses_to_change_keeps_its_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
+    original = channels.Kernel.blocked
+
+    def refuse_pooling(self: channels.Kernel, *args: Any) -> Any:
+        if not any(is_reduction(block) for block in self.blocks) or self.filter is not None:
+            return original(self, *args)
         raise RuntimeError("not affine")
 
-    monkeypatch.setattr("gpu_aware_tune.kernels.schedules.channels.Kernel.blocked", refuse)
-    model = load(tmp_path / "n.onnx", NETWORK, FILTERS, (1, 3, 40, 40))
-    assert blocked(model) == []
-    assert (48, 32, 3, 3) in {array.shape for array in model.weights.values()}
-    assert "images stay as ONNX lays them out: RuntimeError: not affine" in caplog.text
+    everything = load(tmp_path / "n.onnx", NETWORK, FILTERS, (1, 3, 40, 40), target())
+    monkeypatch.setattr(channels.Kernel, "blocked", refuse_pooling)
+    model = load(tmp_path / "n.onnx", NETWORK, FILTERS, (1, 3, 40, 40), target())
+    assert everything.notes == ()
+    assert any("max_pool2d keeps its layout: not affine" in note for note in model.notes)
+    assert 0 < len(blocked(model)) < len(blocked(everything))
+    assert not any("pool" in name or "mean" in name for name in blocked(model))
+    assert compared(model, default_traces(model), tmp_path).ok
+
+
+SPLIT: list[Node] = [
+    ("Conv", ["x", "w"], "a", {}),
+    ("Relu", ["a"], "b", {}),
+    ("Split", ["b", "halves"], "c,d", {"axis": 1}),
+    ("Conv", ["d", "v"], "e", CONV3),
+    ("Relu", ["e"], "f", {}),
+    ("Concat", ["c", "d", "f"], "g", {"axis": 1}),
+    ("Conv", ["g", "u"], "y", {}),
+]
+
+
+@pytest.mark.parametrize(("half", "is_blocked"), [(16, True), (12, False)])
+def test_the_results_of_a_split_are_followed(half: int, is_blocked: bool, tmp_path: Path) -> None:
+    """As in every C2f block of YOLOv8."""
+    filters = {"w": (2 * half, 16, 1, 1), "v": (half, half, 3, 3), "u": (10, 3 * half, 1, 1)}
+    cpu = target() if lanes_here() == 16 else AVX512
+    model = load(tmp_path / "s.onnx", SPLIT, filters, cpu=cpu, halves=[half, half])
+    assert any("split" in name for name in blocked(model)) == is_blocked
+    here = load(tmp_path / "s.onnx", SPLIT, filters, cpu=target(), halves=[half, half])
+    assert compared(here, default_traces(here), tmp_path).ok
+
+
+def lanes_here() -> int:
+    return machine_of(target()).lanes
+
+
+@pytest.mark.parametrize(
+    ("channels_", "lanes"), [(12, 4), (24, 8), (40, 8), (120, 8), (48, 16), (80, 16), (240, 16)]
+)
+def test_a_pooling_over_any_number_of_channel_blocks_reads_what_was_written(
+    channels_: int, lanes: int, tmp_path: Path
+) -> None:
+    """An odd number of blocks made tiles that are no box of the result: it read other tiles'."""
+    nodes: list[Node] = [("Conv", ["x", "w"], "a", {}), ("GlobalAveragePool", ["a"], "p", {}),
+                         ("Conv", ["p", "s"], "q", {}), ("Sigmoid", ["q"], "t", {}),
+                         ("Mul", ["a", "t"], "m", {}), ("Conv", ["m", "u"], "y", {})]  # fmt: skip
+    filters = {
+        "w": (channels_, 16, 1, 1),
+        "s": (channels_, channels_, 1, 1),
+        "u": (8, channels_, 1, 1),
+    }
+    cpu = {4: SSE, 8: AVX2, 16: AVX512}[lanes]
+    model = load(tmp_path / "p.onnx", nodes, filters, (1, 16, 6, 6), cpu=cpu)
+    (task,) = (task for task in extract(model, cpu) if "mean" in task.name)
+    found = list(islice(cpu_schedules(task.module, Machine(lanes, 16, 2), 4), 4))
+    assert len(found) == 4
+    for schedule in found:
+        check = verify_kernel(task.module, trace_to_json(schedule.trace), target(), seed=1)
+        assert check.ok, (check, schedule.trace)
 
 
 def test_a_cuda_target_keeps_the_layout(tmp_path: Path) -> None:
@@ -258,11 +323,18 @@ def write_deep(path: Path, cpu: tvm.target.Target) -> Model:
     return load(path, nodes, filters, (1, 16, 14, 14), cpu)
 
 
+def convolution_of(task: Task) -> str:
+    """The name of the heaviest reduction."""
+    schedule = Schedule(task.module)
+    names = [name for name in block_names(schedule) if is_reduction(block_of(schedule, name))]
+    return max(names, key=lambda name: Reduction(schedule, name, MACHINE).steps)
+
+
 def test_many_terms_are_summed_a_block_of_channels_at_a_time(tmp_path: Path) -> None:
     deep = write_deep(tmp_path / "d.onnx", AVX512)
     tiles = {}
     for task in extract(deep, AVX512):
-        reduction = Reduction(Schedule(task.module), "conv2d_nchw", MACHINE)
+        reduction = Reduction(Schedule(task.module), convolution_of(task), MACHINE)
         tiles[task.args[1][0]] = reduction.tiles()[0]
     assert tiles[8, 8, 3, 3, 16, 16].passes == 8
     assert tiles[8, 8, 3, 3, 16, 16].lanes == 16

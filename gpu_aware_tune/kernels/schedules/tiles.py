@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gpu_aware_tune.kernels.schedules.access import Access, Axis
@@ -121,12 +121,57 @@ def _tiles(
             most = min(registers, (STACK_BYTES - 1) // (result.itemsize * lanes))
             for counts in _counts(vector, lanes, spatial, len(axes), most):
                 tile = Tile(vector.position, lanes, counts, packed, 0.0)
-                yield _priced(tile, axes, operands, result, machine, weights)
+                sizes = {axis.position: tile.size(axis) for axis in spatial}
                 if not packed and _sums_in_passes(vector, axes, operands, result, weights):
-                    yield _priced_in_passes(tile, axes, operands, machine)
+                    whole = {axis.position: axis.extent for axis in spatial}
+                    kept = {axis.position for axis in held(tile, axes, operands)}
+                    block = {**whole, **{at: sizes[at] for at in kept & set(sizes)}}
+                    if is_box(block, axes, result):
+                        yield _priced_in_passes(tile, axes, operands, machine)
+                if not is_box(sizes, axes, result):
+                    continue
+                yield _priced(tile, axes, operands, result, machine, weights)
                 if packed:
                     plain = Tile(vector.position, lanes, counts, (), 0.0)
                     yield _priced(plain, axes, operands, result, machine, weights)
+
+
+def is_box(sizes: Mapping[int, int], axes: Sequence[Axis], result: Access) -> bool:
+    """Whether a tile's results fill a box of the result's dimensions.
+
+    What TVM computes at the loops over tiles (`reverse_compute_at`, `cache_write`) covers the
+    smallest box around a tile's results. Where two axes share a dimension (NCHWc channels written as
+    one, `outer * 8 + inner`), that box holds results of other tiles, which are not there yet.
+
+    Args:
+        sizes: results along each spatial axis, by position; axes of extent 1 are left out.
+        axes: of the block.
+        result: what it writes.
+    """
+    moving = [axis for axis in axes if not axis.reduce and axis.extent > 1]
+    steps = {axis.position: result.strides[axis.position] for axis in moving}
+    for outer in moving:
+        for inner in moving:
+            far, near = steps[outer.position], steps[inner.position]
+            if far is None or near is None:
+                return False
+            if (
+                far > near
+                and _dimension(far, result) == _dimension(near, result)
+                and sizes[outer.position] > 1
+                and sizes[inner.position] < inner.extent
+            ):
+                return False
+    return True
+
+
+def _dimension(stride: int, access: Access) -> int:
+    """The dimension of a buffer in which its flat index moves by `stride` elements."""
+    shape = [int(extent) for extent in access.buffer.shape]
+    for dim in range(len(shape)):
+        if shape[dim] > 1 and math.prod(shape[dim + 1 :]) <= stride:
+            return dim
+    return len(shape)
 
 
 def _counts(
