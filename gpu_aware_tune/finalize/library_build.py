@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gpu_aware_tune.codegen.build_pool import BuildPool, Built
+from gpu_aware_tune.codegen.build_pool import BuildPool
 from gpu_aware_tune.errors import TuneError, last_line
+from gpu_aware_tune.finalize.selection import Choice
+from gpu_aware_tune.measure.measurement import Failure
+from gpu_aware_tune.measure.worker import call
 from gpu_aware_tune.workers import WorkerHost
 
 if TYPE_CHECKING:
@@ -20,18 +23,13 @@ if TYPE_CHECKING:
 
 Key = TypeVar("Key", bound=Hashable)
 
-_COMPILE = "gpu_aware_tune.finalize.library_build:compile_to_file"
-_TOGETHER = "gpu_aware_tune.finalize.library_build:compile_shares_to_file"
-_TIME = "gpu_aware_tune.finalize.library_build:time_libraries"
-_RUN = "gpu_aware_tune.finalize.library_build:run_library"
-_CALL = "gpu_aware_tune.measure.worker:call"
 _LIMIT_S = 600.0  # of a worker that times or runs libraries: one that hangs must not hold the run
 _ROUNDS = 10
 _ROUND_S = 0.3
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LibrarySpec:
     """One library to compile: a model with kernels (traces by task hash) for some units.
 
     `name` tells several of one model and units apart, such as "tuned" and "untuned".
@@ -45,7 +43,7 @@ class Wanted:
 
 
 def compile_all(
-    wanted: Sequence[Wanted], builders: BuildPool, folder: Path
+    wanted: Sequence[LibrarySpec], builders: BuildPool, folder: Path
 ) -> dict[tuple[str, str, int], Path]:
     """Compile libraries side by side in the build workers.
 
@@ -63,12 +61,12 @@ def compile_all(
         path = folder / f"library-{number}.so"
         args = (texts[id(item.model)], dict(item.target), dict(item.traces), str(path))
         what = f"{item.model.name}: the {item.name} library for {item.units} units"
-        calls[item.model.name, item.name, item.units] = _Call(_COMPILE, args, path, what)
+        calls[item.model.name, item.name, item.units] = _Call(compile_to_file, args, path, what)
     return _call_all(builders, calls)
 
 
 def compile_together(
-    wanted: Sequence[Wanted], builders: BuildPool, folder: Path
+    wanted: Sequence[LibrarySpec], builders: BuildPool, folder: Path
 ) -> dict[str, Path]:
     """Compile for each model one library that holds all of its shares, equal kernels once.
 
@@ -82,7 +80,7 @@ def compile_together(
     """
     from gpu_aware_tune.kernels.traces import module_to_json
 
-    shares: dict[str, list[Wanted]] = {}
+    shares: dict[str, list[LibrarySpec]] = {}
     for item in wanted:
         shares.setdefault(item.model.name, []).append(item)
     calls = {}
@@ -90,7 +88,9 @@ def compile_together(
         path = folder / f"shares-{number}.so"
         described = {item.units: (dict(item.target), dict(item.traces)) for item in items}
         args = (module_to_json(items[0].model.module), described, str(path))
-        calls[name] = _Call(_TOGETHER, args, path, f"{name}: the library of all shares")
+        calls[name] = _Call(
+            compile_shares_to_file, args, path, f"{name}: the library of all shares"
+        )
     return _call_all(builders, calls)
 
 
@@ -98,21 +98,18 @@ def compile_together(
 class _Call:
     """A function for a build worker that writes a library and gives the error's text, or None."""
 
-    function: str
+    function: Callable[..., str | None]
     args: tuple[Any, ...]
     path: Path
     what: str
 
 
 def _call_all(builders: BuildPool, calls: Mapping[Key, _Call]) -> dict[Key, Path]:
-    def start(key: Key) -> None:
-        builders.call(key, calls[key].function, *calls[key].args)
-
     done: dict[Key, Path] = {}
-    for key, answer in builders.work_off(calls, start):
-        if isinstance(answer, Built) or answer is not None:
-            failure = answer.failure if isinstance(answer, Built) else None
-            text = failure.text if failure else answer
+    work = {key: (call_.function, call_.args) for key, call_ in calls.items()}
+    for key, answer in builders.call_all(work):
+        if answer is not None:
+            text = answer.text if isinstance(answer, Failure) else answer
             raise TuneError(f"{calls[key].what} did not compile: {text}")
         done[key] = calls[key].path
     return done
@@ -178,7 +175,7 @@ def time_on(
     tenth of each is told, as for kernels: on a shared machine disturbances only ever add time.
     """
     args = ({name: str(path) for name, path in libraries.items()}, str(weights), model.inputs)
-    answer: dict[str, float] = _inside(host, partition, _TIME, args, "timing")
+    answer: dict[str, float] = _inside(host, partition, time_libraries, args, "timing")
     return answer
 
 
@@ -202,15 +199,19 @@ def run_on(
     """
     # The inputs' description, not themselves: what a worker starts with is one small message.
     args = (str(library), str(weights), entry, model.inputs, seed)
-    answer: list[np.ndarray] = _inside(host, partition, _RUN, args, "running")
+    answer: list[np.ndarray] = _inside(host, partition, run_library, args, "running")
     return answer
 
 
 def _inside(
-    host: WorkerHost, partition: Partition, function: str, args: tuple[Any, ...], doing: str
+    host: WorkerHost,
+    partition: Partition,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    doing: str,
 ) -> Any:
     """What a function gives in a worker inside a partition; a worker that dies or hangs is an error."""
-    worker = host.spawn(_CALL, partition, function, args, env=partition.env())
+    worker = host.spawn(call, partition, function, args, env=partition.env())
     why = f"no answer in {_LIMIT_S:.0f} s"
     try:
         if select.select([worker], [], [], _LIMIT_S)[0]:
@@ -252,6 +253,6 @@ def run_library(
     return program(program.place(list(inputs.values())))
 
 
-def traces_of(choices: Iterator[Any] | Sequence[Any], units: int) -> dict[str, str]:
-    """The traces of one share's choices by task hash; plain loops are left out."""
+def traces_of(choices: Sequence[Choice], units: int) -> dict[str, str]:
+    """The traces of one share's choices by task hash; unscheduled kernels are left out."""
     return {c.task.hash: c.trace for c in choices if c.units == units and c.trace}

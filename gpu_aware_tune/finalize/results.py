@@ -7,28 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.events import Reordered, ShareResult, TaskResult
 from gpu_aware_tune.finalize.retiming import Reorder
-from gpu_aware_tune.finalize.selection import Choice, fastest_s
-from gpu_aware_tune.search.stage import Search
+from gpu_aware_tune.finalize.selection import Choice
+from gpu_aware_tune.records.task_records import TaskRecords
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Device, Share
-    from gpu_aware_tune.settings import Settings
+    from gpu_aware_tune.settings import RunSettings
 
 
-def task_results(choices: Sequence[Choice], search: Search) -> tuple[TaskResult, ...]:
-    """The rows of the closing table."""
-    return tuple(
-        TaskResult(
-            name=choice.task.name,
-            units=choice.units,
-            weight=choice.task.weight,
-            trials=search.allocation.trials(choice.task.hash),
-            untuned_s=search.untuned_s(choice.task, choice.units),
-            tuned_s=choice.seconds or None,
-            origin=choice.origin,
+def task_results(
+    choices: Sequence[Choice], records: TaskRecords, trials: Mapping[str, int]
+) -> tuple[TaskResult, ...]:
+    """The rows of the closing table; `trials` are those of each task, by hash."""
+    rows = []
+    for choice in choices:
+        baseline = records.baseline(choice.task.hash, choice.units)
+        rows.append(
+            TaskResult(
+                name=choice.task.name,
+                units=choice.units,
+                weight=choice.task.weight,
+                trials=trials[choice.task.hash],
+                untuned_s=baseline.best_s if baseline else None,
+                tuned_s=choice.seconds or None,
+                origin=choice.origin,
+            )
         )
-        for choice in choices
-    )
+    return tuple(rows)
 
 
 def share_results(
@@ -52,13 +57,12 @@ def share_results(
     )
 
 
-def losses(choices: Sequence[Choice], search: Search) -> dict[int, float]:
+def losses(choices: Sequence[Choice], records: TaskRecords) -> dict[int, float]:
     """What the chosen kernels cost on each share on top of the fastest ones there, as a part of these."""
     chosen: dict[int, float] = {}
     own: dict[int, float] = {}
     for choice in choices:
-        key = search.keys[choice.task.hash, choice.units]
-        fastest = fastest_s(key, search.store) or choice.seconds
+        fastest = records.fastest_s(choice.task.hash, choice.units) or choice.seconds
         chosen[choice.units] = chosen.get(choice.units, 0.0) + choice.task.weight * choice.seconds
         own[choice.units] = own.get(choice.units, 0.0) + choice.task.weight * fastest
     return {units: chosen[units] / seconds - 1 for units, seconds in own.items() if seconds}
@@ -67,7 +71,7 @@ def losses(choices: Sequence[Choice], search: Search) -> dict[int, float]:
 def manifest(
     device: Device,
     backend: str,
-    settings: Settings,
+    settings: RunSettings,
     shares: Sequence[Share],
     results: Sequence[ShareResult],
     choices: Sequence[Choice],

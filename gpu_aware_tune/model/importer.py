@@ -6,9 +6,7 @@ import contextlib
 import hashlib
 import io
 import logging
-import os
 import re
-import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -304,22 +302,12 @@ def _output_specs(result: Any, names: Sequence[str]) -> tuple[TensorSpec, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what TVM prints and warns away from the user; it goes to the log instead.
-
-    Its C++ side writes to the file descriptor, so that is redirected too.
-    """
+    """Keep what TVM's importer prints and warns away from the user; it goes to the log instead."""
     printed = io.StringIO()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as errors:
-        try:
-            os.dup2(errors.fileno(), 2)
-            with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            errors.seek(0)
-            noise = printed.getvalue() + errors.read().decode(errors="replace")
-            if noise.strip():
-                log.debug("TVM: %s", noise.strip())
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if noise := printed.getvalue().strip():
+            log.debug("TVM: %s", noise)

@@ -13,7 +13,7 @@ import pytest
 
 from gpu_aware_tune.errors import TuneError, UserError
 from gpu_aware_tune.partition import Device, NullPartition, nvml, share_of
-from gpu_aware_tune.profiling.curves import Subject, batch_of, measure
+from gpu_aware_tune.profiling.curves import Subject, batch_of, measure, serve
 from gpu_aware_tune.profiling.profiles import grid, profile, share_for
 from gpu_aware_tune.testing import FakeNvml, fake_gpu, null_device
 from gpu_aware_tune.workers import Exit
@@ -60,8 +60,8 @@ class ScriptedHost:
         self.answers, self.log = answers, []
         self.workers: list[ScriptedWorker] = []
 
-    def spawn(self, entry: str, partition: Any, *args: Any, env: Any) -> ScriptedWorker:
-        assert entry == "gpu_aware_tune.profiling.curves:serve"
+    def spawn(self, entry: object, partition: Any, *args: Any, env: Any) -> ScriptedWorker:
+        assert entry is serve
         assert env == partition.env()
         units = partition.share.units
         log: list[str] = []

@@ -60,4 +60,6 @@ def test_objectives_that_compare_shares_need_several() -> None:
         make_jobs(["a.onnx", "b.onnx"], objective="mean")
     with pytest.raises(UserError, match="--objective 'best' is unknown"):
         make_jobs(["a.onnx"], objective="best")
-    assert make_jobs(["a.onnx"], objective="robust", gpu_pct="30,100")[0][1].objective == "robust"
+    assert (
+        make_jobs(["a.onnx"], objective="robust", gpu_pct="30,100").settings.objective == "robust"
+    )

@@ -63,8 +63,8 @@ class ForkingHost:
         self.scratch = folder
         self.pids: list[int] = []
 
-    def spawn(self, entry: str, *args: Any, env: dict[str, str] | None = None) -> Worker:
-        assert entry == "gpu_aware_tune.measure.worker:serve_slices"
+    def spawn(self, entry: object, *args: Any, env: dict[str, str] | None = None) -> Worker:
+        assert entry is worker.serve_slices
         assert env, "the partitions' environment"
         mine, theirs = socket.socketpair()
         pid = os.fork()

@@ -10,11 +10,13 @@ import pytest
 from small_network import write_network
 
 from gpu_aware_tune import load
-from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, Trial
+from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, Trial, result_of
 from gpu_aware_tune.partition import CoresPartition, usable_cores
 from gpu_aware_tune.records.store import Store
 from gpu_aware_tune.run.jobs import make_jobs
-from gpu_aware_tune.run.session import Run
+from gpu_aware_tune.run.models import import_models, recall_models
+from gpu_aware_tune.run.search_stage import start_workers
+from gpu_aware_tune.run.session import Session
 from gpu_aware_tune.search.candidates import Candidate
 from gpu_aware_tune.tuning import tune_jobs
 
@@ -120,14 +122,16 @@ def test_models_on_shares_that_overlap_take_turns(tmp_path: Path) -> None:
 
 
 def test_the_same_machine_code_is_measured_once(tmp_path: Path) -> None:
-    jobs = make_jobs([network(tmp_path / "a.onnx", 10)], target="llvm", db=tmp_path / "db")
-    with Run(jobs) as run:
-        for stage in (run.open_device, run.load_models, run.open_records, run.start_workers):
-            list(stage())
-        task = run.tasks[0].hash
-        traces = run.search._defaults[task][:2]
+    job = make_jobs([network(tmp_path / "a.onnx", 10)], target="llvm", db=tmp_path / "db")
+    with Session(job.settings) as session:
+        list(session.find_device(job.goals))
+        models = result_of(import_models(session, job.goals))
+        models, work, _ = result_of(recall_models(session, models))
+        workers = result_of(start_workers(session, models, work))
+        task = work.tasks[0].hash
+        traces = workers.baselines[task][:2]
         wanted = [Candidate(task, trace, "default") for trace in (*traces, *traces, traces[0])]
-        outcomes = list(run.pools.pipeline.run(wanted))
+        outcomes = list(workers.pipeline.run(wanted))
     assert len(outcomes) == 5
     measured = {}
     for outcome in outcomes:

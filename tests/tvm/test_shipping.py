@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from tiny_library import default_traces, target, target_json, write_onnx
 from gpu_aware_tune.codegen.build_pool import BuildPool
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.finalize import library_build
-from gpu_aware_tune.finalize.library_build import Wanted, compile_all, compile_together, run_on
+from gpu_aware_tune.finalize.library_build import LibrarySpec, compile_all, compile_together, run_on
 from gpu_aware_tune.library import open_vm, save_weights
 from gpu_aware_tune.model.importer import Model, load_model, random_inputs
 from gpu_aware_tune.partition import Partition, find_device, open_partitions, share_of
@@ -44,8 +46,8 @@ def test_one_library_for_all_shares_computes_what_theirs_do(
     builders: BuildPool, model: Model, tmp_path: Path
 ) -> None:
     wanted = [
-        Wanted(model, "tuned", 1, target_json(1), {}),
-        Wanted(model, "tuned", 2, target_json(2), default_traces(model)),
+        LibrarySpec(model, "tuned", 1, target_json(1), {}),
+        LibrarySpec(model, "tuned", 2, target_json(2), default_traces(model)),
     ]
     apart = compile_all(wanted, builders, tmp_path)
     assert set(apart) == {("tiny", "tuned", 1), ("tiny", "tuned", 2)}
@@ -66,7 +68,7 @@ def test_one_library_for_all_shares_computes_what_theirs_do(
 def test_a_library_runs_in_a_worker_inside_its_share(
     builders: BuildPool, model: Model, partition: Partition, tmp_path: Path
 ) -> None:
-    wanted = [Wanted(model, "tuned", 2, target_json(2), default_traces(model))]
+    wanted = [LibrarySpec(model, "tuned", 2, target_json(2), default_traces(model))]
     (path,) = compile_all(wanted, builders, tmp_path).values()
     weights = tmp_path / "weights.bin"
     save_weights(model.weights, weights)
@@ -81,8 +83,8 @@ def test_a_library_runs_in_a_worker_inside_its_share(
 def test_what_does_not_compile_is_told(builders: BuildPool, model: Model, tmp_path: Path) -> None:
     broken = dict.fromkeys(default_traces(model), "no trace")
     wanted = [
-        Wanted(model, "tuned", 1, target_json(1), {}),
-        Wanted(model, "tuned", 2, target_json(2), broken),
+        LibrarySpec(model, "tuned", 1, target_json(1), {}),
+        LibrarySpec(model, "tuned", 2, target_json(2), broken),
     ]
     with pytest.raises(TuneError, match="tiny: the library of all shares did not compile: "):
         compile_together(wanted, builders, tmp_path)
@@ -92,12 +94,12 @@ def test_what_does_not_compile_is_told(builders: BuildPool, model: Model, tmp_pa
 
 @pytest.mark.parametrize(
     ("function", "argument", "why"),
-    [("os:_exit", 7, "exit code 7"), ("time:sleep", 60, "no answer in 0 s")],
+    [(os._exit, 7, "exit code 7"), (time.sleep, 60, "no answer in 0 s")],
 )
 def test_a_worker_that_dies_or_hangs_is_one_line(
     partition: Partition,
     monkeypatch: pytest.MonkeyPatch,
-    function: str,
+    function: Callable[[int], None],
     argument: int,
     why: str,
 ) -> None:
