@@ -8,7 +8,7 @@
 #
 # The GPU targets end in time whatever hangs, and write their results after each piece: CHECK_S=240 TEST_S=180
 # BENCH_S=500 are their seconds, GPU_RESULTS the folder. On a machine without network, PYTHON=python3
-# takes that interpreter as it is and installs nothing: see docs/gpu-sharing.md.
+# takes that interpreter as it is and installs nothing: see docs/hardware-status.md.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
