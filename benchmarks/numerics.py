@@ -4,7 +4,7 @@
     python benchmarks/numerics.py --models squeezenet,slim-320
 
 Weights are seeded random ones (slim-320 has its own). Errors are relative to the largest reference
-value; float32 models are allowed 5e-4, see gpu_aware_tune/verify.py. A finished model is kept in the
+value; float32 models are allowed 5e-4, see gpu_aware_tune/finalize/verify.py. A finished model is kept in the
 results file, and a second call goes on with the others.
 """
 

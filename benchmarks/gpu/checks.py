@@ -1,4 +1,4 @@
-"""The ten checks that a GPU has to pass before its shares are believed; docs/gpu-sharing.md has why.
+"""The ten checks that a GPU has to pass before its shares are believed; docs/hardware-status.md has why.
 
     make gpu-check                                   # all ten, a process each; results as JSON
     python -m benchmarks.gpu.checks --only 2,4       # some of them
