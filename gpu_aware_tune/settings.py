@@ -179,6 +179,7 @@ class Settings(RunSettings):
     output: Path | None = None
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: str | None = None
+    verify_inputs: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,6 +226,7 @@ def make_settings(**options: Any) -> Settings:
         "time_s": _seconds,
         "input_shapes": _input_shapes,
         "output": Path,
+        "verify_inputs": Path,
         "db": Path,
     }
     return Settings(**{name: convert.get(name, _same)(value) for name, value in given.items()})

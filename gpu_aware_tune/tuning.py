@@ -7,6 +7,7 @@ Each stage takes what it needs and returns a frozen value that the next one take
     shares               the knee of a model's curve, where none is given    run/auto_share.py
     records              what is known already                               records/
     workers              search, build and measuring workers                 workers/, run/search_stage.py
+    check                the imported model against the original file        run/check_stage.py
     search               baseline first, then trials: search, build and      search/, codegen/, measure/
                          measurement at the same time
     retiming             the best measured again, alone                      finalize/retiming.py
@@ -52,6 +53,7 @@ def tune(
     seed: int = 0,
     resume: bool = True,
     verify: bool = True,
+    verify_inputs: str | Path | None = None,
     slices: int = 0,
     exclusive: bool = False,
     ray: str | None = None,
@@ -79,7 +81,8 @@ def tune(
         dtype: "float16" converts a float32 model; "tf32" lets its products be computed in TF32.
         seed: of the search and of the inputs.
         resume: start from the records of earlier runs.
-        verify: check the numbers of what is exported.
+        verify: check the numbers of what is exported against the original file.
+        verify_inputs: an `.npz` file with an array for each input, to verify with besides random ones.
         slices: how many parts of the device measure side by side; 0: one for each model.
         exclusive: measure one candidate at a time, always alone.
         ray: spread the search over a Ray cluster: "auto" or "HOST:PORT".
@@ -144,6 +147,7 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
     """
     from gpu_aware_tune.finalize.retiming import measure_drift, retime
     from gpu_aware_tune.run.auto_share import choose_shares
+    from gpu_aware_tune.run.check_stage import check_models, start_oracles
     from gpu_aware_tune.run.libraries import (
         build_libraries,
         choose_kernels,
@@ -153,12 +157,14 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
     from gpu_aware_tune.run.models import import_models, plans, recall_models
     from gpu_aware_tune.run.search_stage import run_search, start_workers
     from gpu_aware_tune.run.session import Session
+    from gpu_aware_tune.run.time_budget import divide_time
 
     settings = job.settings
     for goal in job.goals:
         check_files(goal, settings)
     with Session(settings, stop) as session:
         yield from session.find_device(job.goals)
+        oracles = start_oracles(session, job.goals)
         models = yield from import_models(session, job.goals)
         models = yield from choose_shares(session, models)
         models, work, known = yield from recall_models(session, models)
@@ -167,11 +173,15 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
             return
         records = known.records
         workers = yield from start_workers(session, models, work)
-        found = yield from run_search(session, models, work, known, workers, session.left_s())
+        checked = yield from check_models(session, models, oracles, workers)
+        workers = checked.workers
+        times, notes = divide_time(session, checked.seconds, sum(len(m.units) for m in models))
+        yield from notes
+        found = yield from run_search(session, models, work, known, workers, times.search_s)
         yield Stage(StageName.RETIME, "measuring the best again, alone")
-        reorders = yield from retime(work, found, records, settings, workers.pools)
+        reorders = yield from retime(work, found, records, settings, workers.pools, times.retime_s)
         drift = measure_drift(work, records, workers.pipeline, settings.measure_s)
-        chosen = yield from choose_kernels(session, models, records, workers)
-        built = yield from build_libraries(session, chosen, records, workers)
-        exported = yield from export_libraries(session, built, records, workers)
+        chosen = yield from choose_kernels(session, models, records, workers, checked.passed)
+        built = yield from build_libraries(session, chosen, records, workers, times.rounds)
+        exported = yield from export_libraries(session, built, checked.references, records, workers)
         yield from finish(session, exported, found, reorders, drift, records, workers)

@@ -92,7 +92,7 @@ NOISE_SHOWN = 4000  # bytes
     help="How the share is made real; see `tune doctor`.",
 )
 @click.option("--trials", type=int, help="Candidates to build and measure [default: the effort's].")
-@click.option("--time", metavar="DURATION", help="Stop searching after this long: 90s, 10m, 2h.")
+@click.option("--time", metavar="DURATION", help="Time that the whole run may take: 90s, 10m, 2h.")
 @click.option(
     "--effort",
     metavar="|".join(EFFORTS),
@@ -138,6 +138,11 @@ NOISE_SHOWN = 4000  # bytes
     help="Start from the records of earlier runs, or ignore them.",
 )
 @click.option("--verify/--no-verify", default=True, help="Check the numbers of what is exported.")
+@click.option(
+    "--verify-inputs",
+    metavar="FILE.npz",
+    help="Verify with these inputs, too: an array for each input, by name.",
+)
 @click.option("--dry-run", is_flag=True, help="Show tasks and budget; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")

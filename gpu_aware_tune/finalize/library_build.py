@@ -18,14 +18,16 @@ from gpu_aware_tune.workers import WorkerHost
 if TYPE_CHECKING:
     import numpy as np
 
+    from gpu_aware_tune.finalize.oracle import Reference
+    from gpu_aware_tune.model.draws import DrawKind, DrawPlan
     from gpu_aware_tune.model.importer import Model, TensorSpec
     from gpu_aware_tune.partition import Partition
 
 Key = TypeVar("Key", bound=Hashable)
 
 _LIMIT_S = 600.0  # of a worker that times or runs libraries: one that hangs must not hold the run
-_ROUNDS = 10
-_ROUND_S = 0.3
+ROUNDS = 10
+ROUND_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,32 @@ class LibrarySpec:
     traces: Mapping[str, str]
 
 
+class CompiledLibraries:
+    """The libraries that a run has compiled so far: none is compiled twice.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths: dict[Hashable, Path] = {}
+
+    def path_of(self, spec: LibrarySpec) -> tuple[Path, bool]:
+        """The path of a library, and whether it is there already; if not, the caller writes it."""
+        key = (spec.model.hash, spec.units, tuple(sorted(spec.target.items(), key=str)),
+               frozenset(spec.traces.items()))  # fmt: skip
+        known = self._paths.get(str(key))
+        if known is not None:
+            return known, known.exists()
+        path = self._paths[str(key)] = self._folder / f"library-{len(self._paths)}.so"
+        return path, False
+
+
 def compile_all(
-    wanted: Sequence[LibrarySpec], builders: BuildPool, folder: Path
+    specs: Sequence[LibrarySpec], builders: BuildPool, compiled: CompiledLibraries
 ) -> dict[tuple[str, str, int], Path]:
-    """Compile libraries side by side in the build workers.
+    """Compile libraries side by side in the build workers, each different one once.
 
     Returns:
         The path of each, by (the model's name, name, units).
@@ -55,14 +79,17 @@ def compile_all(
     """
     from gpu_aware_tune.kernels.traces import module_to_json
 
-    texts = {id(item.model): module_to_json(item.model.module) for item in wanted}
-    calls = {}
-    for number, item in enumerate(wanted):
-        path = folder / f"library-{number}.so"
-        args = (texts[id(item.model)], dict(item.target), dict(item.traces), str(path))
-        what = f"{item.model.name}: the {item.name} library for {item.units} units"
-        calls[item.model.name, item.name, item.units] = _Call(compile_to_file, args, path, what)
-    return _call_all(builders, calls)
+    texts = {id(item.model): module_to_json(item.model.module) for item in specs}
+    paths, calls = {}, {}
+    for item in specs:
+        path, is_there = compiled.path_of(item)
+        paths[item.model.name, item.name, item.units] = path
+        if not is_there:
+            args = (texts[id(item.model)], dict(item.target), dict(item.traces), str(path))
+            what = f"{item.model.name}: the {item.name} library for {item.units} units"
+            calls[path] = _Call(compile_to_file, args, path, what)
+    _call_all(builders, calls)
+    return paths
 
 
 def compile_together(
@@ -168,13 +195,19 @@ def time_on(
     libraries: Mapping[str, Path],
     weights: Path,
     model: Model,
+    rounds: int = ROUNDS,
 ) -> dict[str, float]:
     """Seconds of one inference of each library on a partition, in a worker of its own.
 
     The libraries take turns, so that drift of the machine meets all of them alike, and the lowest
     tenth of each is told, as for kernels: on a shared machine disturbances only ever add time.
     """
-    args = ({name: str(path) for name, path in libraries.items()}, str(weights), model.inputs)
+    args = (
+        {name: str(path) for name, path in libraries.items()},
+        str(weights),
+        model.inputs,
+        rounds,
+    )
     answer: dict[str, float] = _inside(host, partition, time_libraries, args, "timing")
     return answer
 
@@ -185,21 +218,22 @@ def run_on(
     library: Path,
     entry: str,
     weights: Path,
-    model: Model,
-    seed: int,
-) -> list[np.ndarray]:
-    """A library's outputs on a partition, in a worker of its own: a wrong kernel may crash or hang.
+    reference: Reference,
+) -> list[list[np.ndarray]]:
+    """A library's outputs on a partition for each draw of a reference, in a worker of its own.
+
+    A wrong kernel may crash or hang.
 
     Args:
         library: the `.so`.
         entry: its function, "main_2" for 2 units where it holds several shares.
         weights: the file that `save_weights` wrote.
-        model: what the library was compiled from.
-        seed: of the random inputs, see `model.random_inputs`.
+        reference: whose inputs it gets.
     """
     # The inputs' description, not themselves: what a worker starts with is one small message.
-    args = (str(library), str(weights), entry, model.inputs, seed)
-    answer: list[np.ndarray] = _inside(host, partition, run_library, args, "running")
+    kinds = tuple(draw.kind for draw in reference.draws)
+    args = (str(library), str(weights), entry, reference.plan, kinds)
+    answer: list[list[np.ndarray]] = _inside(host, partition, run_library, args, "running")
     return answer
 
 
@@ -225,7 +259,7 @@ def _inside(
 
 
 def time_libraries(
-    libraries: Mapping[str, str], weights: str, specs: Sequence[TensorSpec]
+    libraries: Mapping[str, str], weights: str, specs: Sequence[TensorSpec], rounds: int
 ) -> dict[str, float]:
     """See `time_on` (in the worker)."""
     from gpu_aware_tune.library import open_vm
@@ -235,22 +269,20 @@ def time_libraries(
     inputs = random_inputs(specs, seed=0)
     timers = {name: open_vm(path, weights).timer(inputs) for name, path in libraries.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for name, timer in timers.items():
-            samples[name].extend(timer(_ROUND_S / len(timers)))
+            samples[name].extend(timer(ROUND_S / len(timers)))
     return {name: lowest_tenth(values) for name, values in samples.items()}
 
 
 def run_library(
-    library: str, weights: str, entry: str, specs: Sequence[TensorSpec], seed: int
-) -> list[np.ndarray]:
+    library: str, weights: str, entry: str, plan: DrawPlan, kinds: Sequence[DrawKind]
+) -> list[list[np.ndarray]]:
     """See `run_on` (in the worker)."""
     from gpu_aware_tune.library import open_vm
-    from gpu_aware_tune.model.importer import random_inputs
 
-    inputs = random_inputs(specs, seed)
     program = open_vm(library, weights, entry=entry)
-    return program(program.place(list(inputs.values())))
+    return [program(program.place(list(plan.arrays(kind).values()))) for kind in kinds]
 
 
 def traces_of(choices: Sequence[Choice], units: int) -> dict[str, str]:

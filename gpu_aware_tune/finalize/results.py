@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gpu_aware_tune.events import Reordered, ShareResult, TaskResult
 from gpu_aware_tune.finalize.retiming import Reorder
 from gpu_aware_tune.finalize.selection import Choice
+from gpu_aware_tune.finalize.verify import VerifyReport
 from gpu_aware_tune.records.task_records import TaskRecords
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def task_results(
 def share_results(
     shares: Sequence[Share],
     latency_s: Mapping[tuple[str, int], float],
-    errors: Mapping[int, float | None],
+    reports: Mapping[int, VerifyReport],
     losses: Mapping[int, float],
 ) -> tuple[ShareResult, ...]:
     """The model's latency on each share, before ("untuned") and after ("tuned")."""
@@ -49,8 +50,8 @@ def share_results(
             units=share.units,
             untuned_s=latency_s.get(("untuned", share.units)),
             tuned_s=latency_s.get(("tuned", share.units)),
-            verified=share.units in errors,
-            max_error=errors.get(share.units),
+            verified=share.units in reports,
+            max_error=reports[share.units].max_error if share.units in reports else None,
             loss=losses.get(share.units),
         )
         for share in shares
@@ -75,10 +76,11 @@ def manifest(
     shares: Sequence[Share],
     results: Sequence[ShareResult],
     choices: Sequence[Choice],
+    reports: Mapping[int, VerifyReport],
 ) -> dict[str, Any]:
     """What the exported folder says about the run, besides the model and the files.
 
-    `results` are those of `shares`, in their order.
+    `results` are those of `shares`, in their order; `reports` are of the shares that were verified.
     """
     return {
         "device": device.key,
@@ -95,6 +97,7 @@ def manifest(
                 "tuned_s": result.tuned_s,
                 "max_error": result.max_error,
                 "loss": result.loss,
+                "verification": _verification(reports.get(share.units)),
             }
             for share, result in zip(shares, results, strict=True)
         ],
@@ -109,6 +112,22 @@ def manifest(
             }
             for choice in choices
         ],
+    }
+
+
+def _verification(report: VerifyReport | None) -> dict[str, Any] | None:
+    """Which oracle, which inputs, which error for each output; None where nothing was verified."""
+    if report is None:
+        return None
+    return {
+        "oracle": report.oracle,
+        "draws": list(report.draws),
+        "outputs": [
+            {"name": output.name, "error": output.error, "allowed": output.allowed}
+            for output in report.outputs
+        ],
+        "special": report.special,
+        "notes": list(report.notes),
     }
 
 

@@ -37,6 +37,7 @@ def choose(
     builders: BuildPool,
     settings: RunSettings,
     target: Mapping[str, object],
+    verified: Collection[tuple[str, str]] = (),
 ) -> Generator[Event, None, tuple[Choice, ...]]:
     """Choose the kernel of each task and share: the fastest there or, with `robust` and `mean`, on all.
 
@@ -52,8 +53,9 @@ def choose(
         builders: to check kernels with.
         settings: of the run.
         target: JSON of what kernels are built for.
+        verified: kernels, as (task hash, trace), that need no check.
     """
-    passed: set[tuple[str, str]] = set()  # (task hash, trace)
+    passed = set(verified)
     refused: set[tuple[str, str]] = set()  # of those that no record tells to be wrong
     places = [tuple(units)] if settings.objective.one_set else [(count,) for count in units]
     open_ = [(task, place) for task in tasks for place in places]
@@ -150,7 +152,7 @@ def check_kernel(
     """
     import tvm
 
-    from gpu_aware_tune.finalize.verify import verify_kernel
+    from gpu_aware_tune.finalize.kernel_check import verify_kernel
     from gpu_aware_tune.kernels.traces import TraceError, apply_trace, module_from_json
 
     module, on = module_from_json(module_json), tvm.target.Target(dict(target))

@@ -49,10 +49,19 @@ class TaskRecords:
         found = decisive(records)
         return found[0] if found else None
 
-    def baseline_traces(self, tasks: Iterable[str], units: int) -> dict[str, str]:
-        """The kernels of an untuned library: each task's fastest baseline schedule."""
-        found = {task: self.baseline(task, units) for task in tasks}
-        return {task: record.trace for task, record in found.items() if record and record.trace}
+    def baseline_traces(self, baselines: Mapping[str, Sequence[str]], units: int) -> dict[str, str]:
+        """The kernels of an untuned library: each task's fastest baseline schedule.
+
+        Args:
+            baselines: traces of each task's baseline schedules, the most promising first; that one
+                is taken where none has been measured.
+            units: of the library.
+        """
+        traces = {}
+        for task, known in baselines.items():
+            record = self.baseline(task, units)
+            traces[task] = record.trace if record else next(iter(known), "")
+        return {task: trace for task, trace in traces.items() if trace}
 
     def seeds(self, task: str, units: int, count: int) -> list[Record]:
         """The best schedules that the task has on other units or devices of the same kind."""

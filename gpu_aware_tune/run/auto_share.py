@@ -41,18 +41,18 @@ def _at_knee(session: Session, model: ImportedModel) -> Generator[Event, None, I
     workers = yield from start_workers(session, [on_grid], work, here=True)
     with workers.pools:
         yield from measure_baseline(session, work, known, workers)
-        hashes = [task.hash for task in on_grid.tasks]
+        own = {task.hash: workers.baselines[task.hash] for task in on_grid.tasks}
         specs = [
             LibrarySpec(
                 model.model,
                 UNTUNED,
                 units,
                 session.device.target(units),
-                known.records.baseline_traces(hashes, units),
+                known.records.baseline_traces(own, units),
             )
             for units in on_grid.units
         ]
-        made = compile_all(specs, workers.pools.builders, session.host.scratch)
+        made = compile_all(specs, workers.pools.builders, session.compiled)
         paths = {units: path for (_, _, units), path in made.items()}
         weights = save_weights(session, model)
         curve = profile_untuned(session.host, workers.pools.partitions, paths, weights, model.model)

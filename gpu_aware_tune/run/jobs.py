@@ -31,6 +31,7 @@ class ModelGoal:
         input_shapes: shapes of inputs with dynamic dimensions, by ONNX name.
         dtype: to convert the model to first; see `Settings`.
         by_work: the share follows from its part of all models' work.
+        verify_inputs: an `.npz` file of inputs to verify it with, besides random ones.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class ModelGoal:
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: str | None = None
     by_work: bool = False
+    verify_inputs: Path | None = None
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ def divide(models: Sequence[Path], settings: Settings) -> TuningJob:
             input_shapes=settings.input_shapes,
             dtype=settings.dtype,
             by_work=settings.share == ShareRule.AUTO,
+            verify_inputs=settings.verify_inputs,
         )
         for model, each in zip(models, percents, strict=True)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gpu_aware_tune.finalize.library_build import (
     time_on,
     traces_of,
 )
+from gpu_aware_tune.finalize.oracle import Reference
 from gpu_aware_tune.finalize.results import (
     losses,
     manifest,
@@ -36,6 +37,13 @@ from gpu_aware_tune.finalize.results import (
 )
 from gpu_aware_tune.finalize.retiming import Reorder
 from gpu_aware_tune.finalize.selection import Choice, choose
+from gpu_aware_tune.finalize.verify import (
+    AS_ORACLE,
+    VerifyReport,
+    base_error,
+    compare,
+    computed_in,
+)
 from gpu_aware_tune.partition import Device
 from gpu_aware_tune.records.task_records import TaskRecords
 from gpu_aware_tune.run.models import ImportedModel, target_of
@@ -88,8 +96,13 @@ def choose_kernels(
     models: Sequence[ImportedModel],
     records: TaskRecords,
     workers: RunWorkers,
+    passed: Collection[tuple[str, str]] = (),
 ) -> Generator[Event, None, tuple[ChosenModel, ...]]:
-    """Choose each task's kernel for each share of each model, numerically verified."""
+    """Choose each task's kernel for each share of each model, numerically verified.
+
+    Args:
+        passed: kernels, as (task hash, trace), that have been verified already.
+    """
     target = target_of(models, session.device)
     chosen = []
     for model in models:
@@ -101,6 +114,7 @@ def choose_kernels(
             workers.pools.builders,
             session.settings,
             target,
+            passed,
         )
         chosen.append(ChosenModel(model, choices))
     return tuple(chosen)
@@ -111,15 +125,20 @@ def build_libraries(
     chosen: Sequence[ChosenModel],
     records: TaskRecords,
     workers: RunWorkers,
+    rounds: int,
 ) -> Generator[Event, None, tuple[BuiltModel, ...]]:
-    """Compile each model's libraries side by side, then time them one at a time inside their shares."""
+    """Compile each model's libraries side by side, then time them one at a time inside their shares.
+
+    Args:
+        rounds: in which the libraries of a share take turns.
+    """
     yield Stage(StageName.LIBRARY, "compiling and timing the library")
-    specs = [spec for model in chosen for spec in _specs(model, session.device, records)]
-    paths = compile_all(specs, workers.pools.builders, session.host.scratch)
+    specs = [s for model in chosen for s in _specs(model, session.device, records, workers)]
+    paths = compile_all(specs, workers.pools.builders, session.compiled)
     built = []
     for model in chosen:
         files = {key[1:]: path for key, path in paths.items() if key[0] == model.imported.name}
-        built.append((yield from _timed(session, model, files, records, workers)))
+        built.append((yield from _timed(session, model, files, records, workers, rounds)))
     return tuple(built)
 
 
@@ -127,16 +146,17 @@ def _specs(
     model: ChosenModel,
     device: Device,
     records: TaskRecords,
+    workers: RunWorkers,
     names: Sequence[str] = (TUNED, UNTUNED),
 ) -> list[LibrarySpec]:
     """Each share's library, and the untuned one to compare with."""
     imported = model.imported
-    hashes = [task.hash for task in imported.tasks]
+    own = {task.hash: workers.baselines[task.hash] for task in imported.tasks}
     specs = []
     for units in imported.units:
         traces = {
             TUNED: traces_of(model.choices, units),
-            UNTUNED: records.baseline_traces(hashes, units),
+            UNTUNED: records.baseline_traces(own, units),
         }
         target = device.target(units)
         specs += [LibrarySpec(imported.model, n, units, target, traces[n]) for n in names]
@@ -149,6 +169,7 @@ def _timed(
     files: Mapping[tuple[str, int], Path],
     records: TaskRecords,
     workers: RunWorkers,
+    rounds: int,
 ) -> Generator[Event, None, BuiltModel]:
     """Time the libraries before and after, each on its own partition; the faster one is kept.
 
@@ -161,10 +182,13 @@ def _timed(
     for units in imported.units:
         pair = {name: path for (name, u), path in files.items() if u == units}
         partition = workers.pools.partition_of(units)
-        spent = time_on(session.host, partition, pair, weights, imported.model)
+        spent = time_on(session.host, partition, pair, weights, imported.model, rounds)
         if spent[UNTUNED] < spent[TUNED] and not objective.one_set:  # one set stays one set
             files[TUNED, units] = files[UNTUNED, units]
-            choices = tuple(_untuned(c, records) if c.units == units else c for c in choices)
+            baselines = workers.baselines
+            choices = tuple(
+                _untuned(c, records, baselines) if c.units == units else c for c in choices
+            )
             yield Note(
                 f"{imported.name}, {units} units: the whole model is faster untuned"
                 f" ({1e3 * spent[UNTUNED]:.2f} ms) than tuned ({1e3 * spent[TUNED]:.2f} ms);"
@@ -181,10 +205,12 @@ def _timed(
     return built
 
 
-def _untuned(choice: Choice, records: TaskRecords) -> Choice:
+def _untuned(
+    choice: Choice, records: TaskRecords, baselines: Mapping[str, Sequence[str]]
+) -> Choice:
     """A choice with the baseline schedule in place of its kernel."""
     baseline = records.baseline(choice.task.hash, choice.units)
-    trace = baseline.trace if baseline else ""
+    trace = baseline.trace if baseline else next(iter(baselines[choice.task.hash]), "")
     seconds = (baseline.best_s or 0.0) if baseline else 0.0
     origin = Origin.DEFAULT if trace else Origin.PLAIN
     return dataclasses.replace(choice, trace=trace, seconds=seconds, origin=origin)
@@ -218,59 +244,77 @@ def save_weights(session: Session, model: ImportedModel) -> Path:
 
 
 def export_libraries(
-    session: Session, built: Sequence[BuiltModel], records: TaskRecords, workers: RunWorkers
+    session: Session,
+    built: Sequence[BuiltModel],
+    references: Mapping[str, Reference],
+    records: TaskRecords,
+    workers: RunWorkers,
 ) -> Generator[Event, None, tuple[ExportedModel, ...]]:
-    """Compile the shares of each model into one library, verify it, and write the folders."""
-    yield Stage(StageName.VERIFY, "checking the library's numbers")
+    """Compile the shares of each model into one library, verify it, and write the folders.
+
+    Args:
+        references: what each model should compute, by name, where that is known.
+    """
+    yield Stage(StageName.VERIFY, "checking the library's numbers against the original file")
     several = [
         ChosenModel(model.imported, model.choices)
         for model in built
         if len(model.imported.units) > 1
     ]
-    specs = [spec for model in several for spec in _specs(model, session.device, records, (TUNED,))]
+    specs = [
+        spec
+        for model in several
+        for spec in _specs(model, session.device, records, workers, (TUNED,))
+    ]
     together = compile_together(specs, workers.pools.builders, session.host.scratch)
     workers.pools.builders.close()
     exported = []
     for model in built:
         path = together.get(model.imported.name)
-        exported.append((yield from _export(session, model, path, workers)))
+        reference = references.get(model.imported.name)
+        exported.append((yield from _export(session, model, path, reference, workers)))
     return tuple(exported)
 
 
 def _export(
-    session: Session, built: BuiltModel, together: Path | None, workers: RunWorkers
+    session: Session,
+    built: BuiltModel,
+    together: Path | None,
+    reference: Reference | None,
+    workers: RunWorkers,
 ) -> Generator[Event, None, ExportedModel]:
     """Check the whole model's numbers on each share, then write the folder.
 
     Args:
         together: the library of all shares, None where there is one share.
+        reference: what is right, None where nobody can say.
     """
-    from gpu_aware_tune.finalize.verify import References, judge
     from gpu_aware_tune.library import export
 
-    settings, imported = session.settings, built.imported
+    imported = built.imported
     files = {units: together or built.files[TUNED, units] for units in imported.units}
     entry = "main_{units}" if together else "main"
-    errors: dict[int, float | None] = {}
-    if settings.verify:
-        references = References(imported.model, settings.seed)
+    reports: dict[int, VerifyReport] = {}
+    if reference is not None:
         weights = save_weights(session, imported)
+        base = base_error(imported.model, computed_in(imported.model))
         for units, path in files.items():
             where, main = workers.pools.partition_of(units), entry.format(units=units)
-            given = run_on(session.host, where, path, main, weights, imported.model, settings.seed)
-            report = judge(imported.model, given, references)
+            given = run_on(session.host, where, path, main, weights, reference)
+            report = reports[units] = compare(reference, given, base)
             if not report.ok:
                 raise TuneError(
                     f"{imported.name}: the library for {units} units computes wrong numbers"
                     f" ({report.text}): not exported; its records are kept, run again with"
                     " --no-verify to look at it"
                 )
-            errors[units] = report.max_error
-            yield Note(f"{imported.name}, {units} units: {report.text}")
-    shares = share_results(imported.shares, built.latency_s, errors, built.losses)
+            level = Level.INFO if report.special == AS_ORACLE else Level.WARNING
+            yield Note(f"{imported.name}, {units} units: {report.text}", level)
+    shares = share_results(imported.shares, built.latency_s, reports, built.losses)
     facts = manifest(
-        session.device, session.backend, settings, imported.shares, shares, built.choices
-    )
+        session.device, session.backend, session.settings, imported.shares, shares, built.choices,
+        reports,
+    )  # fmt: skip
     export(imported.goal.output, imported.model, files, facts, entry)
     return ExportedModel(built, shares)
 

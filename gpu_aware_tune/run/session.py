@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from gpu_aware_tune.events import Event, Finished, Note
+from gpu_aware_tune.finalize.library_build import CompiledLibraries
 from gpu_aware_tune.partition import SIDE_BY_SIDE, Device, choose_backend, find_device
 from gpu_aware_tune.records.store import Store
 from gpu_aware_tune.run.jobs import ModelGoal
@@ -30,6 +31,7 @@ class Session:
     backend: str
     host: WorkerHost
     store: Store
+    compiled: CompiledLibraries
 
     def __init__(self, settings: RunSettings, stop: StopRequest | None = None) -> None:
         self.settings = settings
@@ -49,6 +51,7 @@ class Session:
             )
             # Workers get their copy of TVM while this process imports the models.
             self.host = self.stack.enter_context(WorkerHost(runtime_environment()))
+            self.compiled = CompiledLibraries(self.host.scratch)
         except BaseException:
             self.stack.close()
             raise
