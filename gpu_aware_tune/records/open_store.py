@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
@@ -12,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.records.lock import WriterLock
+from gpu_aware_tune.records.lock import WriterLock, is_writing
 from gpu_aware_tune.records.rows import COLUMNS, FROM, Record, RecordKey, record_of
 from gpu_aware_tune.records.schema import open_empty, open_file, plain_errors, transaction
 
@@ -20,7 +21,7 @@ FILE_NAME = "records.sqlite"
 
 
 class OpenStore:
-    """The records of one folder. One process may write at a time, any number may read.
+    """The records of one folder. Any number of processes may write and read.
 
     Args:
         path: the folder (the file is `records.sqlite` in it), or a file ending in `.sqlite`.
@@ -88,7 +89,7 @@ class OpenStore:
         self.close()
 
     def close(self) -> None:
-        """Close the file and let the next writer in; a child forked from the writer does not."""
+        """Close the file; a child forked from the writer does not."""
         if os.getpid() != self._owner:
             return
         with self._mutex:
@@ -136,13 +137,24 @@ class OpenStore:
         return [record_of(row) for row in rows]
 
     def _close_interrupted_runs(self) -> None:
-        # The lock is ours, so whoever started these is dead; its last record says until when.
+        """Close the runs whose process is dead; the last record of each says until when it went."""
         with self._using() as db:
-            if not db.execute("SELECT 1 FROM runs WHERE status = 'running'").fetchone():
-                return
+            rows = db.execute("SELECT id, machine FROM runs WHERE status = 'running'").fetchall()
+        dead = [(run,) for run, machine in rows if not self._goes_on(machine)]
+        if not dead:
+            return
         with self._writing() as db:
-            db.execute(
+            db.executemany(
                 "UPDATE runs SET status = 'interrupted', finished = COALESCE("
                 "(SELECT MAX(created) FROM records WHERE run = runs.id), started)"
-                " WHERE status = 'running'"
+                " WHERE status = 'running' AND id = ?",
+                dead,
             )
+
+    def _goes_on(self, machine: str) -> bool:
+        """Whether the process of a run, named in its row, still writes here."""
+        try:
+            pid = json.loads(machine).get("pid")
+        except (ValueError, AttributeError):
+            return False
+        return isinstance(pid, int) and pid != self._owner and is_writing(self.path, pid)

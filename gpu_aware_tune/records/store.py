@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.records.lock import other_writer
 from gpu_aware_tune.records.open_store import FILE_NAME, OpenStore
 from gpu_aware_tune.records.rows import (
     ADD_RECORD,
@@ -152,7 +155,7 @@ class Store(OpenStore):
             cursor = db.execute(
                 "INSERT INTO runs (status, started, settings, machine, facts)"
                 " VALUES ('running', ?, ?, ?, '{}')",
-                (time.time(), _dumps(settings), _dumps(machine)),
+                (time.time(), _dumps(settings), _dumps({"pid": os.getpid(), **machine})),
             )
             return int(cursor.lastrowid or 0)
 
@@ -178,12 +181,19 @@ class Store(OpenStore):
             failures_older_s: remove failures that are older than this; 0 means all.
             wrong: remove kernels that compute wrong numbers. They are then tried again.
             dry_run: only count.
+
+        Raises:
+            SetupError: another process writes the store; it may be using what would be removed.
         """
         where, values = doomed(keep, failures_older_s, wrong)
         if dry_run:
             with self._using() as db:
                 query = f"SELECT COUNT(*) FROM records WHERE {where}"
                 return int(db.execute(query, values).fetchone()[0])
+        if (writer := other_writer(self.path)) is not None:
+            raise SetupError(
+                f"{self.path} is being written by process {writer}; prune when that has ended"
+            )
         with self._writing() as db:
             removed = db.execute(f"DELETE FROM records WHERE {where}", values).rowcount
             db.execute("DELETE FROM traces WHERE id NOT IN (SELECT trace FROM records)")
@@ -209,6 +219,21 @@ class Store(OpenStore):
     def all(self, key: RecordKey) -> list[Record]:
         """Return every record of a key, failures included, in the order they were added."""
         return self._select("WHERE r.key = ? ORDER BY r.id", (self._key_id(key),))
+
+    def last_id(self) -> int:
+        """Return the number of the newest record; those that come later have larger ones."""
+        with self._using() as db:
+            return int(db.execute("SELECT COALESCE(MAX(id), 0) FROM records").fetchone()[0])
+
+    def added_since(self, last_id: int, runs: Sequence[int]) -> list[Record]:
+        """Return the records that other runs have added after a record's number.
+
+        Args:
+            last_id: see `last_id`.
+            runs: ids of the caller's own runs.
+        """
+        where = f"WHERE r.id > ? AND COALESCE(r.run, -1) NOT IN ({_places(runs)}) ORDER BY r.id"
+        return self._select(where, (last_id, *runs))
 
     def known(self, key: RecordKey) -> int:
         """Return how many trials, failures included, the store holds under a key."""

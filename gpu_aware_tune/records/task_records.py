@@ -67,6 +67,11 @@ class TaskRecords:
         """The best schedules that the task has on other units or devices of the same kind."""
         return self.store.seeds(self.keys[task, units], count)
 
+    def from_others(self, last_id: int, runs: Sequence[int]) -> list[Record]:
+        """What runs in other processes have added for these tasks since; see `Store.added_since`."""
+        wanted = set(self.keys.values())
+        return [r for r in self.store.added_since(last_id, runs) if r.key in wanted]
+
     def set_retimed(self, task: str, units: int, trace: str, seconds: float) -> None:
         """Keep the seconds of a second measurement, made alone; from then on they count."""
         self.store.set_retimed(self.keys[task, units], trace, seconds)

@@ -23,6 +23,7 @@ from gpu_aware_tune.settings import RunSettings
 
 _PROGRESS_S = 0.5
 _FLUSH_S = 0.8  # a finished trial is on disk within a second
+_LOOK_S = 2.0  # between two looks at what other runs have measured
 _KNOWN = 64  # measured schedules that a search starts from
 _SEEDS = 4  # schedules of other units or devices that are tried first
 
@@ -142,6 +143,8 @@ class _Search:
         self._notes: list[Note] = []
         self._unsaved: list[Record] = []
         self._saved_at = self._shown_at = 0.0
+        self._last_id, self._looked_at = self._known.records.store.last_id(), time.monotonic()
+        self._elsewhere: set[tuple[str, str]] = set()  # (task, trace) that other runs measured
         self._resumed: dict[str, int] = {}
         self._search_from_s: float | None = None
         for model, budget in budgets.items():
@@ -261,6 +264,7 @@ class _Search:
 
     def _accept(self, task: str, drafted: Sequence[Candidate]) -> Sequence[Candidate]:
         left = self._left()
+        drafted = [c for c in drafted if (task, c.trace) not in self._elsewhere]
         models = [model for model in self._allocation.models_of(task) if model in left]
         most = max((left[m] - self._allocation.in_flight(m) for m in models), default=0)
         return drafted[: self._allocation.start(task, min(len(drafted), most))]
@@ -324,10 +328,25 @@ class _Search:
             self._known.records.store.add(self._unsaved)
             self._unsaved = []
             self._saved_at = now
+            self._learn_from_others(now)
         if force or now - self._shown_at > _PROGRESS_S:
             self._shown_at = now
             for model in self._budgets:
                 yield self.progress(model)
+
+    def _learn_from_others(self, now: float) -> None:
+        """Take in what runs in other processes have measured of these tasks meanwhile."""
+        if now - self._looked_at < _LOOK_S:
+            return
+        self._looked_at = now
+        records = self._known.records
+        last_id = records.store.last_id()
+        for record in records.from_others(self._last_id, list(self._context.run_ids.values())):
+            task = record.key.task
+            self._elsewhere.add((task, record.trace))
+            if record.usable and record.best_s is not None:
+                self._allocation.note(task, record.key.units, record.best_s, record.origin)
+        self._last_id = last_id
 
     def _seeds(self, task: str, known: set[str]) -> list[Candidate]:
         """The best schedules that other units or devices of the same kind have for this task."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
+from conftest import ROOT
 from small_network import write_network
 
 from gpu_aware_tune import load
@@ -138,3 +142,31 @@ def test_the_same_machine_code_is_measured_once(tmp_path: Path) -> None:
         measured.setdefault(outcome.candidate.trace, set()).add(id(outcome.measurements))
     assert len(measured) == 2
     assert all(len(ones) == 1 for ones in measured.values()), "one measurement for each code"
+
+
+def test_two_runs_at_once_share_a_store_and_learn_from_each_other(tmp_path: Path) -> None:
+    """Two processes, one default store, the same model on the same share."""
+    model = network(tmp_path / "net.onnx", 10)
+    command = [sys.executable, str(ROOT / "cli.py"), str(model), "--target", "llvm", "--json"]
+    command += ["--trials", "24", "--effort", "quick", "--db", str(tmp_path / "db")]
+    runs = [
+        subprocess.Popen(
+            [*command, "-o", str(tmp_path / f"{name}.tuned"), "--seed", str(seed)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, seed in (("one", 0), ("other", 0))
+    ]
+    outcomes = []
+    for process in runs:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        outcomes.append(json.loads(out))
+    with Store(tmp_path / "db", readonly=True) as store:
+        assert [run.status for run in store.runs()] == ["finished", "finished"]
+        searched = [r for r in store.records() if r.origin == "search"]
+        by_run = {run.id: sum(r.run_id == run.id for r in searched) for run in store.runs()}
+    assert all(outcome["shares"][0]["verified"] for outcome in outcomes)
+    # The same seed draws the same candidates: what one has measured the other leaves out.
+    assert sum(by_run.values()) > 24, by_run
