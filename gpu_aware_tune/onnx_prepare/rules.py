@@ -6,18 +6,15 @@ take the place of the node's outputs, or None to leave the node alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from onnx import NodeProto, TensorProto
 
 from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
 from gpu_aware_tune.onnx_prepare.refuse import dropout_trains
 from gpu_aware_tune.onnx_prepare.resize import resize
-from gpu_aware_tune.onnx_prepare.rewriter import Rewriter
+from gpu_aware_tune.onnx_prepare.rewriter import Rewriter, Rule
 
 STRICT = "/strict"  # ends the name of a NonMaxSuppression whose threshold has been moved
-Rule = Callable[[NodeProto, Rewriter], list[str] | None]
 
 
 def _batch_normalization(node: NodeProto, to: Rewriter) -> list[str] | None:
