@@ -20,7 +20,8 @@ from gpu_aware_tune.onnx_prepare.facts import Facts, walk
 FOLDED_ELEMENTS = 1 << 20  # larger results are left to those who fold faster
 ROUNDS = 12
 SHAPE_ONLY = {"Shape", "Size", "EyeLike"}  # they read their input's shape, not its values
-# Random, or (the last) wrong in the reference, which sums without taking absolute values.
+# Random, or (the last two) wrong in the reference: it sums without taking absolute values, and
+# resizes to a length that is not rounded.
 NOT_FOLDED = {
     "Bernoulli",
     "Dropout",
@@ -30,6 +31,7 @@ NOT_FOLDED = {
     "RandomUniform",
     "RandomUniformLike",
     "LpNormalization",
+    "Resize",
 }
 
 
