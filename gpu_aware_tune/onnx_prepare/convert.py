@@ -95,7 +95,9 @@ def to_float16(model: ModelProto) -> ModelProto:
         raise SetupError("dtype float16 needs ONNX Runtime: pip install onnxruntime") from None
     if not uses_types(model, {TensorProto.FLOAT}):
         raise UserError("dtype float16: the model has no float32 values to convert")
-    converted: ModelProto = convert_float_to_float16(model, keep_io_types=True)
+    converted: ModelProto = convert_float_to_float16(
+        model, keep_io_types=True, max_finite_val=float(np.finfo(np.float16).max)
+    )
     _sort(converted.graph)
     return converted
 

@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 ROUNDS = 6
 FUNCTION_DOMAIN = "expanded"
-NORMS = {"GroupNormalization", "LayerNormalization", "RMSNormalization"}
-DOUBTFUL = {"Attention", "SpaceToDepth"} | NORMS
+DOUBTFUL = {"Attention", "LayerNormalization", "RMSNormalization", "SpaceToDepth"}
 BY_PRODUCTS = {"Dropout", "LayerNormalization", "MaxPool"}
 
 
@@ -164,6 +163,4 @@ def _imported_wrong(node: NodeProto, facts: Facts) -> bool:
         case "RMSNormalization":  # does not compile over all axes
             shape = facts.shapes.get(node.input[0])
             return shape is None or values.get("axis", -1) in (0, -len(shape))
-        case "GroupNormalization":  # other types are refused, or computed in float32 always
-            return values.get("stash_type", 1) != 1 or facts.opset < 21
     return True  # ONNX's Attention, which TVM takes for the one of com.microsoft

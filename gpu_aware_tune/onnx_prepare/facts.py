@@ -10,7 +10,8 @@ import onnx
 import onnx.shape_inference
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+FLOATS = (*HALF, TensorProto.FLOAT, TensorProto.DOUBLE)
 
 
 class Facts:
@@ -43,6 +44,10 @@ class Facts:
         if name not in self.constants and self._outer is not None:
             return self._outer.constant(name)
         return self.constants.get(name)
+
+    def is_half(self, name: str) -> bool:
+        """Tell whether a value is float16 or bfloat16."""
+        return self.types.get(name) in HALF
 
     def inside(self, model: ModelProto, body: GraphProto) -> Facts:
         """Return the facts of a graph inside one of the nodes, which sees the values outside."""

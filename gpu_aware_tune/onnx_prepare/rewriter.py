@@ -50,6 +50,19 @@ class Rewriter:
         self.nodes.append(made)
         return first
 
+    def same(
+        self, node: NodeProto, inputs: Sequence[str], values: Mapping[str, Any], op_type: str = ""
+    ) -> list[str]:
+        """Emit a node with other inputs and attributes, and return all its outputs."""
+        first = self.op(
+            op_type or node.op_type,
+            *inputs,
+            outputs=len(node.output),
+            domain=node.domain,
+            **values,
+        )
+        return [first, *(f"{first}.{index}" for index in range(1, len(node.output)))]
+
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
         """Add an initializer and return its name."""
         name = next(self.names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import onnx.inliner
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.onnx_prepare.batch_norm import fold_batch_norms
@@ -16,14 +16,12 @@ from gpu_aware_tune.onnx_prepare.convert import (
     to_float16,
 )
 from gpu_aware_tune.onnx_prepare.expand import expand
-from gpu_aware_tune.onnx_prepare.facts import opset_of, uses_types, walk
+from gpu_aware_tune.onnx_prepare.facts import HALF, opset_of, uses_types, walk
 from gpu_aware_tune.onnx_prepare.fold import fold
 from gpu_aware_tune.onnx_prepare.refuse import refuse_unsupported
 from gpu_aware_tune.onnx_prepare.shapes import drop_weight_inputs, fix_inputs
 from gpu_aware_tune.onnx_prepare.upgrade import upgrade
 from gpu_aware_tune.settings import DTYPES, TF32
-
-HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
 def prepare(

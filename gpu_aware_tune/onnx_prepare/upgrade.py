@@ -48,9 +48,8 @@ def upgrade(model: ModelProto) -> ModelProto:
 def _same(node: NodeProto, to: Rewriter, *more: str, **changed: Any) -> list[str]:
     """Emit the node with further inputs and with other attributes; None takes one away."""
     values = {key: v for key, v in (attributes(node) | changed).items() if v is not None}
-    op_type = values.pop("op_type", node.op_type)
-    first = to.op(op_type, *node.input, *more, outputs=len(node.output), **values)
-    return [first, *(f"{first}.{index}" for index in range(1, len(node.output)))]
+    op_type = values.pop("op_type", "")
+    return to.same(node, [*node.input, *more], values, op_type)
 
 
 def _batch_normalization(node: NodeProto, to: Rewriter) -> list[str] | None:

@@ -15,8 +15,8 @@ from tvm import relax
 
 from gpu_aware_tune.model.importer import Model, load_model
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "null"))
-from onnx_graphs import run_onnxruntime
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "null")]
+from onnx_graphs import run_onnxruntime  # noqa: E402
 
 LLVM = tvm.target.Target("llvm")
 
@@ -25,11 +25,12 @@ def imported(
     model: ModelProto,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     dtype: str | None = None,
+    target: tvm.target.Target = LLVM,
 ) -> Model:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model.SerializeToString())
-        return load_model(path, LLVM, shapes, dtype)
+        return load_model(path, target, shapes, dtype)
 
 
 def computed(model: Model, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -47,3 +47,29 @@ def test_resizes_are_those_of_onnxruntime(attributes: dict[str, Any]) -> None:
         targets = {"n": np.array([1, 3, *sizes])}
         model = node_model("Resize", IMAGE, targets, opset=18, order="x,,,n", **attributes)
         assert_correct(model, IMAGE)
+
+
+@pytest.mark.parametrize("auto_pad", ["SAME_LOWER", "SAME_UPPER"])
+@pytest.mark.parametrize("op_type", ["MaxPool", "AveragePool", "LpPool", "Conv"])
+def test_pools_and_convolutions_are_padded_alike(op_type: str, auto_pad: str) -> None:
+    for length in (7, 8):
+        feeds = {"x": numbers(1, 3, length, 6)}
+        weights = {"w": numbers(3, 3, 3, 3, seed=1)} if op_type == "Conv" else {}
+        window = {} if weights else {"kernel_shape": [3, 3]}
+        attributes: dict[str, Any] = {"strides": [2, 2], "auto_pad": auto_pad, **window}
+        assert_correct(node_model(op_type, feeds, weights, **attributes), feeds)
+
+
+def test_a_group_norm_of_large_means_is_a_number() -> None:
+    feeds = {"x": 1000 + numbers(1, 4, 8, 8)}
+    constants = {"s": numbers(4, seed=1), "b": numbers(4, seed=2)}
+    model = node_model("GroupNormalization", feeds, constants, opset=21, num_groups=2)
+    groups = feeds["x"].astype(np.float64).reshape(1, 2, -1)
+    normal = (groups - groups.mean(-1, keepdims=True)) / np.sqrt(
+        groups.var(-1, keepdims=True) + 1e-5
+    )
+    along = (1, 4, 1, 1)
+    want = normal.reshape(1, 4, 8, 8) * constants["s"].reshape(along) + constants["b"].reshape(
+        along
+    )
+    assert_correct(model, feeds, [want.astype(np.float32)], tolerance=5e-4)
