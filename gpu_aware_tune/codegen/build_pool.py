@@ -275,11 +275,13 @@ def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> N
     """
     import tvm
 
+    from gpu_aware_tune.codegen.build_options import build_options
     from gpu_aware_tune.kernels.packing import without_packing
     from gpu_aware_tune.kernels.traces import apply_trace
 
     scheduled = module if trace is None else without_packing(apply_trace(trace, module).mod)
-    built = tvm.tirx.build(scheduled, target=target)
+    with build_options(scheduled):
+        built = tvm.tirx.build(scheduled, target=target)
     if target.kind.name != "llvm":
         from gpu_aware_tune.codegen.cuda_toolchain import export_module
 

@@ -166,17 +166,22 @@ def supported_operators() -> frozenset[tuple[str, str]]:
 def _imported(proto: onnx.ModelProto) -> tvm.IRModule:
     from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
+    from gpu_aware_tune.model.operators import CONVERTERS
     from gpu_aware_tune.onnx_prepare.facts import opset_of
 
     opset = opset_of(proto)
 
     class Importer(ONNXGraphImporter):
-        """TVM's importer, with errors that name the node."""
+        """TVM's importer, with converters of our own and errors that name the node."""
 
         def _convert_operator(
             self, op_name: str, inputs: list[Any], attrs: dict[str, Any], opset: int
         ) -> Any:
             try:
+                own = CONVERTERS.get(op_name)
+                made = own(self.bb, inputs, attrs) if own else None
+                if made is not None:
+                    return self.bb.normalize(made)
                 return super()._convert_operator(op_name, inputs, attrs, opset)
             except Exception as error:
                 node = attrs["tvm_custom"]["name"]
