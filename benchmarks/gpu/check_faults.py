@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import ROOT
 from benchmarks.gpu.lab import answer
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.partition import Share, share_of
 from gpu_aware_tune.partition.mps import CONTROL, MpsPartition, start_partitions
-from gpu_aware_tune.testing import write_fake_mps
+
+sys.path.insert(0, str(ROOT / "tests"))
+from mock_gpu import write_control
 
 _PERCENTS = (7, 13, 25, 50, 100)
 _NUMERIC_PERCENTS = (25, 34, 50, 66)
@@ -134,13 +138,13 @@ def _fault_under_mps(lab: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _mps_here(lab: Any) -> Iterator[None]:
-    """The control program; a stand-in for it on the null device."""
+    """The control program; the mock's on the null device."""
     if not lab.null:
         yield
         return
     with tempfile.TemporaryDirectory() as folder:
         former = os.environ["PATH"]
-        write_fake_mps(Path(folder))
+        write_control(Path(folder))
         os.environ["PATH"] = f"{folder}{os.pathsep}{former}"
         try:
             yield

@@ -1,7 +1,6 @@
 """The partitions through the real cuda.bindings, on a libcuda that has no GPU behind it.
 
-The fakes of tests/null are called from Python and take whatever they are given. Here every argument
-passes the bindings' own conversion to C, and every result comes back through it.
+Every argument passes the bindings' own conversion to C, and every result comes back through it.
 """
 
 from __future__ import annotations
@@ -94,15 +93,15 @@ print("all went through")
 """
 
 
-def test_every_call_passes_the_bindings(stand_in: Mapping[str, str]) -> None:
+def test_every_call_passes_the_bindings(mock_gpu: Mapping[str, str]) -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.gpu.lab import _cubin
 
     _cubin("sm_90a")  # kept for the process below, where kernels of real cubins do nothing
-    libraries = stand_in["LD_LIBRARY_PATH"]
+    libraries = mock_gpu["LD_LIBRARY_PATH"]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, f"{libraries}/libcuda.so.1"],
-        env=stand_in,
+        env=mock_gpu,
         cwd=ROOT,
         capture_output=True,
         text=True,
