@@ -166,14 +166,15 @@ def test_a_whole_library_holds_cubins_and_no_source(tmp_path: Path) -> None:
 
 def test_the_graph_check_has_something_to_capture() -> None:
     """Check 6 compares with and without TVM's graphs, which hold only what the weights decide."""
-    from benchmarks.gpu.check_children import _products
+    from gpu.check_children import products
+
     from gpu_aware_tune.codegen.compile import compile_module
 
     device, _ = find_device("cuda", 0, ARCH if no_gpu() else None)
     target = tvm.target.Target(device.target(132))
     for wanted in (False, True):
         with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": wanted}):
-            text = compile_module(_products(64), target, {}).as_text()
+            text = compile_module(products(64), target, {}).as_text()
         assert ("cuda_graph.run_or_capture" in text) is wanted
 
 
