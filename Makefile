@@ -3,7 +3,7 @@
 # make check  about a minute: ruff, mypy and the tests that do no TVM work, on all cores
 # make test   everything that needs no GPU: ruff, mypy, tests; TEST_JOBS=auto runs them side by side
 # make docs   the documentation site in build/site, with the API reference
-# make gpu-check   the ten checks on this machine's GPU, then tests/gpu; exit code 3 without a GPU
+# make gpu-check   tests/gpu on this machine's GPU, its ten checks first; exit code 3 without a GPU
 # make gpu-bench   the GPU benchmarks, under nine minutes; GPU_PARTS=share_gain runs one of them
 #
 # The GPU targets end in time whatever hangs, and write their results after each piece: CHECK_S=240 TEST_S=180
@@ -58,13 +58,8 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
 gpu-check: $(GPU_NEEDS)
-	status=0
-	timeout -k 10 $$(($(CHECK_S) + 20)) $(GPU_PYTHON) -m benchmarks.gpu.checks --seconds $(CHECK_S) \
-	    --results $(GPU_RESULTS) || status=$$?
-	if [ $$status != 3 ]; then
-	    timeout -k 10 $(TEST_S) $(GPU_PYTHON) -m pytest tests/gpu --durations=8 || status=$$?
-	fi
-	exit $$status
+	timeout -k 10 $$(($(CHECK_S) + $(TEST_S))) $(GPU_PYTHON) -m pytest tests/gpu -v --need-gpu \
+	    --check-seconds $(CHECK_S) --gpu-results $(GPU_RESULTS) --durations=8
 
 gpu-bench: $(GPU_NEEDS)
 	status=0

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mock_gpu.in_process import MockGpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,13 +43,30 @@ def run_tune() -> RunTune:
 
 
 @pytest.fixture(scope="session")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
-    """The environment of processes that have the stand-in GPU."""
-    import stand_in
+def mock_gpu() -> Mapping[str, str]:
+    """The environment of processes that have the mock GPU."""
+    import mock_gpu
 
-    if lacks := stand_in.lacks():
-        pytest.skip(f"the stand-in GPU cannot be built: {lacks}")
-    return stand_in.build(tmp_path_factory.mktemp("stand-in"))
+    if lacks := mock_gpu.lacks():
+        pytest.skip(f"the mock GPU cannot be built: {lacks}")
+    return mock_gpu.environment()
+
+
+@pytest.fixture
+def gpu_here(monkeypatch: pytest.MonkeyPatch) -> MockGpu:
+    """The mock GPU in this process."""
+    from mock_gpu.in_process import MockGpu
+
+    return MockGpu(monkeypatch)
+
+
+@pytest.fixture
+def mps_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mock's MPS control program on the PATH."""
+    from mock_gpu import write_control
+
+    write_control(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.fixture(scope="session")

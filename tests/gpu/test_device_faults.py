@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from on_gpu import first_gpu, requires_gpu
 
-from gpu_aware_tune.codegen.cuda_toolchain import runtime_environment
 from gpu_aware_tune.measure import SEARCH, Job, Measurer, SharedWorker
 from gpu_aware_tune.partition import (
     Device,
@@ -22,27 +19,7 @@ from gpu_aware_tune.partition import (
 from gpu_aware_tune.partition.driver import call, started_driver
 from gpu_aware_tune.workers import WorkerHost
 
-pytestmark = requires_gpu
 BACKENDS = ("green", "full", "mps")
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Device:
-    return first_gpu()
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[WorkerHost]:
-    with WorkerHost(runtime_environment()) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory, gpu: Device) -> dict[str, str]:
-    from kernels import artifact
-
-    folder: Path = tmp_path_factory.mktemp("artifacts")
-    return {kind: artifact(folder, gpu, kind) for kind in ("good", "illegal", "hang")}
 
 
 def opened(gpu: Device, backend: str, count: int = 1) -> list[Partition]:
@@ -60,7 +37,7 @@ def opened(gpu: Device, backend: str, count: int = 1) -> list[Partition]:
 def test_a_fault_is_one_candidates(
     host: WorkerHost, gpu: Device, artifacts: dict[str, str], backend: str, kind: str, failure: str
 ) -> None:
-    from kernels import job
+    from gpu.kernels import job
 
     (partition,) = opened(gpu, backend)
     measurer = Measurer(host, partition, 20 if kind == "memory" else 5, 64 << 30)
@@ -99,7 +76,7 @@ def hogged(left: int) -> Iterator[None]:
 def test_a_fault_of_one_mps_client_spares_no_run(
     host: WorkerHost, gpu: Device, artifacts: dict[str, str]
 ) -> None:
-    from kernels import job
+    from gpu.kernels import job
 
     measurers = [Measurer(host, part, 20, 64 << 30) for part in opened(gpu, "mps", 3)]
     try:
@@ -117,7 +94,7 @@ def test_a_fault_of_one_mps_client_spares_no_run(
 def test_a_fault_of_one_green_slice_costs_the_others_nothing(
     host: WorkerHost, gpu: Device, artifacts: dict[str, str], kind: str, failure: str
 ) -> None:
-    from kernels import job
+    from gpu.kernels import job
 
     shares = [[share_of(gpu, 25, "green")]] * 2
     shared = SharedWorker(host, open_slices(shares, gpu, "green"), 10, 64 << 30)

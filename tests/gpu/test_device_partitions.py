@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from on_gpu import first_gpu, requires_gpu
 
-from gpu_aware_tune.codegen.cuda_toolchain import runtime_environment
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.measure import Measurer, SharedWorker
 from gpu_aware_tune.measure.timing import RETIME
@@ -22,33 +19,14 @@ from gpu_aware_tune.partition import (
 )
 from gpu_aware_tune.workers import WorkerHost
 
-pytestmark = requires_gpu
 BACKENDS = [("green", 30), ("mps", 30), ("mig", 30), ("full", 100)]
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Device:
-    return first_gpu()
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[WorkerHost]:
-    with WorkerHost(runtime_environment()) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory, gpu: Device) -> str:
-    from kernels import artifact
-
-    return artifact(tmp_path_factory.mktemp("artifacts"), gpu, "good")
 
 
 @pytest.mark.parametrize(("backend", "percent"), BACKENDS)
 def test_a_share_is_verified_and_measured(
-    host: WorkerHost, gpu: Device, good: str, backend: str, percent: int
+    host: WorkerHost, gpu: Device, artifacts: dict[str, str], backend: str, percent: int
 ) -> None:
-    from kernels import job
+    from gpu.kernels import job
 
     check = next(each for each in probe_backends() if each.backend == backend)
     if not check.ok:
@@ -59,7 +37,7 @@ def test_a_share_is_verified_and_measured(
     try:
         measurer.open()
         assert 0 < measurer.evidence["sms_seen"] <= share.units
-        result = measurer.measure(job(good))
+        result = measurer.measure(job(artifacts["good"]))
         assert result.failure is None, result.failure
         assert result.seconds is not None and 0 < result.seconds < 1e-2
         assert result.how[0] in ("graph", "events")
@@ -69,25 +47,29 @@ def test_a_share_is_verified_and_measured(
     assert not list(Path("/tmp").glob("gat-mps-*")), "the daemon's folder is left"
 
 
-def test_fewer_sms_take_longer(host: WorkerHost, gpu: Device, good: str) -> None:
+def test_fewer_sms_take_longer(host: WorkerHost, gpu: Device, artifacts: dict[str, str]) -> None:
     """Bandwidth saturates early, so only the smallest share must be clearly slower."""
     import dataclasses
 
-    from kernels import job
+    from gpu.kernels import job
 
     shares = [share_of(gpu, percent, "green") for percent in (6, 100)]
     seconds = []
     for partition in open_partitions(shares, gpu, "green"):
         measurer = Measurer(host, partition, 30, 8 << 30)
-        result = measurer.measure(job(good, effort=dataclasses.replace(RETIME, cold=True)))
+        result = measurer.measure(
+            job(artifacts["good"], effort=dataclasses.replace(RETIME, cold=True))
+        )
         assert result.failure is None and "cold-l2" in result.how
         seconds.append(result.seconds or 0.0)
         measurer.close()
     assert seconds[0] > 1.3 * seconds[1]
 
 
-def test_slices_measure_at_the_same_time(host: WorkerHost, gpu: Device, good: str) -> None:
-    from kernels import job
+def test_slices_measure_at_the_same_time(
+    host: WorkerHost, gpu: Device, artifacts: dict[str, str]
+) -> None:
+    from gpu.kernels import job
 
     wide, narrow = share_of(gpu, 25, "green"), share_of(gpu, 13, "green")
     slices = open_slices([[wide, narrow], [wide], [wide]], gpu, "green")
@@ -95,12 +77,12 @@ def test_slices_measure_at_the_same_time(host: WorkerHost, gpu: Device, good: st
     widest = [own[0] for own in shared.slices]
     try:
         for measurer in widest:
-            measurer.submit(job(good))
+            measurer.submit(job(artifacts["good"]))
         for measurer in widest:
             while (result := measurer.collect(0.1)) is None:
                 pass
             assert result.failure is None, result.failure
-        assert shared.slices[0][1].measure(job(good)).failure is None
+        assert shared.slices[0][1].measure(job(artifacts["good"])).failure is None
         assert all(measurer.evidence["apart"] is True for measurer in widest)
         assert len({measurer.evidence["sm_hash"] for measurer in widest}) == 3
     finally:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from on_gpu import requires_gpu
 
 from gpu_aware_tune.events import Finished, Note, Planned, Progress
 from gpu_aware_tune.partition import partition_for
@@ -17,8 +16,6 @@ from gpu_aware_tune.records.store import Store
 from gpu_aware_tune.run.jobs import make_jobs
 from gpu_aware_tune.settings import Settings
 from gpu_aware_tune.tuning import tune_events, tune_jobs
-
-pytestmark = requires_gpu
 
 
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "float16"])

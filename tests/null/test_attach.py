@@ -5,22 +5,16 @@ from __future__ import annotations
 import re
 
 import pytest
+from mock_gpu.devices import fake_gpu
+from mock_gpu.in_process import MockGpu
 
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
-from gpu_aware_tune.partition import attach, driver, partition_for
-from gpu_aware_tune.testing import Code, FakeDriver
+from gpu_aware_tune.partition import attach, mps, partition_for, share_of
 
 GREEN = {"device": "cuda/NVIDIA H200/sm_90a", "backend": "green"}
 
 
-def use(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> FakeDriver:
-    monkeypatch.setattr(driver, "load_driver", lambda: fake)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return fake
-
-
-def test_the_library_runs_where_its_manifest_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = use(monkeypatch, FakeDriver())
+def test_the_library_runs_where_its_manifest_says(gpu_here: MockGpu) -> None:
     part = partition_for(GREEN, 32)
     assert part is not None
     assert (part.backend, part.evidence()["sms_seen"]) == ("green", 32)
@@ -29,17 +23,20 @@ def test_the_library_runs_where_its_manifest_says(monkeypatch: pytest.MonkeyPatc
     assert whole is not None
     assert (whole.backend, whole.share.units) == ("full", 132)
     whole.close()
-    assert fake.leaks() == []
+    assert gpu_here.alive() == []
 
 
 def test_what_limits_the_process_already_is_taken_as_it_is(
-    monkeypatch: pytest.MonkeyPatch,
+    gpu_here: MockGpu, mps_control: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = use(monkeypatch, FakeDriver(visible=38, mps=True))
+    (client,) = mps.start_partitions([share_of(fake_gpu(), 30, "mps")])
+    for name, value in client.env().items():
+        monkeypatch.setenv(name, value)
     part = partition_for({**GREEN, "backend": "mps"})
     assert part is not None and part.share.units == attach.visible_sm_count() == 38
     part.close()
-    assert fake.leaks() == []
+    client.close()
+    assert gpu_here.alive() == []
 
 
 def test_a_library_for_cores_needs_none() -> None:
@@ -59,26 +56,24 @@ def test_a_library_for_cores_needs_none() -> None:
     ],
 )
 def test_what_cannot_be_opened_here_says_what_can(
-    monkeypatch: pytest.MonkeyPatch, units: int, backend: str, kind: type[TuneError], text: str
+    gpu_here: MockGpu, units: int, backend: str, kind: type[TuneError], text: str
 ) -> None:
-    fake = use(monkeypatch, FakeDriver())
     with pytest.raises(kind, match=re.escape(text)):
         partition_for(GREEN, units, backend)
-    assert fake.leaks() == []
+    assert gpu_here.alive() == []
 
 
-def test_a_partition_that_fails_its_check_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = use(monkeypatch, FakeDriver(short_by=2))
+def test_a_partition_that_fails_its_check_is_closed(gpu_here: MockGpu) -> None:
+    gpu_here.set(lost=2)
     with pytest.raises(SetupError, match="30 SMs where 32"):
         partition_for(GREEN, 32)
-    assert fake.leaks() == []
+    assert gpu_here.alive() == []
 
 
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, FakeDriver(fail={"cuInit": Code.CUDA_ERROR_INVALID_VALUE}))
+def test_without_a_gpu(gpu_here: MockGpu) -> None:
+    with pytest.raises(SetupError, match="no GPU 3"):
+        partition_for(GREEN, 32, index=3)
+    gpu_here.set(fail="cuInit=100")
     assert attach.visible_sm_count() == 0
     with pytest.raises(SetupError, match="cuInit"):
         partition_for(GREEN, 32)
-    use(monkeypatch, FakeDriver())
-    with pytest.raises(SetupError, match="no GPU 3"):
-        partition_for(GREEN, 32, index=3)

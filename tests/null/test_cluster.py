@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mock_gpu.devices import fake_gpu
 
 from gpu_aware_tune.cluster import ClusterPipeline
 from gpu_aware_tune.cluster.connection import connected
@@ -39,7 +40,6 @@ from gpu_aware_tune.search.candidates import Candidate, NewTask
 from gpu_aware_tune.search.pipeline import Demand, TaskSpec
 from gpu_aware_tune.search.pools import PoolSettings
 from gpu_aware_tune.settings import Settings
-from gpu_aware_tune.testing import fake_gpu
 
 TASKS = {str(number): TaskSpec((((4,), "float32"),), (2,)) for number in range(1, 6)}
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mock_gpu.devices import fake_gpu, null_device
+from mock_gpu.in_process import MockGpu
 
 from gpu_aware_tune.errors import TuneError, UserError
-from gpu_aware_tune.partition import Device, NullPartition, nvml, share_of
+from gpu_aware_tune.partition import Device, NullPartition, share_of
 from gpu_aware_tune.profiling.curves import Subject, batch_of, measure, serve
 from gpu_aware_tune.profiling.profiles import grid, profile, share_for
-from gpu_aware_tune.testing import FakeNvml, fake_gpu, null_device
 from gpu_aware_tune.workers import Exit
 
 IMAGE = (("flag", (), "int64"), ("image", (4, 3, 8, 8), "float32"))
@@ -111,30 +112,18 @@ def test_a_run_longer_than_a_slice_is_not_thrown_away() -> None:
     assert point.latency_ms == pytest.approx(2500)
 
 
-class Counter(FakeNvml):
-    """Each look at the energy counter finds 3 J more."""
-
-    joules = 0.0
-
-    def _nvmlDeviceGetTotalEnergyConsumption(self, gpu: str) -> int:
-        self.joules += 3
-        return int(1000 * self.joules)
-
-
-def test_energy_is_the_gpus_over_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Counter()
-    monkeypatch.setattr(nvml, "load_nvml", lambda: fake)
+def test_energy_is_the_gpus_over_all_rounds(gpu_here: MockGpu) -> None:
+    gpu_here.set(energy_mj=3000)
     host = ScriptedHost({8: [[0.1, 0.1], [0.1, 0.1, 0.1]]})
     (point,) = measure(host, subjects(fake_gpu(), (8,)), 0.1, 2)  # type: ignore[arg-type]
     assert point.energy_j == pytest.approx(2 * 3 / (4 * 5))
     assert point.power_w is not None
     assert point.power_w > 100  # 6 J in far less than a tenth of a second
-    assert fake.started == 0  # closed again
+    assert gpu_here.alive() == []  # NVML is closed again
 
 
-def test_a_gpu_that_does_not_tell_its_energy_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = ("nvmlDeviceGetTotalEnergyConsumption",)
-    monkeypatch.setattr(nvml, "load_nvml", lambda: FakeNvml(missing=missing))
+def test_a_gpu_that_does_not_tell_its_energy_has_none(gpu_here: MockGpu) -> None:
+    gpu_here.set(nvml_missing="nvmlDeviceGetTotalEnergyConsumption")
     host = ScriptedHost({8: [[0.1, 0.1]]})
     (point,) = measure(host, subjects(fake_gpu(), (8,)), 0.1, 1)  # type: ignore[arg-type]
     assert (point.power_w, point.energy_j) == (None, None)

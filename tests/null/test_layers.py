@@ -36,8 +36,6 @@ ORDER = [
     "display",
     "report",
     "cli",
-    "testing_launch",
-    "testing",
 ]
 LEVEL = {name: level for level, name in enumerate(ORDER)}
 

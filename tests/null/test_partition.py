@@ -1,7 +1,7 @@
 """Shares and partitions: arithmetic, the contract of every backend, and what each one adds.
 
-The GPU backends run against fakes of the driver, NVML and the MPS control program; the CPU backend
-binds real threads, with TVM's pool replaced by Python threads.
+The GPU backends run on the mock GPU; the CPU backend binds real threads, with TVM's pool replaced by
+Python threads.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mock_gpu.devices import MOCK_UUID, fake_gpu, null_device
+from mock_gpu.in_process import MockGpu
 
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
 from gpu_aware_tune.partition import (
@@ -47,18 +50,10 @@ from gpu_aware_tune.partition import (
 )
 from gpu_aware_tune.partition.driver import DriverError, call
 from gpu_aware_tune.partition.gpus import GpuFacts
-from gpu_aware_tune.testing import (
-    Code,
-    FakeDriver,
-    FakeNvml,
-    fake_gpu,
-    null_device,
-    write_fake_mps,
-)
 
 ALL = ("cores", "null", "full", "green", "mps", "mig")
 CORES = len(topology.usable_cores())
-INSTANCES = {"MIG-a": 16, "MIG-b": 32, "MIG-c": 60}
+INSTANCES = "16,32,60"  # MIG instances, by their SMs
 
 
 def cpu(total: int = CORES) -> Device:
@@ -113,44 +108,14 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePool]:
     os.sched_setaffinity(0, before)
 
 
-@pytest.fixture
-def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    return use_driver(monkeypatch, FakeDriver())
-
-
-def use_driver(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver) -> FakeDriver:
-    monkeypatch.setattr(driver, "load_driver", lambda: fake)
-    monkeypatch.setattr(gpus, "query_gpus", lambda: (tuple(gpus.read_gpus(fake)), ""))
-    for module in (backends, device):
-        monkeypatch.setattr(module, "query_gpus", lambda: (tuple(gpus.read_gpus(fake)), ""))
-    return fake
-
-
-def use_nvml(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml) -> FakeNvml:
-    for module in (nvml, mig):
-        monkeypatch.setattr(module, "load_nvml", lambda: fake)
-    return fake
-
-
-@pytest.fixture
-def fake_mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    program = write_fake_mps(tmp_path)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    return program
-
-
 def mps_folders() -> list[str]:
     return [str(path) for path in Path("/tmp").glob(f"gat-mps-{os.getuid()}-{os.getpid()}-*")]
 
 
 @pytest.fixture
-def case(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Case]:
-    """The backend named by the parameter, on a machine made of fakes."""
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    """The backend named by the parameter, on a machine that has it."""
     backend = request.param
-    for name in ("CUDA_VISIBLE_DEVICES", *(n for n in os.environ if n.startswith("CUDA_MPS"))):
-        monkeypatch.delenv(name, raising=False)
     if backend == "null":
         yield Case("null", null_device(), (30, 100), list, lambda: None)
         return
@@ -167,29 +132,21 @@ def case(
 
         yield Case("cores", cpu(), (50, 100), moved, spoil_pool)
         return
-    fake_cuda = use_driver(monkeypatch, FakeDriver())
-    percents = (100,)
-    if backend == "green":
-        percents = (30, 50)
-    elif backend == "mig":
-        percents = (30,)
-        use_nvml(monkeypatch, FakeNvml(INSTANCES))
-        fake_cuda.visible = 32
+    gpu: MockGpu = request.getfixturevalue("gpu_here")
+    percents = {"full": (100,), "green": (30, 50), "mig": (30,), "mps": (30,)}[backend]
+    if backend == "mig":
+        gpu.set(mig=INSTANCES)
     elif backend == "mps":
-        percents = (30,)
-        request.getfixturevalue("fake_mps")
-        probed = gpus.read_gpus(fake_cuda)
-        for module in (backends, device):
-            monkeypatch.setattr(module, "query_gpus", lambda: (tuple(probed), ""))
-        fake_cuda.visible, fake_cuda.mps = 38, True
-
-    def spoil() -> None:
-        fake_cuda.visible, fake_cuda.short_by = fake_cuda.sms - 2, 2
+        request.getfixturevalue("mps_control")
 
     def leaks() -> list[str]:
-        return fake_cuda.leaks() + mps_folders() + [str(plan) for plan in green._splits]
+        return gpu.alive() + mps_folders() + [str(plan) for plan in green._splits]
 
-    yield Case(backend, fake_gpu(), percents, leaks, spoil)
+    yield Case(backend, fake_gpu(), percents, leaks, lambda: gpu.set(lost=2))
+
+
+def mig_uuid(number: int) -> str:
+    return f"MIG-07070707-0707-0707-0707-{number:012d}"
 
 
 def in_worker(partition: Partition, monkeypatch: pytest.MonkeyPatch) -> Partition:
@@ -368,20 +325,23 @@ def test_auto_falls_back_to_the_cpu_and_says_so(no_gpu: None) -> None:
     assert found.target(3) == {"kind": "llvm", "num-cores": 3, "mcpu": "znver4"}
 
 
-def test_auto_takes_the_gpu(fake_driver: FakeDriver) -> None:
+def test_auto_takes_the_gpu(gpu_here: MockGpu) -> None:
     found, note = find_device("auto", 0, None)
     assert note is None
-    assert found.key == "cuda/NVIDIA H200/sm_90a"
+    assert found.key == "cuda/NVIDIA Fake/sm_90a"
     assert (found.units_total, found.unit, found.unit_step) == (132, "SM", 8)
-    assert found.uuid == "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
+    assert found.uuid == MOCK_UUID
     assert found.measurable
+    assert (found.max_threads, found.shared_bytes, found.registers) == (1024, 49152, 65536)
     assert found.target(32)["arch"] == "sm_90a"
 
 
-def test_a_mig_instance_is_named_as_one(fake_driver: FakeDriver) -> None:
-    fake_driver.name = "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
+def test_a_mig_instance_is_named_as_one(gpu_here: MockGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_here.set(mig=INSTANCES)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mig_uuid(1))
     found, _ = find_device("auto", 0, None)
-    assert found.uuid == "MIG-00010203-0405-0607-0809-0a0b0c0d0e0f"
+    assert " MIG " in found.name and found.units_total == 16
+    assert found.uuid == MOCK_UUID.replace("GPU-", "MIG-")
 
 
 def test_an_absent_gpu_can_be_built_for_but_not_measured(no_gpu: None) -> None:
@@ -413,7 +373,7 @@ def test_wrong_devices(
 @pytest.mark.parametrize(
     ("index", "arch", "text"), [(1, None, "GPUs are 0"), (0, "sm_80", "is sm_90a")]
 )
-def test_wrong_gpus(fake_driver: FakeDriver, index: int, arch: str | None, text: str) -> None:
+def test_wrong_gpus(gpu_here: MockGpu, index: int, arch: str | None, text: str) -> None:
     with pytest.raises(UserError, match=text):
         find_device("cuda", index, arch)
 
@@ -434,13 +394,11 @@ def test_asking_for_gpus_leaves_this_process_free_of_cuda() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_answer_of_the_child_is_read_back(
-    monkeypatch: pytest.MonkeyPatch, fake_driver: FakeDriver
-) -> None:
+def test_the_answer_of_the_child_is_read_back(gpu_here: MockGpu) -> None:
     facts = gpus.answer()["gpus"]
-    assert GpuFacts(**facts[0]) == gpus.read_gpus(fake_driver)[0]
+    assert GpuFacts(**facts[0]) == gpus.read_gpus(gpu_here.driver)[0]
     assert facts[0]["green"]
-    use_driver(monkeypatch, FakeDriver(fail={"cuInit": Code.CUDA_ERROR_MPS_SERVER_NOT_READY}))
+    gpu_here.set(fail="cuInit=807")
     assert "807" in gpus.answer()["reason"]
 
 
@@ -460,23 +418,20 @@ def test_names_of_equal_chips_are_equal(tmp_path: Path, line: str, name: str) ->
 # Choosing a backend -------------------------------------------------------------------------------
 
 
-def test_auto_prefers_what_proves_most(
-    monkeypatch: pytest.MonkeyPatch, fake_driver: FakeDriver
-) -> None:
-    use_nvml(monkeypatch, FakeNvml())
+def test_auto_prefers_what_proves_most(gpu_here: MockGpu) -> None:
     assert choose_backend(fake_gpu(), percents=(30,))[0] == "green"
     assert choose_backend(fake_gpu(), percents=(100,))[0] == "full"
     assert choose_backend(cpu())[0] == "cores"
-    use_nvml(monkeypatch, FakeNvml(INSTANCES))
+    gpu_here.set(mig=INSTANCES)
     chosen, why = choose_backend(fake_gpu(), percents=(30,))
     assert chosen == "mig"
     assert "16, 32, 60 SMs" in why
 
 
-def test_auto_without_any_backend_says_why_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_nvml(monkeypatch, FakeNvml())
-    fake = use_driver(monkeypatch, FakeDriver())
-    monkeypatch.setattr(fake, "cuDriverGetVersion", lambda: (Code.CUDA_SUCCESS, 12020))
+def test_auto_without_any_backend_says_why_for_each(
+    gpu_here: MockGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_here.set(driver=12020)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SetupError, match=r"mig: .*green: .*12\.4.*mps: .*not on the PATH"):
         choose_backend(fake_gpu(), percents=(30,))
@@ -624,30 +579,30 @@ def green_workers(shares: list[Share], disjoint: bool) -> list[green.GreenPartit
     return opened
 
 
-def sm_sets(fake: FakeDriver, parts: list[green.GreenPartition]) -> list[set[int]]:
-    return [fake.sm_ids(fake.streams[part.stream or 0]) for part in parts]
+def sm_sets(parts: list[green.GreenPartition]) -> list[set[int]]:
+    for part in parts:
+        part.verify()
+    return [set(part.units_seen()) for part in parts]
 
 
-def test_disjoint_shares_have_no_sm_in_common(fake_driver: FakeDriver) -> None:
+def test_disjoint_shares_have_no_sm_in_common(gpu_here: MockGpu) -> None:
     parts = green_workers([share_of(fake_gpu(), p, "green") for p in (30, 50, 13)], True)
-    sets = sm_sets(fake_driver, parts)
+    sets = sm_sets(parts)
     assert [len(found) for found in sets] == [32, 64, 16]
     assert len(set().union(*sets)) == 112
-    assert fake_driver.calls.count("cuDevSmResourceSplitByCount") == 1, "one split, or they overlap"
+    assert gpu_here.calls("cuDevSmResourceSplitByCount") == 1, "one split, or they overlap"
     for part in parts:
-        part.verify()
         part.close()
-    assert fake_driver.leaks() == []
+    assert gpu_here.alive() == []
 
 
-def test_shares_one_after_the_other_may_overlap(fake_driver: FakeDriver) -> None:
+def test_shares_one_after_the_other_may_overlap(gpu_here: MockGpu) -> None:
     parts = green_workers([share_of(fake_gpu(), p, "green") for p in (10, 30, 50, 100)], False)
-    assert [len(found) for found in sm_sets(fake_driver, parts)] == [8, 32, 64, 132]
+    assert [len(found) for found in sm_sets(parts)] == [8, 32, 64, 132]
     assert len({part.stream for part in parts}) == 4
     for part in parts:
-        part.verify()
         part.close()
-    assert fake_driver.leaks() == []
+    assert gpu_here.alive() == []
 
 
 def test_shares_that_do_not_fit_side_by_side() -> None:
@@ -655,7 +610,7 @@ def test_shares_that_do_not_fit_side_by_side() -> None:
         green.plan_partitions([share_of(fake_gpu(), p, "green") for p in (75, 50)], True)
 
 
-def test_launches_go_to_the_shares_stream(fake_driver: FakeDriver) -> None:
+def test_launches_go_to_the_shares_stream(gpu_here: MockGpu) -> None:
     import tvm_ffi  # without TVM itself: a tenth of a second
 
     where = tvm_ffi.device("cuda", 0)
@@ -682,45 +637,49 @@ def test_launches_go_to_the_shares_stream(fake_driver: FakeDriver) -> None:
         "cuGreenCtxStreamCreate",
     ],
 )
-def test_whatever_step_fails_is_undone(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    fail = {function: Code.CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION}
-    fake = use_driver(monkeypatch, FakeDriver(fail=fail))
+def test_whatever_step_fails_is_undone(gpu_here: MockGpu, function: str) -> None:
+    gpu_here.set(fail=f"{function}=915")
     parts = green.plan_partitions([share_of(fake_gpu(), p, "green") for p in (30, 50)], False)
     with pytest.raises(DriverError, match=rf"{function} failed: .*\(915\)"):
         parts[0].enter_worker()
     parts[0].close()
-    assert fake.leaks() == []
+    assert gpu_here.alive() == []
     assert green._splits == {}
 
 
-def test_a_split_into_fewer_groups_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = use_driver(monkeypatch, FakeDriver(sms=60))
+def test_a_split_into_fewer_groups_is_refused(gpu_here: MockGpu) -> None:
+    gpu_here.set(sms=60)
     parts = green.plan_partitions([share_of(fake_gpu(), p, "green") for p in (30, 30)], True)
     with pytest.raises(SetupError, match=r"groups of \[32\] where 2 of 32"):
         parts[0].enter_worker()
     parts[0].close()
-    assert fake.leaks() == []
+    assert gpu_here.alive() == []
 
 
-def test_green_under_mps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_driver(monkeypatch, FakeDriver(mps=True))
+def test_green_under_mps_is_refused(
+    gpu_here: MockGpu, mps_control: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (client,) = start_mps((100,))
+    for name, value in client.env().items():
+        monkeypatch.setenv(name, value)
     (part,) = green_workers([share_of(fake_gpu(), 30, "green")], False)
     with pytest.raises(SetupError, match="runs under an MPS server"):
         part.verify()
     part.close()
+    client.close()
 
 
-def test_a_stream_of_another_context_is_refused(fake_driver: FakeDriver) -> None:
+def test_a_stream_of_another_context_is_refused(gpu_here: MockGpu) -> None:
     (part,) = green_workers([share_of(fake_gpu(), 30, "green")], False)
-    fake_driver.streams[part.stream or 0] = 1
+    gpu_here.set(stray=1)
     with pytest.raises(SetupError, match="would use every SM"):
         part.verify()
     part.close()
 
 
-def test_a_fault_shows_at_the_next_sync(fake_driver: FakeDriver) -> None:
+def test_a_fault_shows_at_the_next_sync(gpu_here: MockGpu) -> None:
     (part,) = green_workers([share_of(fake_gpu(), 30, "green")], False)
-    fake_driver.fail["cuStreamSynchronize"] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
+    gpu_here.set(fail="cuStreamSynchronize=700")
     with pytest.raises(DriverError, match="CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
         part.sync()
     assert caught.value.code == 700
@@ -734,21 +693,21 @@ def start_mps(percents: tuple[int, ...] = (30, 50)) -> list[mps.MpsPartition]:
     return mps.start_partitions([share_of(fake_gpu(), p, "mps") for p in percents])
 
 
-def test_one_daemon_serves_the_run_and_ends_with_it(fake_mps: Path) -> None:
+def test_one_daemon_serves_the_run_and_ends_with_it(mps_control: None) -> None:
     parts = start_mps()
     (folder,) = mps_folders()
     assert Path(folder).stat().st_mode & 0o777 == 0o700
     assert {part.env()["CUDA_MPS_PIPE_DIRECTORY"] for part in parts} == {f"{folder}/pipe"}
     assert [part.env()["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] for part in parts] == ["29", "50"]
-    assert {part.env()["CUDA_VISIBLE_DEVICES"] for part in parts} == {"GPU-fake"}
-    assert mps.run_control("get_server_list", parts[0].env()) == "100.0"
+    assert {part.env()["CUDA_VISIBLE_DEVICES"] for part in parts} == {MOCK_UUID}
+    assert mps.run_control(mps._HEALTH, parts[0].env()) == "100.0"
     parts[0].close()
     assert mps_folders() == [folder]
     parts[1].close()
     assert mps_folders() == []
 
 
-def test_a_copy_in_a_worker_does_not_stop_the_daemon(fake_mps: Path) -> None:
+def test_a_copy_in_a_worker_does_not_stop_the_daemon(mps_control: None) -> None:
     parts = start_mps((30,))
     pickle.loads(pickle.dumps(parts[0])).close()
     assert len(mps_folders()) == 1
@@ -756,21 +715,19 @@ def test_a_copy_in_a_worker_does_not_stop_the_daemon(fake_mps: Path) -> None:
     assert mps_folders() == []
 
 
-def test_a_worker_without_the_environment_is_refused(
-    fake_mps: Path, fake_driver: FakeDriver
-) -> None:
+def test_a_worker_without_the_environment_is_refused(mps_control: None, gpu_here: MockGpu) -> None:
     (part,) = start_mps((30,))
     with pytest.raises(SetupError, match="CUDA_MPS_PIPE_DIRECTORY"):
         part.enter_worker()
-    assert "cuInit" not in fake_driver.calls
+    assert gpu_here.calls("cuInit") == 0
     part.close()
 
 
 def test_a_client_that_missed_the_daemon_is_refused(
-    fake_mps: Path, monkeypatch: pytest.MonkeyPatch
+    gpu_here: MockGpu, mps_control: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_driver(monkeypatch, FakeDriver(visible=132, mps=False))
     (part,) = start_mps((30,))
+    mps.run_control("quit", part.env())
     worker = in_worker(part, monkeypatch)
     worker.enter_worker()
     with pytest.raises(SetupError, match="would use the whole GPU"):
@@ -780,10 +737,9 @@ def test_a_client_that_missed_the_daemon_is_refused(
 
 
 def test_a_daemon_that_does_not_start_tells_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mps_control: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_fake_mps(tmp_path, broken=True)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("MOCK_GPU_MPS_BROKEN", "1")
     with pytest.raises(SetupError, match="did not start: no GPU found"):
         start_mps()
     assert mps_folders() == []
@@ -791,7 +747,7 @@ def test_a_daemon_that_does_not_start_tells_why(
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_daemon_and_its_folder_go_with_their_killed_parent(
-    fake_mps: Path, how: signal.Signals
+    mps_control: None, how: signal.Signals
 ) -> None:
     program = (
         "import signal, time\n"
@@ -823,14 +779,14 @@ def test_the_daemon_and_its_folder_go_with_their_killed_parent(
     assert [path for path in left if path.exists()] == []
 
 
-def test_what_a_killed_supervisor_left_is_swept(fake_mps: Path, tmp_path: Path) -> None:
+def test_what_a_killed_supervisor_left_is_swept(mps_control: None, tmp_path: Path) -> None:
     orphan = tmp_path / f"{mps._prefix()}4194305-x"  # above the largest process id
     (orphan / "pipe").mkdir(parents=True)
     assert mps.sweep(tmp_path) == [orphan]
     assert not orphan.exists()
 
 
-def test_sweeping_spares_the_living(fake_mps: Path) -> None:
+def test_sweeping_spares_the_living(mps_control: None) -> None:
     (part,) = start_mps((30,))
     mps.sweep()
     assert len(mps_folders()) == 1
@@ -842,27 +798,26 @@ def test_sweeping_spares_the_living(fake_mps: Path) -> None:
 
 @pytest.mark.parametrize(("percent", "sms"), [(5, 16), (12, 16), (13, 16), (30, 32), (90, 60)])
 def test_the_largest_instance_within_the_share_is_taken(
-    monkeypatch: pytest.MonkeyPatch, percent: int, sms: int
+    gpu_here: MockGpu, percent: int, sms: int
 ) -> None:
-    use_nvml(monkeypatch, FakeNvml(INSTANCES))
+    gpu_here.set(mig=INSTANCES)
     assert share_of(fake_gpu(), percent, "mig").units == sms
 
 
-def test_side_by_side_no_instance_serves_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = use_nvml(monkeypatch, FakeNvml({"MIG-a": 16, "MIG-b": 16, "MIG-c": 32}))
+def test_side_by_side_no_instance_serves_two(gpu_here: MockGpu) -> None:
+    gpu_here.set(mig="16,16,32")
     twice = [share_of(fake_gpu(), 13, "mig")] * 2
     assert len({part.instance.uuid for part in mig.place(twice, True)}) == 2
     assert len({part.instance.uuid for part in mig.place(twice, False)}) == 1
     with pytest.raises(SetupError, match="no free MIG instance has 16 SMs; free ones have: 32"):
         mig.place([*twice, twice[0]], True)
-    assert fake.started == 0, "NVML must be shut down again"
+    assert gpu_here.alive() == [], "NVML must be shut down again"
 
 
-def test_a_gpu_without_instances(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_nvml(monkeypatch, FakeNvml())
+def test_a_gpu_without_instances(gpu_here: MockGpu) -> None:
     with pytest.raises(SetupError, match="GPU 0 has no MIG instances"):
         mig.find_instances(0)
-    use_nvml(monkeypatch, FakeNvml(INSTANCES, missing=("nvmlDeviceGetMigMode",)))
+    gpu_here.set(mig=INSTANCES, nvml_missing="nvmlDeviceGetMigMode")
     with pytest.raises(SetupError, match="MIG is not available: Not Supported"):
         mig.find_instances(0)
 
@@ -870,34 +825,21 @@ def test_a_gpu_without_instances(monkeypatch: pytest.MonkeyPatch) -> None:
 # Slices -------------------------------------------------------------------------------------------
 
 
-def mps_machine(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    """A GPU that is not reached through MPS when it is asked about; a worker's client is."""
-    fake = use_driver(monkeypatch, FakeDriver())
-    probed = tuple(gpus.read_gpus(fake))
-    for module in (backends, device):
-        monkeypatch.setattr(module, "query_gpus", lambda: (probed, ""))
-    return fake
-
-
 def test_auto_prefers_slices_that_work_at_the_same_time(
-    monkeypatch: pytest.MonkeyPatch, fake_mps: Path
+    gpu_here: MockGpu, mps_control: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mps_machine(monkeypatch)
-    use_nvml(monkeypatch, FakeNvml())
     assert choose_backend(fake_gpu(), percents=(30, 30))[0] == "green"
     assert choose_backend(fake_gpu(), percents=(30, 30), side_by_side=True)[0] == "mps"
-    use_nvml(monkeypatch, FakeNvml(INSTANCES))
+    gpu_here.set(mig=INSTANCES)
     assert choose_backend(fake_gpu(), percents=(30, 30), side_by_side=True)[0] == "mig"
-    use_nvml(monkeypatch, FakeNvml())
+    gpu_here.set(mig=None)
     monkeypatch.setenv("PATH", "/nowhere")
     assert choose_backend(fake_gpu(), percents=(30, 30), side_by_side=True)[0] == "green"
 
 
 def test_three_slices_under_mps_are_clients_of_one_daemon(
-    monkeypatch: pytest.MonkeyPatch, fake_mps: Path
+    gpu_here: MockGpu, mps_control: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = mps_machine(monkeypatch)
-    fake.mps = True
     large, small = (share_of(fake_gpu(), percent, "mps") for percent in (40, 30))
     slices = open_slices([[large, small], [small], [small]], fake_gpu(), "mps")
     parts = [part for own in slices for part in own]
@@ -908,7 +850,6 @@ def test_three_slices_under_mps_are_clients_of_one_daemon(
     assert limits == ["40", "29", "29", "29"]
     assert all(part.fault_group is parts[0].fault_group for part in parts), "a fault reaches all"
     for part in parts:
-        fake.visible = part.share.units
         with monkeypatch.context() as patch:
             client = in_worker(part, patch)
             client.enter_worker()
@@ -919,17 +860,18 @@ def test_three_slices_under_mps_are_clients_of_one_daemon(
         part.close()
         assert len(mps_folders()) == 1
     parts[0].close()
-    assert mps_folders() == fake.leaks() == []
+    assert mps_folders() == gpu_here.alive() == []
 
 
-def test_two_slices_of_mig_are_two_instances(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = use_driver(monkeypatch, FakeDriver(visible=32))
-    use_nvml(monkeypatch, FakeNvml({"MIG-a": 32, "MIG-b": 32, "MIG-c": 60}))
+def test_two_slices_of_mig_are_two_instances(
+    gpu_here: MockGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_here.set(mig="32,32,60")
     assert instance_units(fake_gpu(), "mig") == [32, 32, 60]
     assert instance_units(fake_gpu(), "green") is None
     share = share_of(fake_gpu(), 30, "mig")
     parts = [part for own in open_slices([[share], [share]], fake_gpu(), "mig") for part in own]
-    assert [part.env()["CUDA_VISIBLE_DEVICES"] for part in parts] == ["MIG-a", "MIG-b"]
+    assert [part.env()["CUDA_VISIBLE_DEVICES"] for part in parts] == [mig_uuid(1), mig_uuid(2)]
     assert parts[0].fault_group is not parts[1].fault_group, "an instance is a fault domain"
     for part in parts:
         with monkeypatch.context() as patch:
@@ -938,13 +880,13 @@ def test_two_slices_of_mig_are_two_instances(monkeypatch: pytest.MonkeyPatch) ->
             worker.verify()
             assert worker.ordinal == 0, "the one device that the worker sees"
             worker.close()
-    assert fake.leaks() == []
+    assert gpu_here.alive() == []
     with pytest.raises(SetupError, match="no free MIG instance has 32 SMs; free ones have: 60"):
         open_slices([[share]] * 3, fake_gpu(), "mig")
 
 
 def green_slices(slices: list[list[int]]) -> list[list[Partition]]:
-    """Slices with shares of so many percent, entered on the device that `fake_driver` is."""
+    """Slices with shares of so many percent, entered in this process."""
     shares = [[share_of(fake_gpu(), percent, "green") for percent in own] for own in slices]
     opened = pickle.loads(pickle.dumps(open_slices(shares, fake_gpu(), "green")))
     for part in (part for own in opened for part in own):
@@ -953,7 +895,7 @@ def green_slices(slices: list[list[int]]) -> list[list[Partition]]:
     return opened
 
 
-def test_slices_of_green_contexts_are_groups_of_one_split(fake_driver: FakeDriver) -> None:
+def test_slices_of_green_contexts_are_groups_of_one_split(gpu_here: MockGpu) -> None:
     opened = green_slices([[50, 30, 13], [30], [13]])
     (wide, middle, narrow), (second,), (third,) = [
         [set(part.units_seen()) for part in own] for own in opened
@@ -961,57 +903,60 @@ def test_slices_of_green_contexts_are_groups_of_one_split(fake_driver: FakeDrive
     assert [len(wide), len(second), len(third)] == [64, 32, 16]
     assert narrow < middle < wide, "shares in a slice overlap"
     assert len(wide | second | third) == 112, "slices do not"
-    assert fake_driver.calls.count("cuDevSmResourceSplitByCount") == 1, "one split, or they overlap"
+    assert gpu_here.calls("cuDevSmResourceSplitByCount") == 1, "one split, or they overlap"
     assert check_apart(opened)
     for own in opened:
         for part in own:
             assert part.slices_share_worker
             part.close()
-    assert fake_driver.leaks() == []
+    assert gpu_here.alive() == []
 
 
-def test_slices_that_ran_on_the_same_sm_are_refused(fake_driver: FakeDriver) -> None:
-    fake_driver.probe_ids = list(range(16, 32))
+def test_slices_that_ran_on_the_same_sm_are_refused(gpu_here: MockGpu) -> None:
+    gpu_here.set(probe="16:16")
     opened = green_slices([[30], [13]])
     with pytest.raises(SetupError, match=r"both run on SM 16 and 15 more: slices must not overlap"):
         check_apart(opened)
 
 
-def test_slices_need_room(fake_driver: FakeDriver) -> None:
+def test_slices_need_room(gpu_here: MockGpu) -> None:
     shares = [[share_of(fake_gpu(), 50, "green")]] * 3
     with pytest.raises(SetupError, match="need 192 SMs and NVIDIA H200 has 132"):
         open_slices(shares, fake_gpu(), "green")
 
 
-def test_a_whole_gpu_is_no_slice(fake_driver: FakeDriver) -> None:
+def test_a_whole_gpu_is_no_slice(gpu_here: MockGpu) -> None:
     share = Share(30, 32, fake_gpu())
     with pytest.raises(SetupError, match="full cannot measure several slices"):
         open_slices([[share], [share]], fake_gpu(), "full")
-    assert fake_driver.leaks() == []
+    assert gpu_here.alive() == []
 
 
 # NVML ---------------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_holds_what_the_machine_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = use_nvml(monkeypatch, FakeNvml(pids=(10, 11), throttle=0x1 | 0x4 | 0x40))
+def test_a_snapshot_holds_what_the_machine_tells(gpu_here: MockGpu) -> None:
+    unknown = "nvmlDeviceGetTotalEnergyConsumption,nvmlDeviceGetTemperature"
+    gpu_here.set(pids="10,11", throttle=0x1 | 0x4 | 0x40, nvml_missing=unknown)
     with nvml.Nvml(0, own_pids=(10,)) as look:
         found = look.snapshot()
-    assert fake.started == 0
+    assert gpu_here.alive() == []
     assert found.sm_clock_mhz == 1980
     assert found.throttle == ("power-cap", "hw-heat")
-    assert found.power_w == 350.5
+    assert found.power_w == 300
     assert found.neighbours == (11,)
     assert found.energy_j is None
     assert found.temperature_c is None
 
 
-def test_without_nvml_everything_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvml_everything_is_unknown(
+    gpu_here: MockGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pynvml", None)
         with nvml.Nvml() as look:
             assert look.snapshot() == nvml.Snapshot()
-    use_nvml(monkeypatch, FakeNvml(missing=("nvmlInit",)))
+    gpu_here.set(nvml_missing="nvmlInit")
     with nvml.Nvml() as look:
         assert look.snapshot() == nvml.Snapshot()
 
@@ -1028,11 +973,13 @@ def test_disturbed_samples_are_told_from_quiet_ones() -> None:
 
 
 def test_results_come_without_their_code() -> None:
+    from cuda.bindings.driver import CUresult
+
     assert call(lambda: (0,)) is None
     assert call(lambda: (0, 5)) == 5
     assert call(lambda: (0, 5, 6)) == (5, 6)
     with pytest.raises(DriverError, match="failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
-        call(lambda: (Code.CUDA_ERROR_ILLEGAL_ADDRESS, None))
+        call(lambda: (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS, None))
 
 
 def test_missing_bindings_name_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1043,10 +990,9 @@ def test_missing_bindings_name_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_driver_that_cannot_be_loaded_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NoLibrary(FakeDriver):
-        def cuInit(self, flags: int) -> tuple[object, ...]:
-            raise RuntimeError("Failed to dlopen libcuda.so.1")
+    def cu_init(flags: int) -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
 
-    monkeypatch.setattr(driver, "load_driver", NoLibrary)
+    monkeypatch.setattr(driver, "load_driver", lambda: SimpleNamespace(cuInit=cu_init))
     with pytest.raises(SetupError, match=r"no NVIDIA driver: Failed to dlopen libcuda"):
         gpu.started_driver()

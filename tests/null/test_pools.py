@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from mock_gpu.devices import fake_gpu, null_device
+
 from gpu_aware_tune.partition import Share
 from gpu_aware_tune.search.pools import plan_slices
-from gpu_aware_tune.testing import fake_gpu, null_device
 
 DEVICE = null_device(10)
 

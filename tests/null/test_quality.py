@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from mock_gpu.devices import fake_gpu, null_device
+from mock_gpu.in_process import MockGpu
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure import SEARCH
 from gpu_aware_tune.measure.measurer import reopen
 from gpu_aware_tune.measure.quality import Watch
 from gpu_aware_tune.partition import FullPartition, NullPartition, Nvml, Share, Snapshot, nvml
-from gpu_aware_tune.testing import FakeNvml, fake_gpu, null_device
 
 QUIET = Snapshot(sm_clock_mhz=1980, throttle=(), neighbours=())
 HOT = Snapshot(sm_clock_mhz=1980, throttle=("heat",), neighbours=())
@@ -85,18 +86,19 @@ def test_an_idle_gpu_s_clock_is_no_drift() -> None:
     assert nvml.disturbances(slow, Snapshot(sm_clock_mhz=1980, idle=False)) == ("clock-drift",)
 
 
-def test_a_glance_tells_neighbours_from_the_tuners_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_glance_tells_neighbours_from_the_tuners_own(
+    gpu_here: MockGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parents = {21: 20, 31: 30, 40: 21}
     monkeypatch.setattr(nvml, "_parent", lambda pid: parents.get(pid, 1))
-    fake = FakeNvml(pids=(22, 31, 40), throttle=0x1)
-    monkeypatch.setattr(nvml, "load_nvml", lambda: fake)
+    gpu_here.set(pids="22,31,40", throttle=0x1)
     with Nvml(0, own_pids=(22, 21, 20)) as look:
         assert look.glance() == Snapshot(
             sm_clock_mhz=1980, idle=True, throttle=(), neighbours=(31,)
         )
-        fake.pids = (22, 40)
+        gpu_here.set(pids="22,40")
         assert look.glance().neighbours == ()
-        fake.pids = (5, 6)
+        gpu_here.set(pids="5,6")
         assert look.glance().neighbours is None, "numbers of another PID namespace"
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mock_gpu.devices import null_device
 
 from gpu_aware_tune.codegen.build_pool import Built
 from gpu_aware_tune.errors import SetupError
@@ -25,7 +26,6 @@ from gpu_aware_tune.measure.worker import Reply
 from gpu_aware_tune.partition import MpsPartition, NullPartition, Partition, Share, open_slices
 from gpu_aware_tune.search.candidates import Candidate
 from gpu_aware_tune.search.pipeline import Outcome, Pipeline, TaskSpec
-from gpu_aware_tune.testing import null_device
 from gpu_aware_tune.workers.pool import Worker
 
 DEVICE = null_device(10)

@@ -36,7 +36,12 @@ def test_a_quick_number_does_not_beat_one_that_was_measured_again(records: TaskR
     assert records.fastest_s("7", 2) == 0.0021
     records.set_retimed("7", 2, "found", 0.0014)
     assert records.fastest_s("7", 2) == 0.0014
-    assert records.baseline_traces(["7"], 2) == {"7": "steady"}
+    assert records.baseline_traces({"7": ["first"]}, 2) == {"7": "steady"}
+
+
+def test_a_task_without_records_takes_its_first_baseline_schedule(records: TaskRecords) -> None:
+    assert records.baseline_traces({"7": ["first", "second"]}, 2) == {"7": "first"}
+    assert records.baseline_traces({"7": [""]}, 2) == {}, "the unscheduled kernel has no trace"
 
 
 def test_wrong_failed_and_unfit_records_never_count(records: TaskRecords) -> None:

@@ -14,6 +14,7 @@ from gpu_aware_tune.workers.warm import load_tvm
 load_tvm()
 
 import tvm  # noqa: E402
+from mock_gpu.devices import fake_gpu  # noqa: E402
 from tvm import te  # noqa: E402
 
 from gpu_aware_tune import __version__  # noqa: E402
@@ -40,7 +41,6 @@ from gpu_aware_tune.partition import Device, Share, find_device, share_of  # noq
 from gpu_aware_tune.search.candidates import NewTask, SearchSettings  # noqa: E402
 from gpu_aware_tune.search.pipeline import TaskSpec  # noqa: E402
 from gpu_aware_tune.search.pools import PoolSettings  # noqa: E402
-from gpu_aware_tune.testing import fake_gpu  # noqa: E402
 
 SIZE = 64
 

@@ -190,12 +190,12 @@ def test_a_machine_that_is_too_small_builds_for_one_that_is_not(
 
 def test_a_gpu_is_asked_for_in_part_and_left_when_it_is_not_the_runs(cluster: Any) -> None:
     """Half of the GPU is another's, as with Ray Serve; there is none in truth, so it only builds."""
+    from mock_gpu.devices import fake_gpu
     from test_build_only import setup_for
 
     from gpu_aware_tune.cluster.members import Members
     from gpu_aware_tune.cluster.messages import Gone
     from gpu_aware_tune.partition import share_of
-    from gpu_aware_tune.testing import fake_gpu
 
     class Holder:
         def held(self) -> Any:

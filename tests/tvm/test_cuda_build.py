@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,32 +166,17 @@ def test_a_whole_library_holds_cubins_and_no_source(tmp_path: Path) -> None:
 
 def test_the_graph_check_has_something_to_capture() -> None:
     """Check 6 compares with and without TVM's graphs, which hold only what the weights decide."""
-    from benchmarks.gpu.check_children import _products
+    from gpu.check_children import products
+
     from gpu_aware_tune.codegen.compile import compile_module
 
     device, _ = find_device("cuda", 0, ARCH if no_gpu() else None)
     target = tvm.target.Target(device.target(132))
     for wanted in (False, True):
         with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": wanted}):
-            text = compile_module(_products(64), target, {}).as_text()
+            text = compile_module(products(64), target, {}).as_text()
         assert ("cuda_graph.run_or_capture" in text) is wanted
 
-
-# Enough of a driver for TVM's CUDA runtime to be loaded: what it links to, each call failing.
-STUB = "".join(
-    f"int {name}() {{ return 100; }}\n"
-    for name in (
-        "cuDeviceGetName",
-        "cuFuncSetAttribute",
-        "cuGetErrorName",
-        "cuGetErrorString",
-        "cuLaunchKernelEx",
-        "cuModuleGetFunction",
-        "cuModuleLoadData",
-        "cuModuleUnload",
-        "cuTensorMapEncodeTiled",
-    )
-)
 
 RELOAD = """
 import ctypes, sys
@@ -199,7 +184,7 @@ ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 from gpu_aware_tune.codegen import cuda_toolchain
 assert cuda_toolchain.preload_runtime()
 import tvm
-assert "tvm_runtime_cuda" in tvm.base._LOADED_LIBS, "the stand-in for the driver was not enough"
+assert "tvm_runtime_cuda" in tvm.base._LOADED_LIBS, "the mock's libcuda was not enough"
 from gpu_aware_tune.codegen.cuda_toolchain import has_gpu_kernels
 library = tvm.runtime.load_module(sys.argv[4])
 assert library.kind == "relax.VMExecutable" and has_gpu_kernels(library), "verified on the CPU"
@@ -211,23 +196,17 @@ open(sys.argv[3], "wb").write(packed)
 """
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="the stand-in driver needs a C compiler")
 @pytest.mark.skipif(not no_gpu(), reason="a real driver is here")
-def test_tvms_cuda_runtime_reads_the_artifact(tmp_path: Path) -> None:
+def test_tvms_cuda_runtime_reads_the_artifact(tmp_path: Path, mock_gpu: Mapping[str, str]) -> None:
     """As on a GPU up to the first launch: the runtime's own loader takes the cubin."""
-    (tmp_path / "stub.c").write_text(STUB)
-    stub = tmp_path / "libcuda.so.1"
-    subprocess.run(
-        ["cc", "-w", "-shared", "-Wl,-soname,libcuda.so.1", "-o", stub, tmp_path / "stub.c"],
-        check=True,
-    )
+    driver = Path(mock_gpu["LD_LIBRARY_PATH"]) / "libcuda.so.1"
     module = build()
     (source,) = cuda_toolchain.cuda_sources(module)
     artifact, packed = tmp_path / "kernel.so", tmp_path / "packed"
     cuda_toolchain.export_module(module, artifact, ARCH)
     library = write_whole_library(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", RELOAD, stub, artifact, packed, library],
+        [sys.executable, "-c", RELOAD, driver, artifact, packed, library],
         capture_output=True,
         text=True,
         check=False,

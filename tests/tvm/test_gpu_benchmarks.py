@@ -1,4 +1,4 @@
-"""The GPU benchmarks without a GPU: checks on the null device, models, tables, and a cell each."""
+"""The GPU benchmarks without a GPU: models, tables, and a cell each."""
 
 from __future__ import annotations
 
@@ -21,81 +21,28 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import children  # noqa: E402
 from benchmarks.gpu import (  # noqa: E402
-    checks,
     environment,
     neighbour_order,
     share_gain,
     vs_metaschedule,
     vs_torch,
 )
-from benchmarks.gpu.check_green import interference  # noqa: E402
-from benchmarks.gpu.lab import NullLab  # noqa: E402
 from benchmarks.gpu.models import MODELS, bert_encoder, write_model  # noqa: E402
 from gpu_aware_tune.partition import usable_cores  # noqa: E402
 
 no_gpu = pytest.mark.skipif(environment.gpu_name() is not None, reason="a GPU is here")
 
 
-def test_checks_on_the_null_device_and_their_results_file(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["checks", "--null", "--only", "2,3,7"])
-    with pytest.raises(SystemExit) as ended:
-        checks.main()
-    text = capsys.readouterr().out
-    assert ended.value.code == 0, text
-    written = json.loads(Path(text.rpartition("written to ")[2].strip()).read_text())
-    assert {number: found["passed"] for number, found in written["checks"].items()} == {
-        "2": True, "3": True, "7": True,
-    }  # fmt: skip
-    assert written["about"]["packages"]["apache-tvm"]
-
-
-def test_every_check_is_there() -> None:
-    assert list(checks.CHECKS) == list(range(1, 11))
-    assert all((check.__doc__ or "").startswith(f"{n}. ") for n, check in checks.CHECKS.items())
-
-
-@pytest.mark.parametrize("spoil", ["overlap", "too many"])
-def test_a_gpu_that_does_not_confine_fails_the_check(
-    monkeypatch: pytest.MonkeyPatch, spoil: str
-) -> None:
-    lab = NullLab()
-    monkeypatch.setattr(lab, "child", lambda *_, **__: {"sets": []})
-    real = lab._lane
-
-    def wrong(partition: Any) -> Any:
-        lane = real(partition)
-        if lane.units < lab.sms:
-            lane._first = 0 if spoil == "overlap" else lane._first
-            lane.units += 1 if spoil == "too many" else 0
-        return lane
-
-    monkeypatch.setattr(lab, "_lane", wrong)
-    assert checks.CHECKS[2](lab)["passed"] is False
-
-
-def test_a_slower_neighbour_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = NullLab()
-    monkeypatch.setattr("benchmarks.gpu.check_green._two_processes", lambda *_: 2.0)
-    monkeypatch.setattr("benchmarks.gpu.check_green._beside", lambda lane, load, _: 0.02)
-    found = interference(lab)
-    assert found["passed"] is False
-    assert found["slower"]["compute"]["compute"] > 1.9
-
-
 @no_gpu
 @pytest.mark.parametrize(
-    "name", ["checks", "vs_metaschedule", "share_gain", "neighbour_order", "vs_torch"]
+    "module", [vs_metaschedule, share_gain, neighbour_order, vs_torch], ids=lambda m: m.__name__
 )
 def test_without_a_gpu_one_line_says_so(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    modules = {"checks": checks, "vs_metaschedule": vs_metaschedule, "share_gain": share_gain,
-               "neighbour_order": neighbour_order}  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.setattr(sys, "argv", [module.__name__])
     with pytest.raises(SystemExit) as ended:
-        modules.get(name, vs_torch).main()
+        module.main()
     assert ended.value.code == 3
     text = capsys.readouterr().out
     assert text.startswith("skipped: ") and text.count("\n") == 1
@@ -163,32 +110,6 @@ def test_what_a_child_told_before_it_hung_counts() -> None:
     assert time.monotonic() - begun < 10
     found, why = children.asked(["-c", "raise SystemExit('no such thing')"], 20)
     assert found is None and why == "exit code 1: no such thing"
-
-
-def test_checks_without_time_are_left_out_and_written(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["checks", "--null", "--only", "1", "--seconds", "5"])
-    with pytest.raises(SystemExit) as ended:
-        checks.main()
-    text = capsys.readouterr().out
-    assert ended.value.code == 1 and " 1 FAIL primary_function: left out" in text
-    written = json.loads(Path(text.rpartition("written to ")[2].strip()).read_text())
-    assert "left out" in written["checks"]["1"]["error"]
-
-
-def test_a_check_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "CHECK_TIMEOUT_S", 1.0)
-    lab = NullLab()
-    hang = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(
-        lab,
-        "start_child",
-        lambda *_, **__: subprocess.Popen(
-            hang, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        ),
-    )
-    assert checks.checked(lab, 1, 100.0)["error"] == "no answer in 1 s"
 
 
 def test_gains_are_against_the_whole_gpus_library() -> None:

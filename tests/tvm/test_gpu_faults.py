@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from mock_gpu.devices import FaultyPartition, fake_gpu, null_device
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure import Job, Measurement, Measurer, SharedMeasurer, SharedWorker
@@ -22,10 +23,9 @@ from gpu_aware_tune.partition import (
     usable_cores,
 )
 from gpu_aware_tune.partition.mig import MigInstance
-from gpu_aware_tune.testing import fake_gpu, null_device
-from gpu_aware_tune.testing_launch import FaultyPartition
 from gpu_aware_tune.workers import WorkerHost
 
+TESTS = Path(__file__).parents[1]
 BODIES = {
     "good": "return 0;",
     "nap": "usleep(20000);",
@@ -36,8 +36,10 @@ BODIES = {
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[WorkerHost]:
-    with WorkerHost() as made:
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TESTS))  # workers unpickle `FaultyPartition`
+        with WorkerHost() as made:
+            yield made
 
 
 @pytest.fixture(scope="module")

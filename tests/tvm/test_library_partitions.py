@@ -7,13 +7,15 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from mock_gpu.devices import fake_gpu
+from mock_gpu.in_process import MockGpu
 from tiny_library import write_library
 
 from gpu_aware_tune.cli.run import run
@@ -21,8 +23,7 @@ from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.library import Program, load, places, program
 from gpu_aware_tune.library.threads import PartitionThread
 from gpu_aware_tune.model.importer import random_inputs
-from gpu_aware_tune.partition import NullPartition, Share, attach, driver, partition_for
-from gpu_aware_tune.testing import FakeDriver, fake_gpu
+from gpu_aware_tune.partition import NullPartition, Share, attach, partition_for
 
 GPU = "cuda/NVIDIA H200/sm_90a"
 
@@ -234,24 +235,12 @@ def test_tune_run_shows_the_partition(folder: Path, opened: list[Noting]) -> Non
     assert all(part.calls[-1] == "close" for part in opened)
 
 
-# With the fake driver in place of the fake partition ----------------------------------------------
-
-
-@pytest.fixture
-def fake_driver(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeDriver]:
-    def use(**facts: Any) -> FakeDriver:
-        fake = FakeDriver(**facts)
-        monkeypatch.setattr(driver, "load_driver", lambda: fake)
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        return fake
-
-    return use
+# On the mock GPU in place of the fake partition ---------------------------------------------------
 
 
 def test_the_greens_come_and_go_with_the_library(
-    folder: Path, fake_driver: Callable[..., FakeDriver], monkeypatch: pytest.MonkeyPatch
+    folder: Path, gpu_here: MockGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = fake_driver()
     streams: list[int] = []
 
     def without_tvm(partition: Any) -> contextlib.AbstractContextManager[None]:
@@ -264,14 +253,13 @@ def test_the_greens_come_and_go_with_the_library(
     inputs = random_inputs(loaded.inputs, 0)
     loaded(inputs)
     loaded.use(24)(inputs)
-    assert sorted(len(fake.sm_ids(context)) for context in fake.contexts) == [8, 24]
-    assert set(streams) <= set(fake.streams)
+    assert gpu_here.alive() == ["primary context x2", "green context x2", "stream x2"]
     assert len(set(streams)) == 2
     with pytest.raises(UserError, match="20 SMs cannot be had here: multiples of 8"):
         loaded.use(20)
     assert loaded.evidence["sms_seen"] == 24, "the old one stays"
     loaded.close()
-    assert fake.leaks() == []
+    assert gpu_here.alive() == []
 
 
 @pytest.mark.parametrize(
@@ -279,9 +267,8 @@ def test_the_greens_come_and_go_with_the_library(
     [("mps", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=7"), ("mig", "CUDA_VISIBLE_DEVICES=MIG-")],
 )
 def test_a_process_that_was_started_otherwise_is_told_how(
-    folder: Path, fake_driver: Callable[..., FakeDriver], backend: str, text: str
+    folder: Path, gpu_here: MockGpu, backend: str, text: str
 ) -> None:
-    fake = fake_driver()
     before = threading.active_count()
     with pytest.raises(SetupError, match=text) as told:
         load(folder, units=8, partition=backend)
@@ -291,13 +278,13 @@ def test_a_process_that_was_started_otherwise_is_told_how(
             break
         time.sleep(0.01)
     assert threading.active_count() == before, "the thread has ended"
-    assert fake.leaks() == []
+    assert gpu_here.alive() == []
     with pytest.raises(UserError, match="partition 'sms' is not known; allowed: green, full"):
         load(folder, units=8, partition="sms")
 
 
-def test_without_a_gpu(folder: Path, fake_driver: Callable[..., FakeDriver]) -> None:
-    fake_driver(fail={"cuInit": 100})
+def test_without_a_gpu(folder: Path, gpu_here: MockGpu) -> None:
+    gpu_here.set(fail="cuInit=100")
     with pytest.raises(SetupError, match="cuInit"):
         load(folder, units=8)
     assert partition_for({"device": "llvm/x/y"}) is None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tvm
 from ml_dtypes import bfloat16
+from mock_gpu.devices import fake_gpu
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 from onnx_check import assert_correct, computed, imported
@@ -15,7 +16,6 @@ from onnx_graphs import node_model, numbers, run_onnxruntime
 
 from gpu_aware_tune.codegen.build_options import build_options
 from gpu_aware_tune.kernels.space import make_space
-from gpu_aware_tune.testing import fake_gpu
 
 TYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(bfloat16)}
 STEPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # between neighbouring values, relative

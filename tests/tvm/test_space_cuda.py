@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 import tvm
+from mock_gpu.devices import fake_gpu
 from tf32_kernels import matmul, module_of
 from tvm import te
 
 from benchmarks.draws import random_schedules
 from gpu_aware_tune.kernels.space import make_space, whole_waves
-from gpu_aware_tune.testing import fake_gpu
 
 SMS = 40
 

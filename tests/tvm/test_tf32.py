@@ -68,10 +68,10 @@ def source_of(schedule: Schedule) -> str:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_kernels_compute_in_tf32(name: str, stand_in: Mapping[str, str]) -> None:
+def test_kernels_compute_in_tf32(name: str, mock_gpu: Mapping[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("tf32_kernels.py"), name, "5"],
-        env=stand_in,
+        env=mock_gpu,
         capture_output=True,
         text=True,
         timeout=120,

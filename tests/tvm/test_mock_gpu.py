@@ -1,4 +1,4 @@
-"""The whole way of a run on a GPU, on the stand-in: green contexts, measuring, faults, the library."""
+"""The whole way of a run on a GPU, on the mock GPU: green contexts, measuring, faults, the library."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gpu_aware_tune.records.store import Store
 
 
 def test_a_model_is_tuned_for_a_share_and_runs_there(
-    tmp_path: Path, run_tune: RunTune, stand_in: Mapping[str, str]
+    tmp_path: Path, run_tune: RunTune, mock_gpu: Mapping[str, str]
 ) -> None:
     model = write_onnx(tmp_path / "tiny.onnx", width=6, channels=8, image="gpu_0/image:0")
     output, db = tmp_path / "tiny.tuned", tmp_path / "db"
     done = run_tune(
         model, "--gpu-pct", "30", "--trials", "6", "--effort", "quick", "--json",
-        "--db", db, "-o", output, env=stand_in, timeout_s=240,
+        "--db", db, "-o", output, env=mock_gpu, timeout_s=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
@@ -37,10 +37,10 @@ def test_a_model_is_tuned_for_a_share_and_runs_there(
     assert not [failure for failure in failed if failure.kind in ("crash", "run", "load")], failed
     image = np.random.default_rng(0).standard_normal((1, 8, 6, 6)).astype("float32")
     np.savez(tmp_path / "in.npz", **{"gpu_0/image:0": image, "bias": np.zeros((1, 20), "float32")})
-    done = run_tune("run", output, "--inputs", tmp_path / "in.npz", env=stand_in)
+    done = run_tune("run", output, "--inputs", tmp_path / "in.npz", env=mock_gpu)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "32 SMs" in done.stdout
-    done = run_tune("run", output, "--units", "64", "--seconds", "0.1", env=stand_in)
+    done = run_tune("run", output, "--units", "64", "--seconds", "0.1", env=mock_gpu)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "32 units of" in done.stdout and "partition green: 64 SMs" in done.stdout
 
@@ -48,19 +48,19 @@ def test_a_model_is_tuned_for_a_share_and_runs_there(
 @pytest.mark.parametrize(
     ("file", "which", "settings"),
     [
-        ("test_device_partitions.py", "test", {"STAND_IN_MIG": "1"}),
+        ("test_device_partitions.py", "test", {"MOCK_GPU_MIG": "32,60"}),
         ("test_device_faults.py", "illegal or of_one_mps_client", {}),
     ],
 )
 def test_what_is_tested_on_a_gpu_passes(
-    file: str, which: str, settings: Mapping[str, str], stand_in: Mapping[str, str]
+    file: str, which: str, settings: Mapping[str, str], mock_gpu: Mapping[str, str]
 ) -> None:
     """Apart from what takes long."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, f"tests/gpu/{file}", "-k", which],
         cwd=ROOT,
-        env={**stand_in, **settings},
+        env={**mock_gpu, **settings},
         capture_output=True,
         text=True,
         timeout=240,

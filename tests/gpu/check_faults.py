@@ -7,14 +7,12 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.lab import answer
+from gpu.lab import answer
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.partition import Share, share_of
 from gpu_aware_tune.partition.mps import CONTROL, MpsPartition, start_partitions
-from gpu_aware_tune.testing import write_fake_mps
 
 _PERCENTS = (7, 13, 25, 50, 100)
 _NUMERIC_PERCENTS = (25, 34, 50, 66)
@@ -24,14 +22,11 @@ _GEMM_SIZES = [256, 1000, 2048]
 def mps_as_a_user(lab: Any) -> dict[str, Any]:
     """7. A private MPS daemon gives the SMs that its percentage promises, and a missed one shows."""
     rows: list[dict[str, Any]] = []
-    with _mps_here(lab):
-        for percent in _PERCENTS:
-            share = share_of(lab.device, percent, "mps")
-            rows.append({"percent": percent, "promised": share.units, **_client(lab, share)})
-        missed = lab.child(
-            "mps_client", {"CUDA_MPS_PIPE_DIRECTORY": "/nowhere"}, units=lab.sms, percent=100
-        )
-        versions = {flag: _control(flag) for flag in ("-v", "-S")}
+    for percent in _PERCENTS:
+        share = share_of(lab.device, percent, "mps")
+        rows.append({"percent": percent, "promised": share.units, **_client(lab, share)})
+    missed = lab.child("mps_client", {"CUDA_MPS_PIPE_DIRECTORY": "/nowhere"}, percent=100)
+    versions = {flag: _control(flag) for flag in ("-v", "-S")}
     right = [
         row.get("mps") and row.get("sms") == row["promised"] and 0 < row["sms_seen"] <= row["sms"]
         for row in rows
@@ -51,16 +46,14 @@ def numerics_under_caps(lab: Any) -> dict[str, Any]:
     shares = [share_of(lab.device, percent, "mps") for percent in _NUMERIC_PERCENTS]
     without = ""
     found: dict[str, Any] = {}
-    with _mps_here(lab):
-        try:  # all at once: numbers do not depend on who else is there, and imports take long
-            with _opened(shares) as parts:
-                found |= _all_at_once(
-                    {f"mps {part.share.percent} %": _gemm(lab, 0, part.env()) for part in parts}
-                )
-        except TuneError as error:
-            without = f"; without MPS: {error}"
-    if not lab.null:
-        shares = [share_of(lab.device, percent, "green") for percent in _NUMERIC_PERCENTS]
+    try:  # all at once: numbers do not depend on who else is there, and imports take long
+        with _opened(shares) as parts:
+            found |= _all_at_once(
+                {f"mps {part.share.percent} %": _gemm(lab, 0, part.env()) for part in parts}
+            )
+    except TuneError as error:
+        without = f"; without MPS: {error}"
+    shares = [share_of(lab.device, percent, "green") for percent in _NUMERIC_PERCENTS]
     found |= _all_at_once({f"green {s.units} SMs": _gemm(lab, s.units) for s in shares})
     tvm_right = [row.get("tvm", {}).get("right", False) for row in found.values()]
     cublas_wrong = [
@@ -106,7 +99,7 @@ def fault_containment(lab: Any) -> dict[str, Any]:
 
 def _fault_under_mps(lab: Any) -> dict[str, Any]:
     share = share_of(lab.device, 25, "mps")
-    with _mps_here(lab), _opened([share] * 3) as parts:
+    with _opened([share] * 3) as parts:
         children = [
             lab.start_child("client", part.env(), fault=number == 0)
             for number, part in enumerate(parts)
@@ -116,9 +109,9 @@ def _fault_under_mps(lab: Any) -> dict[str, Any]:
         with contextlib.suppress(OSError):
             children[0].stdin.write("fault\n")
             children[0].stdin.flush()
-        during = lab.child("mps_client", parts[0].env(), units=share.units, percent=25)
+        during = lab.child("mps_client", parts[0].env(), percent=25)
         clients = [answer(child) for child in children]
-        after = lab.child("mps_client", parts[0].env(), units=share.units, percent=25)
+        after = lab.child("mps_client", parts[0].env(), percent=25)
     ended = sum(bool(each.get("failed") or each.get("error")) for each in clients)
     recovered = after.get("mps") is True and after.get("sms") == share.units
     return {
@@ -130,22 +123,6 @@ def _fault_under_mps(lab: Any) -> dict[str, Any]:
         "during": during,
         "after": after,
     }
-
-
-@contextlib.contextmanager
-def _mps_here(lab: Any) -> Iterator[None]:
-    """The control program; a stand-in for it on the null device."""
-    if not lab.null:
-        yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        former = os.environ["PATH"]
-        write_fake_mps(Path(folder))
-        os.environ["PATH"] = f"{folder}{os.pathsep}{former}"
-        try:
-            yield
-        finally:
-            os.environ["PATH"] = former
 
 
 @contextlib.contextmanager
@@ -161,9 +138,7 @@ def _opened(shares: list[Share]) -> Iterator[list[MpsPartition]]:
 def _client(lab: Any, share: Share) -> dict[str, Any]:
     try:
         with _opened([share]) as (part,):
-            found: dict[str, Any] = lab.child(
-                "mps_client", part.env(), units=share.units, percent=share.percent
-            )
+            found: dict[str, Any] = lab.child("mps_client", part.env(), percent=share.percent)
     except TuneError as error:
         return {"error": str(error)}
     return found

@@ -1,8 +1,4 @@
-"""What the checks do with a GPU: lanes (streams of given SMs), loads on them, child processes.
-
-`NullLab` has the same methods without a GPU: loads are sleeps that take as long as the lane's units
-say, and TVM's kernels run on the CPU.
-"""
+"""What the checks do with a GPU: lanes (streams of given SMs), loads on them, child processes."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.children import ROOT, told
-from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.partition import (
-    Device,
-    FullPartition,
-    NullPartition,
-    Partition,
-    Share,
-    find_device,
-)
+from gpu_aware_tune.partition import FullPartition, Share, find_device
 from gpu_aware_tune.partition import probe as sm_probe
 from gpu_aware_tune.partition.driver import call
 from gpu_aware_tune.partition.gpu import GpuPartition
@@ -74,11 +61,12 @@ class Lane:
         partition.enter_worker()
         self._stack.callback(partition.close)
         self._driver = partition._driver
-        module = call(self._driver.cuModuleLoadData, _cubin(partition.share.device.arch))
+        module = call(self._driver.cuModuleLoadData, loads_cubin(partition.share.device.arch))
         names = ("compute", "sweep", "illegal")
         self._kernels = {
             name: call(self._driver.cuModuleGetFunction, module, name.encode()) for name in names
         }
+        self._stack.callback(call, self._driver.cuModuleUnload, module)
         self._buffers: dict[str, Any] = {}
 
     def sm_ids(self) -> tuple[int, ...]:
@@ -137,10 +125,10 @@ class Lane:
 class Lab:
     """A GPU to experiment on."""
 
-    null = False
-
     def __init__(self) -> None:
         self.device, _ = find_device("cuda", 0, None)
+        # The mock GPU is slow: its checks try the code on less work, and its times say nothing.
+        self.mock = self.device.name == "NVIDIA Fake"
 
     @property
     def sms(self) -> int:
@@ -148,36 +136,29 @@ class Lab:
         return self.device.units_total
 
     @contextlib.contextmanager
-    def split(self, sizes: Sequence[int], disjoint: bool = True) -> Iterator[list[Any]]:
+    def split(self, sizes: Sequence[int], disjoint: bool = True) -> Iterator[list[Lane]]:
         """Lanes of so many SMs each, as green contexts of one split."""
         shares = [Share(max(1, 100 * n // self.sms), n, self.device) for n in sizes]
         with contextlib.ExitStack() as stack:
-            lanes = [self._lane(part) for part in self._partitions(shares, disjoint)]
+            lanes = [Lane(part) for part in plan_partitions(shares, disjoint)]
             for lane in lanes:
                 stack.callback(lane.close)
             yield lanes
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[Any]:
-        """A lane of all SMs, without a green context."""
-        lane = self._lane(self.whole_partition())
-        try:
+    def whole(self) -> Iterator[Lane]:
+        """A lane of all SMs, without a green context; under MPS all that this process sees."""
+        with contextlib.closing(Lane(FullPartition(Share(100, self.sms, self.device)))) as lane:
             yield lane
-        finally:
-            lane.close()
-
-    def whole_partition(self) -> Partition:
-        """All SMs, without a green context; under MPS all that this process sees."""
-        return FullPartition(Share(100, self.sms, self.device))
 
     def start_child(
         self, name: str, env: dict[str, str] | None = None, **args: Any
     ) -> subprocess.Popen[str]:
-        """Start `checks.py --child NAME` with arguments; `answer` waits for it."""
-        command = [sys.executable, "-m", "benchmarks.gpu.checks", "--child", name, json.dumps(args)]
+        """Start `check_process.py NAME` with arguments; `answer` waits for it."""
+        path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         return subprocess.Popen(
-            [*command, *(["--null"] if self.null else [])],
-            env={**os.environ, **(env or {})},
+            [sys.executable, "-m", "gpu.check_process", name, json.dumps(args)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **(env or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -190,95 +171,11 @@ class Lab:
         """Run a child to its end and give its answer."""
         return answer(self.start_child(name, env, **args))
 
-    def _partitions(self, shares: Sequence[Share], disjoint: bool) -> Sequence[Partition]:
-        return plan_partitions(shares, disjoint)
-
-    def _lane(self, partition: Any) -> Any:
-        return Lane(partition)
-
-
-class NullLane:
-    """A lane of the null device: loads are sleeps, SM numbers are counted from `first`."""
-
-    def __init__(self, partition: Partition, first: int) -> None:
-        self.partition = partition
-        self.units = partition.share.units
-        self._first = first
-        self._until = 0.0
-        self._failed = False
-        partition.enter_worker()
-
-    def sm_ids(self) -> tuple[int, ...]:
-        """Consecutive numbers."""
-        return tuple(range(self._first, self._first + self.units))
-
-    def launch(self, load: str, rounds: int) -> None:
-        """Take rounds / units milliseconds from now on."""
-        work = rounds / self.units if load == "compute" else rounds / 64
-        self._until = max(self._until, time.monotonic()) + work * 1e-3
-
-    def illegal(self) -> None:
-        """Everything fails from now on."""
-        self._failed = True
-
-    def wait(self) -> None:
-        """Sleep until what was started is done."""
-        if self._failed:
-            raise SetupError("cuStreamSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)")
-        time.sleep(max(0.0, self._until - time.monotonic()))
-
-    def timed(self, load: str, rounds: int, repeat: int = 1) -> list[float]:
-        """What the loads would take; nothing sleeps."""
-        return [(rounds / self.units if load == "compute" else rounds / 64) * 1e-3] * repeat
-
-    def rounds_for(self, load: str, seconds: float) -> int:
-        """As `Lane.rounds_for`."""
-        return max(1, round(seconds * 1e3 * (self.units if load == "compute" else 64)))
-
-    def close(self) -> None:
-        """Give the lane back."""
-        self.partition.close()
-
-
-class NullLab(Lab):
-    """The same without a GPU: 132 units that sleep."""
-
-    null = True
-
-    def __init__(self) -> None:
-        self.device = Device("null", 0, "null", "null", 132, "core")
-        self._next = 0
-
-    def whole_partition(self) -> Partition:
-        """The null device's."""
-        return NullPartition(Share(100, self.sms, self.device))
-
-    @contextlib.contextmanager
-    def split(self, sizes: Sequence[int], disjoint: bool = True) -> Iterator[list[Any]]:
-        """Lanes whose SM numbers follow one another where they are disjoint."""
-        if disjoint and sum(sizes) > self.sms:
-            raise SetupError(f"{sum(sizes)} SMs of {self.sms}")
-        self._next = 0
-        with super().split(sizes, disjoint) as lanes:
-            if not disjoint:
-                for lane in lanes:
-                    lane._first = 0
-            yield lanes
-
-    def _partitions(self, shares: Sequence[Share], disjoint: bool) -> Sequence[Partition]:
-        return [NullPartition(share) for share in shares]
-
-    def _lane(self, partition: Any) -> Any:
-        whole = partition.share.units == self.sms
-        lane = NullLane(partition, 0 if whole else self._next)
-        self._next += 0 if whole else partition.share.units
-        return lane
-
 
 class TvmKernel:
-    """A kernel of TVM's (x * 2 + 1, repeated) as a build worker makes it, loaded for one lane."""
+    """A kernel of TVM's (x / 2 + 1) as a build worker makes it, loaded for one lane."""
 
-    def __init__(self, lane: Any, elements: int, rounds: int = 1) -> None:
+    def __init__(self, lane: Lane, elements: int) -> None:
         from gpu_aware_tune.workers.warm import load_tvm
 
         load_tvm()
@@ -286,16 +183,13 @@ class TvmKernel:
 
         self._lane = lane
         partition = lane.partition
-        on_gpu = partition.tvm_device == "cuda"
         self.device = tvm.device(partition.tvm_device, partition.ordinal)
-        self._module = _doubling(elements, rounds, partition.share.device.arch if on_gpu else "")
+        self._module = _halving(elements, partition.share.device.arch)
         host = np.arange(elements, dtype="float32") % 1024
         self.input = tvm.runtime.tensor(host, self.device)
         self.output = tvm.runtime.tensor(np.zeros_like(host), self.device)
         self.device.sync()
-        self.wanted = host
-        for _ in range(rounds):
-            self.wanted = self.wanted * np.float32(0.5) + np.float32(1)
+        self.wanted = host * np.float32(0.5) + np.float32(1)
         self._main = self._module["main"]
 
     def launch(self) -> None:
@@ -319,23 +213,16 @@ class TvmKernel:
 
 
 @functools.cache
-def _doubling(elements: int, rounds: int, arch: str) -> Any:
+def _halving(elements: int, arch: str) -> Any:
     import tvm
     from tvm import te
 
     from gpu_aware_tune.codegen.cuda_toolchain import environment, export_module
 
     x = te.placeholder((elements,), name="x")
-
-    def body(i: Any) -> Any:
-        value = x[i]
-        for _ in range(rounds):
-            value = value * te.const(0.5, "float32") + te.const(1, "float32")
-        return value
-
-    schedule = tvm.s_tir.Schedule(te.create_prim_func([x, te.compute((elements,), body, name="y")]))
-    if not arch:
-        return tvm.tirx.build(schedule.mod, target=tvm.target.Target("llvm"))
+    half, one = te.const(0.5, "float32"), te.const(1, "float32")
+    y = te.compute((elements,), lambda i: x[i] * half + one, name="y")
+    schedule = tvm.s_tir.Schedule(te.create_prim_func([x, y]))
     outer, inner = schedule.split(schedule.get_loops("y")[0], [None, 256])
     schedule.bind(outer, "blockIdx.x")
     schedule.bind(inner, "threadIdx.x")
@@ -351,8 +238,8 @@ def _doubling(elements: int, rounds: int, arch: str) -> Any:
 
 
 @functools.cache
-def _cubin(arch: str) -> bytes:
-    """Compiled once for all children, which would each spend seconds on it."""
+def loads_cubin(arch: str) -> bytes:
+    """The loads, compiled once for all children, which would each spend seconds on it."""
     from gpu_aware_tune.codegen.cuda_toolchain import compile_cubin
 
     name = hashlib.sha256(f"{arch} {_SOURCE}".encode()).hexdigest()[:16]

@@ -70,17 +70,14 @@ def relax_graph(lab: Any, graph: bool, size: int) -> dict[str, Any]:
     from gpu_aware_tune.codegen.cuda_toolchain import environment, link, packer
     from gpu_aware_tune.library.program import wait
 
-    extent = 64 if lab.null else 1024
-    on_gpu = not lab.null
-    target = tvm.target.Target(lab.device.target(lab.sms) if on_gpu else "llvm")
-    if on_gpu:
-        os.environ.update(environment())
-    with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": graph and on_gpu}):
-        executable = compile_module(_products(extent), target, {})
+    extent = 64 if lab.mock else 1024
+    target = tvm.target.Target(lab.device.target(lab.sms))
+    os.environ.update(environment())
+    with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": graph}):
+        executable = compile_module(products(extent), target, {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "chain.so"
-        how = {"fcompile": link, "fpack_imports": packer(lab.device.arch)} if on_gpu else {}
-        executable.export_library(str(path), **how)
+        executable.export_library(str(path), fcompile=link, fpack_imports=packer(lab.device.arch))
         module = tvm.runtime.load_module(str(path))
     seconds = {}
     for units in (lab.sms, size):
@@ -103,13 +100,10 @@ def relax_graph(lab: Any, graph: bool, size: int) -> dict[str, Any]:
     return {"seconds": seconds, "gain": seconds[size] / seconds[lab.sms], "captured": captured}
 
 
-def mps_client(lab: Any, units: int, percent: int) -> dict[str, Any]:
+def mps_client(lab: Any, percent: int) -> dict[str, Any]:
     """What a process that was started as an MPS client sees and runs on."""
     from gpu_aware_tune.partition.driver import mps_is_on, started_driver, visible_sms
 
-    if lab.null:
-        return {"mps": os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "") != "/nowhere", "sms": units,
-                "sms_seen": units, "percent": percent}  # fmt: skip
     driver = started_driver()
     seen = {"mps": mps_is_on(driver, 0), "sms": visible_sms(driver, 0), "percent": percent}
     with lab.whole() as lane:
@@ -118,7 +112,7 @@ def mps_client(lab: Any, units: int, percent: int) -> dict[str, Any]:
 
 def gemm(lab: Any, sizes: list[int], green: int) -> dict[str, Any]:
     """float16 products by TVM, and by cuBLAS where torch is there, against float64 on the CPU."""
-    from benchmarks.gpu.products import errors_of
+    from gpu.products import errors_of
 
     if green:
         with lab.split([green]) as (lane,):
@@ -166,12 +160,11 @@ def green_fault(lab: Any, size: int) -> dict[str, Any]:
 
 def enter_thread(lane: Any) -> None:
     """Make the lane's context current in this thread too."""
-    if lane.partition.tvm_device == "cuda":
-        from gpu_aware_tune.partition.driver import call, started_driver
+    from gpu_aware_tune.partition.driver import call, started_driver
 
-        driver = started_driver()
-        device = call(driver.cuDeviceGet, lane.partition.ordinal)
-        call(driver.cuCtxSetCurrent, call(driver.cuDevicePrimaryCtxRetain, device))
+    driver = started_driver()
+    device = call(driver.cuDeviceGet, lane.partition.ordinal)
+    call(driver.cuCtxSetCurrent, call(driver.cuDevicePrimaryCtxRetain, device))
 
 
 def _wall(lane: Any, rounds: int) -> float:
@@ -181,7 +174,7 @@ def _wall(lane: Any, rounds: int) -> float:
     return time.perf_counter() - begun
 
 
-def _products(extent: int) -> Any:
+def products(extent: int) -> Any:
     """main(x, w) = w to the tenth power, plus x.
 
     All but the sum depends on the weight alone: only that does TVM put into a graph.

@@ -49,7 +49,7 @@ static std::string for_cpu(const std::string& source) {
 
 extern "C" {
 int nvrtcVersion(int* major, int* minor) { *major = 13; *minor = 0; return 0; }
-const char* nvrtcGetErrorString(int) { return "the stand-in refuses"; }
+const char* nvrtcGetErrorString(int) { return "the mock GPU refuses"; }
 int nvrtcCreateProgram(Program** made, const char* source, const char*, int, const char* const*,
                        const char* const*) {
   *made = new Program{source, "", ""};
@@ -57,12 +57,12 @@ int nvrtcCreateProgram(Program** made, const char* source, const char*, int, con
 }
 int nvrtcDestroyProgram(Program** program) { delete *program; *program = nullptr; return 0; }
 int nvrtcCompileProgram(Program* program, int, const char* const*) {
-  char folder[] = "/tmp/stand-in-XXXXXX";
+  char folder[] = "/tmp/mock-gpu-XXXXXX";
   if (!mkdtemp(folder)) return 1;
   std::string at = folder;
   std::ofstream(at + "/kernel.cpp") << for_cpu(program->source);
-  // The headers lie where this stand-in was built; the variable comes with its environment.
-  const char* include = getenv("STAND_IN_INCLUDE");
+  // The headers lie beside this source; the variable comes with its environment.
+  const char* include = getenv("MOCK_GPU_INCLUDE");
   std::string command = "g++ -O1 -w -std=c++17 -mf16c -shared -fPIC -I" +
                         std::string(include ? include : ".") + " -o " + at + "/kernel.so " + at +
                         "/kernel.cpp 2> " + at + "/log";

@@ -1,4 +1,4 @@
-"""The stand-in's `nvidia-cuda-mps-control`: a daemon with -f, else commands from stdin to the daemon."""
+"""The mock's `nvidia-cuda-mps-control`: a daemon with -f, else commands from stdin to the daemon."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ SOCKET = str(Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"]) / "control")  # device.
 
 def daemon() -> None:
     """Answer commands until one is "quit"."""
+    if os.environ.get("MOCK_GPU_MPS_BROKEN"):
+        (Path(os.environ["CUDA_MPS_LOG_DIRECTORY"]) / "control.log").write_text("no GPU found\n")
+        sys.exit(1)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(SOCKET)
         server.listen()

@@ -16,13 +16,13 @@ def errors_of(lab: Any, lane: Any, sizes: list[int]) -> dict[str, Any]:
     """The worst relative error of each way over square products of `sizes`."""
     found: dict[str, Any] = {"units": lane.units}
     tvm_errors, cublas_errors = {}, {}
-    for size in sizes if not lab.null else [64]:
+    for size in sizes if not lab.mock else [64]:
         rng = np.random.default_rng(size)
         a, b = (rng.standard_normal((size, size)).astype("float16") for _ in range(2))
         wanted = a.astype("float64") @ b.astype("float64")
         scale = np.abs(wanted).max()
         tvm_errors[size] = float(np.abs(_by_tvm(lane, a, b) - wanted).max() / scale)
-        by_cublas = _by_cublas(lane, a, b) if not lab.null else None
+        by_cublas = _by_cublas(lane, a, b) if not lab.mock else None
         if by_cublas is not None:
             cublas_errors[size] = float(np.abs(by_cublas - wanted).max() / scale)
     found["tvm"] = _judged(tvm_errors)
@@ -53,18 +53,15 @@ def _by_tvm(lane: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     )
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     partition = lane.partition
-    on_gpu = partition.tvm_device == "cuda"
     device = partition.share.device
-    target = tvm.target.Target(device.target(lane.units) if on_gpu else "llvm")
+    target = tvm.target.Target(device.target(lane.units))
     schedule = default_schedule(module, target)
-    if on_gpu:
-        os.environ.update(environment())
+    os.environ.update(environment())
     built = tvm.tirx.build(schedule.mod if schedule else module, target=target)
-    if on_gpu:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "product.so"
-            export_module(built, path, device.arch)
-            built = tvm.runtime.load_module(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "product.so"
+        export_module(built, path, device.arch)
+        built = tvm.runtime.load_module(str(path))
     where = tvm.device(partition.tvm_device, partition.ordinal)
     args = [tvm.runtime.tensor(each, where) for each in (a, b, np.zeros_like(a))]
     where.sync()

@@ -1,4 +1,4 @@
-// A libcudart.so.13 for TVM's CUDA runtime, on the stand-in driver.
+// A libcudart.so.13 for TVM's CUDA runtime, on the mock's libcuda.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <stdlib.h>

@@ -50,33 +50,38 @@ static const char *mps_path(const char *name, char *path, size_t size) {
   return path;
 }
 
+// A process is one from its start or not at all. One that names another daemon counts as a new one, so
+// that a test can play several clients.
 int is_mps_client(void) {
-  static int found = -1;  // a process is one from its start or not at all
-  if (found < 0) {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
+  static char asked[sizeof((struct sockaddr_un *)0)->sun_path];
+  static int found;
+  struct sockaddr_un address = {.sun_family = AF_UNIX};
+  mps_path("control", address.sun_path, sizeof address.sun_path);
+  if (strcmp(asked, address.sun_path)) {
     int client = socket(AF_UNIX, SOCK_STREAM, 0);
-    mps_path("control", address.sun_path, sizeof address.sun_path);
     found = *address.sun_path && !connect(client, (struct sockaddr *)&address, sizeof address);
     close(client);
-    clock_gettime(CLOCK_REALTIME, &begun);
+    clock_gettime(CLOCK_REALTIME_COARSE, &begun);  // as files are stamped
+    strcpy(asked, address.sun_path);
   }
   return found;
 }
 
-const struct instance *mig_instance(void) {
-  static const struct instance instances[] = MIG_INSTANCES;
-  const char *shown = getenv("CUDA_VISIBLE_DEVICES");
-  for (unsigned i = 0; shown && i < sizeof instances / sizeof *instances; ++i)
-    if (!strcmp(shown, instances[i].uuid)) return &instances[i];
-  return NULL;
+int visible_instance(void) {
+  const char *shown = setting("CUDA_VISIBLE_DEVICES");
+  if (!shown || strncmp(shown, MIG_UUID, strlen(MIG_UUID))) return -1;
+  int place = atoi(shown + strlen(MIG_UUID)) - 1;
+  return listed("MOCK_GPU_MIG", place) < 0 ? -1 : place;
 }
 
+unsigned all_sms(void) { return number("MOCK_GPU_SMS", 132); }
+
 unsigned visible_sms(void) {
-  if (mig_instance()) return mig_instance()->sms;
-  const char *limit = getenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE");
-  int percent = is_mps_client() && limit ? atoi(limit) : 100;
-  unsigned pairs = 2 * (percent * SMS / 200);
-  return percent == 100 ? SMS : pairs < 8 ? 8 : pairs;
+  unsigned sms = all_sms();
+  long percent = is_mps_client() ? number("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", 100) : 100;
+  if (visible_instance() >= 0) sms = listed("MOCK_GPU_MIG", visible_instance());
+  else if (percent < 100) sms = percent * sms / 200 < 4 ? 8 : 2 * (percent * sms / 200);
+  return sms - number("MOCK_GPU_LOST", 0);
 }
 
 CUresult fault(void) {
@@ -84,7 +89,7 @@ CUresult fault(void) {
   struct stat file;
   if (!left_behind && is_mps_client() && !stat(mps_path("fault", path, sizeof path), &file) &&
       (file.st_mtim.tv_sec > begun.tv_sec ||
-       (file.st_mtim.tv_sec == begun.tv_sec && file.st_mtim.tv_nsec > begun.tv_nsec)))
+       (file.st_mtim.tv_sec == begun.tv_sec && file.st_mtim.tv_nsec >= begun.tv_nsec)))
     left_behind = CUDA_ERROR_ILLEGAL_ADDRESS;
   return left_behind;
 }
@@ -99,12 +104,13 @@ struct stream *stream_of(CUstream s) {
   return s ? (struct stream *)s : &default_stream;
 }
 
-struct stream *new_stream(uintptr_t green, unsigned first, unsigned sms) {
+struct stream *new_stream(struct green *green) {
   struct stream *made = calloc(1, sizeof *made);
   made->green = green;
-  made->first = first;
-  made->sms = sms;
+  made->first = green ? green->first : 0;
+  made->sms = green ? green->sms : visible_sms();
   pthread_mutex_lock(&device);
+  if (green) green->streams++;
   made->next = streams;
   streams = made;
   pthread_mutex_unlock(&device);
@@ -117,6 +123,7 @@ void end_stream(struct stream *stream) {
   for (struct stream **at = &streams; *at; at = &(*at)->next)
     if (*at == stream) {
       *at = stream->next;
+      if (stream->green) stream->green->streams--;
       free(stream);
       break;
     }
@@ -163,6 +170,43 @@ static void on_fault(int signal, siginfo_t *info, void *where) {
   sigaction(signal, &plain, NULL);
 }
 
+// Writes the numbers of the SMs of a stream, as the probe kernel would.
+static void probe(unsigned *ids, unsigned blocks, const struct stream *stream) {
+  unsigned first = stream->first, sms = stream->sms;
+  if (setting("MOCK_GPU_PROBE")) sscanf(setting("MOCK_GPU_PROBE"), "%u:%u", &first, &sms);
+  for (unsigned i = 0; sms && i < blocks; ++i) ids[i] = first + i % sms;
+}
+
+static int launches;
+
+void first_launch_next(void) { launches = 0; }
+
+// What the next kernel that does nothing takes.
+static double nothing_s(void) {
+  if (!setting("MOCK_GPU_LAUNCH_US")) return NOTHING_S;
+  if (launches && listed("MOCK_GPU_LAUNCH_US", launches) < 0) --launches;
+  return 1e-6 * listed("MOCK_GPU_LAUNCH_US", launches++);
+}
+
+static void leave_fault(void) {
+  char path[200];
+  left_behind = CUDA_ERROR_ILLEGAL_ADDRESS;
+  if (is_mps_client()) fclose(fopen(mps_path("fault", path, sizeof path), "w"));
+}
+
+// What a kernel takes whose code is a real GPU's; see lab.py for the last three.
+static double idle(const struct op *op, const struct stream *stream) {
+  const char *name = op->function->name;
+  if (!strcmp(name, "sm_probe")) probe((unsigned *)op->values[0], op->grid[0], stream);
+  else if (!strcmp(name, "compute"))
+    return (unsigned)op->values[1] * 32e-9 * op->grid[0] * op->block[0] / 256 / stream->sms;
+  else if (!strcmp(name, "sweep"))
+    return 16e-12 * (unsigned)op->values[1] * (unsigned)op->values[2];
+  else if (!strcmp(name, "illegal")) leave_fault();
+  else return nothing_s();
+  return NOTHING_S;
+}
+
 // Runs a kernel and gives the seconds that it took.
 static double run(struct op *op, const struct stream *stream) {
   struct sigaction handler = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO}, former;
@@ -170,24 +214,17 @@ static double run(struct op *op, const struct stream *stream) {
   void *arguments[MOST_ARGUMENTS];
   double start = cpu_s();
   for (int i = 0; i < op->function->arguments; ++i) arguments[i] = &op->values[i];
-  if (!op->function->launch) {
-    unsigned *ids = (unsigned *)op->values[0];
-    if (!strcmp(op->function->name, "sm_probe"))
-      for (unsigned i = 0; i < op->grid[0]; ++i) ids[i] = stream->first + i % stream->sms;
-    return NOTHING_S;
-  }
+  if (!op->function->launch) return idle(op, stream);
   sigaction(SIGSEGV, &handler, &former);
   if (!sigsetjmp(before, 1)) {
     in_kernel = &before;
     op->function->launch(op->grid, op->block, arguments);
   } else {
-    char path[200];
-    left_behind = CUDA_ERROR_ILLEGAL_ADDRESS;
-    if (is_mps_client()) fclose(fopen(mps_path("fault", path, sizeof path), "w"));
+    leave_fault();
   }
   in_kernel = NULL;
   sigaction(SIGSEGV, &former, NULL);
-  return (cpu_s() - start) * SMS / stream->sms / CORES;
+  return (cpu_s() - start) * all_sms() / stream->sms / CORES;
 }
 
 static void finish(struct stream *stream);
@@ -243,7 +280,7 @@ CUresult take_memory(void **p, size_t bytes) {
   struct block *block = malloc(sizeof *block);
   block->size = (bytes + 4095) / 4096 * 4096 + !bytes * 4096;
   if (fault()) return fault();
-  if (used + block->size > MEMORY) return CUDA_ERROR_OUT_OF_MEMORY;
+  if (used + block->size > MEMORY_BYTES) return CUDA_ERROR_OUT_OF_MEMORY;
   block->start = mmap(NULL, block->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                       -1, 0);
   if (block->start == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -271,4 +308,4 @@ void give_memory(void *p) {
   pthread_mutex_unlock(&device);
 }
 
-size_t free_memory(void) { return MEMORY - used; }
+size_t free_memory(void) { return MEMORY_BYTES - used; }
