@@ -256,13 +256,20 @@ def _first_line(error: Exception) -> str:
 
 
 def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    import tvm
     from tvm import relax
     from tvm.ir.transform import Sequential
 
+    from gpu_aware_tune.model.constants import fold_constants
+
+    fold = tvm.transform.module_pass(
+        lambda module, _context: fold_constants(module), opt_level=0, name="FoldInNumPy"
+    )
     stages = Sequential(
         [
             relax.transform.DecomposeOpsForInference(),
             relax.transform.CanonicalizeBindings(),
+            fold,
             # The zero pipeline legalizes sorts and scans for one thread of a CPU otherwise.
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),

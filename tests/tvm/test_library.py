@@ -174,7 +174,7 @@ def test_a_kernel_that_loses_precision_is_found_wrong(tiny: tuple[Model, Path]) 
     model, _ = tiny
     task = max(extract(model, target()), key=lambda task: task.flops)
     schedule = tvm.s_tir.Schedule(task.module)
-    block = schedule.get_sblock("conv2d_nchw")
+    block = schedule.get_sblock("block1")
     good = verify_kernel(task.module, trace_to_json(schedule.trace), target(), seed=0)
     assert good.ok
     cache = schedule.cache_read(block, 0, "global")
