@@ -235,6 +235,8 @@ def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     from tvm import relax
     from tvm.ir.transform import Sequential
 
+    from gpu_aware_tune.model.legalize import LEGALIZERS
+
     stages = Sequential(
         [
             relax.transform.DecomposeOpsForInference(),
@@ -242,6 +244,7 @@ def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
             # The zero pipeline legalizes sorts and scans for one thread of a CPU otherwise.
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
+            relax.transform.LegalizeOps(LEGALIZERS),
             relax.get_pipeline("zero"),
         ]
     )

@@ -183,6 +183,16 @@ def _scalar(to: Rewriter, value: str) -> str:
     return to.op("Reshape", value, to.constant([], np.int64)) if to.shape(value) == (1,) else value
 
 
+def _thresholded_relu(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """TVM multiplies by 0 what is below the threshold, which is NaN for infinities."""
+    dtype = to.dtype(node.input[0])
+    if dtype is None:
+        return None
+    threshold = to.constant(attributes(node).get("alpha", 1.0), dtype)
+    above = to.op("Greater", node.input[0], threshold)
+    return [to.op("Where", above, node.input[0], to.constant(0, dtype))]
+
+
 SPECIAL: dict[str, Rule] = {
     **dict.fromkeys(("AveragePool", "Conv", "MaxPool"), explicit_padding),
     "BatchNormalization": training_batch_norm,
@@ -200,6 +210,7 @@ SPECIAL: dict[str, Rule] = {
     "QLinearMatMul": _qlinear_matmul,
     "Resize": resize,
     "Split": _split,
+    "ThresholdedRelu": _thresholded_relu,
 }
 RULES: dict[str, Rule] = {
     **dict.fromkeys(IN_FLOAT32, in_float32),
