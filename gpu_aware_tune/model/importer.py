@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.errors import UserError, one_line
 from gpu_aware_tune.settings import TF32
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Model:
     in the order of `weights`, and has the attribute `num_input`; for a CPU its kernels are marked
     with which of their arguments are weights (see `packing`), and images are in blocks of channels
     where that fits (see `layouts`). `prepared` is the ONNX graph it was made from, and `hash`
-    identifies that by content.
+    identifies that by content. `notes` are lines for the user on what was assumed.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Model:
     outputs: tuple[TensorSpec, ...]
     weights: dict[str, np.ndarray] = field(repr=False)
     prepared: bytes = field(repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def load_model(
@@ -88,7 +89,8 @@ def load_model(
     from gpu_aware_tune.onnx_prepare import prepare, read_model
 
     path = Path(path)
-    proto = prepare(read_model(path), input_shapes or {}, dtype, supported_operators())
+    notes: list[str] = []
+    proto = prepare(read_model(path), input_shapes or {}, dtype, supported_operators(), notes)
     prepared = proto.SerializeToString(deterministic=True)
     with _quiet():
         module = _fused(_plainly_named(_imported(proto)), target)
@@ -111,6 +113,7 @@ def load_model(
         outputs=_output_specs(module["main"].ret_ty, names),
         weights=weights,
         prepared=prepared,
+        notes=tuple(notes),
     )
 
 
@@ -124,7 +127,7 @@ def random_inputs(specs: Sequence[TensorSpec], seed: int) -> dict[str, np.ndarra
     arrays = {}
     for spec in specs:
         dtype = np.dtype(spec.dtype)
-        is_float = dtype.kind == "f"
+        is_float = dtype.kind == "f" or spec.dtype == "bfloat16"
         draw = generator.standard_normal if is_float else partial(generator.integers, 0, 2)
         arrays[spec.name] = np.asarray(draw(size=spec.shape)).astype(dtype)
     return arrays
@@ -162,8 +165,8 @@ def _imported(proto: onnx.ModelProto) -> tvm.IRModule:
             except Exception as error:
                 node = attrs["tvm_custom"]["name"]
                 raise UserError(
-                    f"operator {op_name} (node {node!r}, opset {opset}) cannot be imported: "
-                    f"{_first_line(error)}"
+                    f"operator {one_line(op_name, 40)} (node {one_line(repr(node), 60)}, opset "
+                    f"{opset}) cannot be imported: {_first_line(error)}; change its export"
                 ) from error
 
     try:
@@ -227,8 +230,8 @@ def _diagnosis(proto: onnx.ModelProto, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    text = re.sub(r"ir\.Op\(.*?name=\"([\w.]+)\".*", r"\1 ...", str(error))  # not a dump of TVM's
+    return one_line(f"{type(error).__name__}: {text.lstrip()}", 160)
 
 
 def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:

@@ -87,6 +87,8 @@ class Run:
         for model in self.models:
             yield Stage("model", f"importing {model.path.name}")
             model.load(self.device.target(self.device.units_total))
+            for note in model.model.notes:
+                yield Note(f"{model.path.name}: {note}")
         yield from self._assign_shares()
 
     def _assign_shares(self) -> Iterator[Event]:
