@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.library.folder import WEIGHTS
@@ -309,6 +310,8 @@ def check_inputs(
         if spec.name not in inputs:
             raise UserError(f"input {spec.name!r} is missing: the inputs are {names}")
         array = np.asarray(inputs[spec.name])
+        if spec.dtype == "bfloat16" and array.dtype == np.dtype("V2"):
+            array = array.view(bfloat16)  # a file of NumPy's does not keep the type's name
         if str(array.dtype) != spec.dtype:
             raise UserError(f"input {spec.name!r} has type {array.dtype}: it must be {spec.dtype}")
         wanted = spec.shape

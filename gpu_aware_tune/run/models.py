@@ -71,7 +71,7 @@ def import_models(
         yield Stage(StageName.MODEL, f"importing {goal.path.name}")
         model = _import(goal, session.device)
         for note in model.model.notes:
-            yield Note(f"{model.name}: {note}", Level.WARNING)
+            yield Note(f"{model.name}: {note}")
         models.append(model)
     total = sum(model.work for model in models) or 1.0
     shared = []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
-from onnx_graphs import assert_as_onnxruntime, node_model, numbers
+from onnx import helper
+from onnx_graphs import F32, I64, assert_as_onnxruntime, make_model, node_model, numbers, value
 
 from gpu_aware_tune.onnx_prepare.facts import attributes as attributes_of
 
@@ -64,3 +66,43 @@ def test_powers_are_summed_over_whole_windows(p: int, ceil_mode: int) -> None:
             **attributes,
         )
         assert_as_onnxruntime(model, feeds)
+
+
+@pytest.mark.parametrize("storage_order", [0, 1])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"kernel_shape": [2, 2], "strides": [2, 2]},
+        {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1], "dilations": [1, 2]},
+        {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1},
+        {"kernel_shape": [3, 3], "strides": [2, 2], "auto_pad": "SAME_LOWER"},
+    ],
+)
+def test_a_pool_says_where_its_maxima_are(attributes: dict[str, Any], storage_order: int) -> None:
+    feeds = {"x": numbers(2, 3, 6, 7)}
+    attributes = {**attributes, "storage_order": storage_order}
+    model = node_model("MaxPool", feeds, {}, [("y", F32), ("i", I64)], 13, **attributes)
+    assert_as_onnxruntime(model, feeds)
+
+
+def test_where_volumes_and_rows_have_their_maxima() -> None:
+    for shape in ((1, 2, 9), (2, 1, 4, 5, 6)):
+        feeds = {"x": numbers(*shape)}
+        kernel = [2] * (len(shape) - 2)
+        model = node_model("MaxPool", feeds, {}, [("y", F32), ("i", I64)], 13, kernel_shape=kernel)
+        assert_as_onnxruntime(model, feeds)
+
+
+@pytest.mark.parametrize("shape", [None, [1, 2, 7, 8]])
+def test_maxima_are_put_back(shape: list[int] | None) -> None:
+    feeds = {"x": numbers(1, 2, 6, 8)}
+    node = helper.make_node
+    window = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    names = ["p", "i"] + (["s"] if shape else [])
+    nodes = [
+        node("MaxPool", ["x"], ["p", "i"], **window),
+        node("MaxUnpool", names, ["y"], **window),
+    ]
+    constants = {"s": np.array(shape)} if shape else {}
+    model = make_model(nodes, [value("x", F32, [1, 2, 6, 8])], [("y", F32)], constants, 13)
+    assert_as_onnxruntime(model, feeds)
