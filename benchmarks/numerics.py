@@ -1,7 +1,7 @@
 """Are the numbers right? Every light model and slim-320, untuned and tuned, against ONNX Runtime.
 
-    python benchmarks/numerics.py                    # all ten models; about half an hour on two cores
-    python benchmarks/numerics.py --models squeezenet,slim-320
+    python -m benchmarks.numerics                    # all ten models; about half an hour on two cores
+    python -m benchmarks.numerics --models squeezenet,slim-320
 
 Weights are seeded random ones (slim-320 has its own). Errors are relative to the largest reference
 value; float32 models are allowed 5e-4, see gpu_aware_tune/verify.py. A finished model is kept in the
@@ -10,37 +10,32 @@ results file, and a second call goes on with the others.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS, environment, stamp, write_results
+from benchmarks.light_models import light_models
+from benchmarks.model_latency import SLIM, SLIM_NAME, compiled, model_file
+from benchmarks.scaffold import parser
+from gpu_aware_tune.events import Finished
+from gpu_aware_tune.settings import Settings
 
-from benchmarks.environment import environment, stamp, write_results  # noqa: E402
-from benchmarks.light_models import light_models  # noqa: E402
-from benchmarks.model_latency import SLIM, SLIM_NAME, compiled, model_file  # noqa: E402
-from gpu_aware_tune.events import Finished  # noqa: E402
-from gpu_aware_tune.settings import Settings  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "numerics.json"
+RESULTS_FILE = RESULTS / "numerics.json"
 
 
 def main() -> None:
     """Check the models that the results file does not have yet, then print all."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", default=",".join([*light_models(), SLIM_NAME]), metavar="A,B")
-    parser.add_argument("--slim", type=Path, default=SLIM)
-    parser.add_argument("--trials", type=int, default=48)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--models", default=",".join([*light_models(), SLIM_NAME]), metavar="A,B")
+    command.add_argument("--slim", type=Path, default=SLIM)
+    command.add_argument("--trials", type=int, default=48)
+    args = command.parse_args()
     done = json.loads(args.results.read_text())["models"] if args.results.exists() else {}
     wanted, known = args.models.split(","), [*light_models(), SLIM_NAME]
     if unknown := set(wanted) - set(known):
-        parser.error(f"--models {','.join(sorted(unknown))}: choose of {', '.join(known)}")
+        command.error(f"--models {','.join(sorted(unknown))}: choose of {', '.join(known)}")
     if SLIM_NAME in wanted and SLIM_NAME not in done and not args.slim.is_file():
         wanted.remove(SLIM_NAME)
         print(f"{SLIM_NAME}: left out, {args.slim} is missing (give --slim)")

@@ -1,10 +1,10 @@
 """Compile CUDA kernels to cubins with NVRTC from pip wheels: no CUDA toolkit, no GPU needed.
 
-TVM generates CUDA C++; NVRTC turns it into a cubin. Measured over sm_90a candidates
-(`benchmarks/cuda_build.py`): most of TVM's own compile time is the C++ front end reading
-`<cuda/std/type_traits>`, which TVM includes in every kernel and nearly no kernel uses. So the lines
-that include it are replaced by the few typedefs a kernel needs. The machine code stays the same to
-the byte, the cubin loses 51 kB of symbols, and a typical kernel compiles two to six times faster.
+TVM generates CUDA C++; NVRTC turns it into a cubin. Most of TVM's own compile time is the C++ front
+end reading `<cuda/std/type_traits>`, which TVM includes in every kernel and nearly no kernel uses. So
+the lines that include it are replaced by the few typedefs a kernel needs. The machine code stays the
+same to the byte (tests/tvm/test_cuda_build.py), the cubin loses 51 kB of symbols, and a typical kernel
+compiles two to six times faster.
 A source that does use the standard library is compiled as TVM would compile it.
 
 Kernels are always built with TVM's "fallback" module, which carries source text, with a GPU present

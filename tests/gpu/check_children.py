@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.children import tell
+from benchmarks.scaffold import tell
 from gpu_aware_tune.errors import TuneError
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.children import ROOT, told
+from benchmarks.scaffold import ROOT, told
 from gpu_aware_tune.partition import FullPartition, Share, find_device
 from gpu_aware_tune.partition import probe as sm_probe
 from gpu_aware_tune.partition.driver import call

@@ -12,16 +12,12 @@ from typing import Any
 
 import pytest
 import tvm
-from conftest import ROOT
+from cubin import machine_code
 from tvm import te
 
 from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.errors import SetupError, last_line
 from gpu_aware_tune.partition import find_device
-
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.cubin import machine_code
 
 try:
     cuda_toolchain.find_toolchain()

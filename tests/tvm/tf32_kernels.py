@@ -18,18 +18,17 @@ import numpy as np
 from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.workers.warm import load_tvm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if __name__ == "__main__":
     cuda_toolchain.preload_runtime()
     os.environ.update(cuda_toolchain.environment())
 load_tvm()
 
 import tvm  # noqa: E402
+from draws import random_schedules  # noqa: E402
 from mock_gpu.devices import fake_gpu  # noqa: E402
 from tvm import te, topi  # noqa: E402
 from tvm.s_tir.schedule import Schedule  # noqa: E402
 
-from benchmarks.draws import random_schedules  # noqa: E402
 from gpu_aware_tune.finalize.verify import difference, kernel_inputs  # noqa: E402
 from gpu_aware_tune.kernels.space import make_space  # noqa: E402
 from gpu_aware_tune.kernels.tf32 import MARK, TF32_INTRINSICS  # noqa: E402
