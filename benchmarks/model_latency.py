@@ -166,14 +166,13 @@ def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
 
 def default_traces(model: Any, target: Any) -> dict[str, str]:
     """A model's default schedules, by task."""
-    from gpu_aware_tune.kernels.schedules import default_schedule
+    from gpu_aware_tune.kernels.schedules import default_schedules
     from gpu_aware_tune.kernels.traces import trace_to_json
     from gpu_aware_tune.model.tasks import extract
 
     traces = {}
     for task in extract(model, target):
-        schedule = default_schedule(task.module, target)
-        if schedule is not None:
+        for schedule in default_schedules(task.module, target, most=1):
             traces[task.hash] = trace_to_json(schedule.trace)
     return traces
 

@@ -100,18 +100,6 @@ def test_tvms_own_flags_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours <= theirs
 
 
-def test_tvms_compile_callback_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tvm.get_global_func("tvm_callback_cuda_compile")
-    try:
-        cuda_toolchain.install_compile_hook()
-        (source,) = cuda_toolchain.cuda_sources(build())
-        with tvm.target.Target({"kind": "cuda", "arch": ARCH}):
-            cubin = tvm.get_global_func("tvm_callback_cuda_compile")(source)
-        assert bytes(cubin) == cuda_toolchain.compile_cubin(source, ARCH)
-    finally:
-        tvm.register_global_func("tvm_callback_cuda_compile", before, override=True)
-
-
 def test_a_source_that_does_not_compile_gives_the_reason() -> None:
     (source,) = cuda_toolchain.cuda_sources(build())
     with pytest.raises(RuntimeError) as raised:
