@@ -40,7 +40,8 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     args = command.parse_args()
     moment = random.Random(args.seed)
-    about, kills, last = environment(), [], None
+    about, last = environment(), None
+    kills: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = Path(name)
         for number in range(args.times):
@@ -83,14 +84,15 @@ def last_run(folder: Path, known: int) -> dict[str, Any]:
     """Let a run go on from the records to its end."""
     process = start(folder, "--trials", str(max(1, searched(folder)) + 8), "--json")
     output, _ = process.communicate()
-    finished = json.loads(output) if process.returncode == 0 else None
+    finished: dict[str, Any] = json.loads(output) if process.returncode == 0 else {}
+    verified = bool(finished) and finished["shares"][0]["verified"]
     kept = count(folder)
     return {
         "exit_code": process.returncode,
-        "trials": finished and finished["trials"],
-        "verified": finished and finished["shares"][0]["verified"],
+        "trials": finished.get("trials"),
+        "verified": verified,
         "kept": kept,
-        "ok": bool(finished) and finished["shares"][0]["verified"] and kept >= known,
+        "ok": verified and kept >= known,
     }
 
 

@@ -151,7 +151,8 @@ class Bench:
         from gpu_aware_tune.search.candidates import NewTask
 
         self._searcher.add(NewTask(task.hash, module_to_json(task.module)))
-        worker, traces = self._searcher.worker, []
+        worker = self._searcher.worker
+        traces: list[str] = []
         while len(traces) < count:
             self._searcher.ask(task.hash)
             select.select([worker], [], [])

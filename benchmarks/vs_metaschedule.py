@@ -150,7 +150,7 @@ def run_stock(
     failed = 0
 
     @derived_object
-    class Clock(PyMeasureCallback):  # type: ignore[misc]
+    class Clock(PyMeasureCallback):
         def apply(self, task_scheduler: Any, task_id: int, measure_candidates: Any,
                   builder_results: Any, runner_results: Any) -> None:  # fmt: skip
             nonlocal failed

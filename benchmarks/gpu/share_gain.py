@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
 import time
@@ -88,8 +89,9 @@ def tuned(
     settings = Settings(
         gpu_pct=percents, target="llvm" if args.null else "cuda", time_s=args.time, db=db,
         trials=4 if args.null else None, output=output, resume=False,
-        **({"trials_per_iteration": 4} if args.null else {}),
     )  # fmt: skip
+    if args.null:
+        settings = dataclasses.replace(settings, trials_per_iteration=4)
     found: dict[str, Any] = {}
     for event in tune_events(path, settings):
         if isinstance(event, Planned):

@@ -177,7 +177,7 @@ def run_stock(path: Path, trials: int, per_iter: int, null: bool) -> None:
     done = failed = 0
 
     @derived_object
-    class Teller(PyMeasureCallback):  # type: ignore[misc]
+    class Teller(PyMeasureCallback):
         def apply(self, task_scheduler: Any, task_id: int, measure_candidates: Any,
                   builder_results: Any, runner_results: Any) -> None:  # fmt: skip
             nonlocal done, failed

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
 import time
@@ -127,8 +128,9 @@ def tuned(
         gpu_pct=tuple(percents), target="llvm" if args.null else "cuda", time_s=args.time,
         trials=4 if args.null else None, dtype=None if as_it_is else dtype,
         db=scratch / f"{name}-{dtype}-db", output=output, resume=False,
-        **({"trials_per_iteration": 4} if args.null else {}),
     )  # fmt: skip
+    if args.null:
+        settings = dataclasses.replace(settings, trials_per_iteration=4)
     for _ in tune_events(path, settings):
         pass
     return output

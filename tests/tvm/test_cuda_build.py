@@ -16,6 +16,7 @@ from cubin import machine_code
 from tvm import te
 
 from gpu_aware_tune.codegen import cuda_toolchain
+from gpu_aware_tune.codegen.cuda_source import lean_source
 from gpu_aware_tune.errors import SetupError, last_line
 from gpu_aware_tune.partition import find_device
 
@@ -69,7 +70,7 @@ def no_gpu() -> bool:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_machine_code_is_the_one_tvm_would_have_made(dtype: str) -> None:
     (source,) = cuda_toolchain.cuda_sources(build(dtype))
-    assert cuda_toolchain.lean_source(source) is not None, "TVM's head has changed"
+    assert lean_source(source) is not None, "TVM's head has changed"
     ours = cuda_toolchain.compile_cubin(source, ARCH)
     theirs = cuda_toolchain._compile_as_tvm(source, ARCH)
     assert machine_code(ours) == machine_code(theirs)
@@ -166,6 +167,7 @@ RELOAD = """
 import ctypes, sys
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 from gpu_aware_tune.codegen import cuda_toolchain
+from gpu_aware_tune.codegen.cuda_source import lean_source
 assert cuda_toolchain.preload_runtime()
 import tvm
 assert "tvm_runtime_cuda" in tvm.base._LOADED_LIBS, "the mock's libcuda was not enough"

@@ -12,8 +12,9 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -45,7 +46,7 @@ from gpu_aware_tune.library import (
 )
 from gpu_aware_tune.library import loaded as loaded_module
 from gpu_aware_tune.library.folder import _exchange
-from gpu_aware_tune.library.loaded import nearest
+from gpu_aware_tune.library.manifest import nearest
 from gpu_aware_tune.library.threads import CoreThread
 from gpu_aware_tune.model.importer import Model, load_model, random_inputs
 from gpu_aware_tune.model.tasks import extract
@@ -275,7 +276,7 @@ def test_a_library_is_compared_with_plain_loops_and_onnxruntime(tiny: tuple[Mode
 
     loaded = load(folder)
 
-    def broken(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def broken(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = loaded(inputs)
         outputs["scores"][0, 3] *= 1.01
         return outputs
@@ -492,7 +493,7 @@ def _counting() -> tvm.IRModule:
     from tvm.script import tirx as T
 
     @T.prim_func(s_tir=True)
-    def main(out: T.Buffer((64,), "int32")) -> None:
+    def main(out: T.Buffer((64,), "int32")) -> None:  # type: ignore[valid-type]
         for i in T.parallel(64):
             with T.sblock("note"):
                 place = T.axis.spatial(64, i)
@@ -648,9 +649,9 @@ def test_what_is_preloaded_is_not_opened_again(
     tiny: tuple[Model, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    real = loaded_module.open_vm
+    real = open_vm
 
-    def counting(path: Path, weights: object, entry: str) -> Program:
+    def counting(path: Path, weights: Any, entry: str) -> Program:
         opened.append(path.name)
         return real(path, weights, entry=entry)
 
