@@ -1,12 +1,14 @@
 # make demo   tune SqueezeNet on this machine's CPU (random weights, two minutes): side by side with
 #             TVM without schedules, with our default ones, and ONNX Runtime
-# make test   everything that needs no GPU: ruff, mypy, tests
+# make check  about a minute: ruff, mypy and the tests that do no TVM work, on all cores
+# make test   everything that needs no GPU: ruff, mypy, tests; TEST_JOBS=auto runs them side by side
+# make docs   the documentation site in build/site, with the API reference
 # make gpu-check   tests/gpu on this machine's GPU, its ten checks first; exit code 3 without a GPU
 # make gpu-bench   the GPU benchmarks, under nine minutes; GPU_PARTS=share_gain runs one of them
 #
-# Both end in time whatever hangs, and write their results after each piece: CHECK_S=240 (the checks)
-# TEST_S=180 (the other tests) BENCH_S=500 are their seconds, GPU_RESULTS the folder. On a machine without network, PYTHON=python3
-# takes that interpreter as it is and installs nothing: see docs/gpu-sharing.md.
+# The GPU targets end in time whatever hangs, and write their results after each piece: CHECK_S=240 TEST_S=180
+# BENCH_S=500 are their seconds, GPU_RESULTS the folder. On a machine without network, PYTHON=python3
+# takes that interpreter as it is and installs nothing: see docs/hardware-status.md.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -15,6 +17,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off
 DEMO := build/demo
+
+# pytest-xdist's workers: `auto` is one for each core. `make test` measures, and tests that measure
+# disturb each other, so it runs one test at a time (0) unless it is told otherwise.
+CHECK_JOBS ?= auto
+TEST_JOBS ?= 0
 
 GPU_PARTS ?= neighbour_order share_gain vs_metaschedule vs_torch
 GPU_MODELS ?= bert,resnet50
@@ -27,7 +34,7 @@ BENCH_S ?= 500
 GPU_PYTHON := $(or $(PYTHON),$(BIN)/python)
 GPU_NEEDS := $(if $(PYTHON),,$(VENV)/.installed-dev)
 
-.PHONY: demo test gpu-check gpu-bench clean
+.PHONY: demo check test docs gpu-check gpu-bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.light_models squeezenet $(DEMO)/squeezenet.onnx
@@ -36,11 +43,19 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.model_latency --models squeezenet --sides plain,untuned --rounds 4 \
 	    --tuned squeezenet=$(DEMO)/squeezenet.tuned --results $(DEMO)/latency.json
 
-test: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/null tests/tvm --durations=15
+
+check: lint
+	$(BIN)/python -m pytest tests/null -n $(CHECK_JOBS)
+
+test: lint
+	$(BIN)/python -m pytest tests/null tests/tvm -n $(TEST_JOBS) --durations=15
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
 
 gpu-check: $(GPU_NEEDS)
 	timeout -k 10 $$(($(CHECK_S) + $(TEST_S))) $(GPU_PYTHON) -m pytest tests/gpu -v --need-gpu \
@@ -73,6 +88,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[dev,cuda]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[docs]'
 	touch $@ $(VENV)/.installed
 
 # The first Python from 3.11 to 3.13 that can make an environment.

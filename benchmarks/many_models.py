@@ -87,12 +87,12 @@ def run_side(
         else:
             ray = {"ray": "auto"} if side == "ray" else {}
             percent = 50 if side in ("turns-1", "slices") else 100
-            run = opened(
+            session, opened_models = opened(
                 paths, tasks, trials=tasks * trials, max_trials_per_task=trials,
                 trials_per_iteration=per_iter, seed=repeat, gpu_pct=percent, **ray,
             )  # fmt: skip
-            result = searched(run, started)
-            run.__exit__(None)
+            result = searched(session, opened_models, started)
+            session.__exit__(None, None, None)
     return {**result, "wall_s": result["import_s"] + result["elapsed_s"]}
 
 

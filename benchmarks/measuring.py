@@ -222,10 +222,12 @@ class Bench:
 
     def recorded(self, task: Any, path: str) -> Series | None:
         """Short samples of one candidate, taken inside the partition; None where it crashes."""
+        from gpu_aware_tune.measure.worker import call
+
         worker = self._host.spawn(
-            "gpu_aware_tune.measure.worker:call",
+            call,
             self._partition,
-            "benchmarks.measuring:record",
+            record,
             (path, task.args),
             env=self._partition.env(),
         )

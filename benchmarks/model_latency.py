@@ -100,7 +100,7 @@ def measure(
     """Milliseconds of one inference for each contestant, ratios, and errors."""
     import tvm
 
-    from gpu_aware_tune.finalize.verify import difference
+    from gpu_aware_tune.finalize.kernel_check import difference
     from gpu_aware_tune.library import open_vm, save_weights
     from gpu_aware_tune.library.threads import CoreThread
     from gpu_aware_tune.model.importer import load_model, random_inputs

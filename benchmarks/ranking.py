@@ -1,6 +1,6 @@
 """How far two rankings of candidates agree, and what other ways to measure would have given.
 
-`benchmarks/measuring.py` measures; this is the arithmetic behind its tables.
+`benchmarks.measuring` measures; this is the arithmetic behind its tables.
 """
 
 from __future__ import annotations

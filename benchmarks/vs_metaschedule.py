@@ -14,6 +14,7 @@ these numbers.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -76,76 +77,83 @@ def run_one(
 
 
 def opened(paths: list[Path], tasks: int, **settings: Any) -> Any:
-    """A run of ours up to the lists of tasks, cut to each model's heaviest ones."""
+    """A run of ours up to the lists of tasks, cut to each model's heaviest ones: session, models."""
+    from gpu_aware_tune.events import result_of
     from gpu_aware_tune.run.jobs import make_jobs
-    from gpu_aware_tune.run.session import Run
+    from gpu_aware_tune.run.models import import_models
+    from gpu_aware_tune.run.session import Session
 
     db = paths[0].parent / "records"
-    run = Run(make_jobs(paths, target="llvm", patience=0, db=db, resume=False, **settings))
-    run.__enter__()
-    list(run.open_device())
-    list(run.load_models())
-    for model in run.models:
-        model.tasks = model.tasks[:tasks]
-    return run
+    job = make_jobs(paths, target="llvm", patience=0, db=db, resume=False, **settings)
+    session = Session(job.settings)
+    session.__enter__()
+    list(session.find_device(job.goals))
+    models = result_of(import_models(session, job.goals))
+    return session, [dataclasses.replace(m, tasks=m.tasks[:tasks]) for m in models]
 
 
 def run_ours(
     path: Path, tasks: int, trials: int, per_iter: int, repeat: int, started: float
 ) -> dict[str, Any]:
     """Our search; the untuned schedules that it measures first are part of its time."""
-    run = opened(
+    session, models = opened(
         [path], tasks, trials=tasks * trials, max_trials_per_task=trials,
         trials_per_iteration=per_iter, seed=repeat,
     )  # fmt: skip
-    result = searched(run, started)
-    run.__exit__(None)
+    result = searched(session, models, started)
+    session.__exit__(None, None, None)
     return {**result, **result.pop("models")[path.stem]}
 
 
-def searched(run: Any, started: float) -> dict[str, Any]:
+def searched(session: Any, models: Sequence[Any], started: float) -> dict[str, Any]:
     """Search with an opened run of ours, then measure what was once best again."""
-    from gpu_aware_tune.events import Trial
+    from gpu_aware_tune.events import Trial, result_of
+    from gpu_aware_tune.run.models import recall_models
+    from gpu_aware_tune.run.search_stage import run_search, start_workers
 
-    list(run.open_records())
+    models, work, known = result_of(recall_models(session, models))
     import_s = time.monotonic() - started
     begun, begun_at = time.monotonic(), time.time()
-    run.restart_clock()
-    list(run.start_workers())
+    session.restart_clock()
+    workers = result_of(start_workers(session, models, work))
     count, failed = 0, 0
-    for stage in (run.search.baseline(), run.search.trials()):
-        for event in stage:
-            if isinstance(event, Trial) and event.origin == "search":
-                count += 1
-                failed += event.failure is not None
+    for event in run_search(session, models, work, known, workers, None):
+        if isinstance(event, Trial) and event.origin == "search":
+            count += 1
+            failed += event.failure is not None
     elapsed = time.monotonic() - begun
-    cores = run.core_seconds()
+    cores = session.core_seconds(workers.pipeline.core_seconds(), workers.pipeline.cores)
     history: dict[str, list[tuple[float, str, float, str, str]]] = {}
-    for model in run.models:
+    for model in models:
         for task in model.tasks:
-            for record in run.store.all(run.search.keys[task.hash, model.units[0]]):
+            for record in known.records.all(task.hash, model.units[0]):
                 if record.seconds is not None:
                     at = record.created - begun_at
                     row = (at, task.hash, record.seconds, record.trace, record.origin)
                     history.setdefault(model.name, []).append(row)
-    models = {model.name: retimed(run, model, history[model.name]) for model in run.models}
+    again = {m.name: retimed(workers.pools, m, history[m.name]) for m in models}
     return {"import_s": import_s, "elapsed_s": elapsed, "trials": count, "failed": failed,
-            "core_seconds": cores, "models": models}  # fmt: skip
+            "core_seconds": cores, "models": again}  # fmt: skip
 
 
 def run_stock(
     path: Path, tasks: int, trials: int, per_iter: int, repeat: int, started: float
 ) -> dict[str, Any]:
     """TVM's tuner with its defaults; a callback notes when each result came in."""
+    import tvm
     from tvm.ir.utils import derived_object
     from tvm.s_tir import meta_schedule as ms
     from tvm.s_tir.meta_schedule.measure_callback import PyMeasureCallback
 
+    from gpu_aware_tune.events import result_of
     from gpu_aware_tune.kernels.traces import trace_to_json
+    from gpu_aware_tune.run.models import recall_models, target_of
+    from gpu_aware_tune.run.search_stage import start_workers
 
-    run = opened([path], tasks, trials=tasks * trials, max_trials_per_task=trials)
-    (model,) = run.models
-    contexts = stock_contexts(model.tasks, run.tvm_target(), repeat + 1)
+    session, models = opened([path], tasks, trials=tasks * trials, max_trials_per_task=trials)
+    (model,) = models
+    target = tvm.target.Target(dict(target_of(models, session.device)))
+    contexts = stock_contexts(model.tasks, target, repeat + 1)
     history: list[tuple[float, str, float, str, str]] = []
     failed = 0
 
@@ -172,10 +180,10 @@ def run_stock(
             measure_callbacks=[Clock(), *ms.measure_callback.MeasureCallback.create("default")],
         )  # fmt: skip
     elapsed = time.monotonic() - begun
-    list(run.open_records())
-    list(run.start_workers())
-    kernels = retimed(run, model, history)
-    run.__exit__(None)
+    (model,), work, _ = result_of(recall_models(session, models))
+    workers = result_of(start_workers(session, [model], work))
+    kernels = retimed(workers.pools, model, history)
+    session.__exit__(None, None, None)
     return {
         "import_s": import_s,
         "elapsed_s": elapsed,
@@ -199,7 +207,7 @@ def stock_contexts(tasks: Sequence[Any], target: Any, seed: int) -> list[Any]:
 
 
 def retimed(
-    run: Any, model: Any, history: list[tuple[float, str, float, str, str]]
+    pools: Any, model: Any, history: list[tuple[float, str, float, str, str]]
 ) -> dict[str, Any]:
     """Measure every kernel of a model that was once its task's best again, alone.
 
@@ -217,7 +225,7 @@ def retimed(
     units = model.units[0]
     again: dict[tuple[str, str], float] = {}
     wanted = [Candidate(task, trace, "default") for _, task, trace, _ in steps]
-    for outcome in run.pools.pipeline.run(wanted, effort=RETIME, alone=True):
+    for outcome in pools.pipeline.run(wanted, effort=RETIME, alone=True):
         seconds = outcome.measurements[units].seconds
         if seconds is not None:
             again[outcome.candidate.task, outcome.candidate.trace] = seconds

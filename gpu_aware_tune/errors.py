@@ -25,3 +25,11 @@ def last_line(error: Exception) -> str:
     """The line of a TVM error that says what happened, or ""; C++ frames come before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """The first line of a text that is not empty, control characters escaped, cut to a length."""
+    lines = (line.strip() for line in str(text).splitlines())
+    first = next((line for line in lines if line), type(text).__name__)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in first)
+    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."

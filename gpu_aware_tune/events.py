@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
+from typing import TypeVar
+
+
+class Level(StrEnum):
+    """How much a note matters."""
+
+    INFO = "info"
+    WARNING = "warning"
+
+
+class StageName(StrEnum):
+    """The stages of the main path, in their order."""
+
+    MODEL = "model"
+    KNEE = "knee"
+    RECORDS = "records"
+    CHECK = "check"
+    SEARCH = "search"
+    RETIME = "retime"
+    LIBRARY = "library"
+    VERIFY = "verify"
+
+
+class Origin(StrEnum):
+    """Where a candidate comes from."""
+
+    DEFAULT = "default"  # the baseline schedule
+    SEED = "seed"  # records of other units or devices
+    SEARCH = "search"
+    PLAIN = "plain"  # the unscheduled kernel, where nothing else ran
+
+
+class StoppedBy(StrEnum):
+    """Why a search ended."""
+
+    TRIALS = "trials"
+    TIME = "time"
+    PATIENCE = "patience"
+    SPACE = "space"
+    INTERRUPT = "interrupt"
 
 
 @dataclass(frozen=True)
@@ -12,14 +53,14 @@ class Note:
     """One line worth reading once, such as a fall-back that was taken and why."""
 
     text: str
-    level: str = "info"  # "info" or "warning"
+    level: Level = Level.INFO
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the main path begins: "model", "tasks", "search", "retime", "library", "verify"."""
+    """A stage of the main path begins."""
 
-    name: str
+    name: StageName
     text: str
 
 
@@ -61,7 +102,7 @@ class Trial:
     """
 
     task: str
-    origin: str  # "default", "seed" or "search"
+    origin: Origin
     seconds: Mapping[int, float | None]
     failure: str | None = None
 
@@ -98,7 +139,7 @@ class TaskResult:
     trials: int
     untuned_s: float | None
     tuned_s: float | None
-    origin: str  # which candidate won: "default", "seed", "search" or "plain"
+    origin: Origin  # of the candidate that won
 
 
 @dataclass(frozen=True)
@@ -148,8 +189,20 @@ class Finished:
     interrupted: bool
     failures: Mapping[str, int] = field(default_factory=dict)
     core_seconds: Mapping[str, float] = field(default_factory=dict)
-    stopped_by: str = "trials"  # "trials", "time", "patience", "space" or "interrupt"
+    stopped_by: StoppedBy = StoppedBy.TRIALS
     reordered: Reordered | None = None
 
 
 Event = Note | Stage | Planned | Trial | Progress | Finished
+
+Result = TypeVar("Result")
+
+
+def result_of(stage: Generator[Event, None, Result]) -> Result:
+    """Run a stage to its end, leave its events aside, and return what it returns."""
+    while True:
+        try:
+            next(stage)
+        except StopIteration as end:
+            returned: Result = end.value
+            return returned

@@ -5,24 +5,49 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.errors import UserError
 
 TARGETS = ("auto", "cuda", "llvm")
 NULL_TARGET = "null"  # the fake device of the tests; not offered to users
 TF32 = "tf32"  # float32 whose products may be computed in TF32
 DTYPES = ("float16", "float32", TF32)
 PARTITIONS = ("auto", "cores", "full", "green", "mps", "mig", "null")
-OBJECTIVES = ("share", "robust", "mean", "throughput")  # see objectives.py
-KNEE = "knee"  # the share is the knee of the model's own curve: `--gpu-pct auto`
-SHARES = ("equal", "auto")  # how several models divide a device
 RECORDS_FILE = "records.sqlite"
+MANIFEST = "manifest.json"  # what a tuned model's folder is known by
+
+
+class Objective(StrEnum):
+    """What a search minimises when a model is tuned for several shares; see `search.objectives`."""
+
+    SHARE = "share"
+    ROBUST = "robust"
+    MEAN = "mean"
+    THROUGHPUT = "throughput"
+
+    @property
+    def one_set(self) -> bool:
+        """Whether all shares get one set of kernels."""
+        return self in (Objective.ROBUST, Objective.MEAN)
+
+
+class ShareRule(StrEnum):
+    """Where a model's share comes from if no percentage is given."""
+
+    EQUAL = "equal"  # parts of the device, for several models
+    AUTO = "auto"  # likewise, by their work
+    KNEE = "knee"  # of the model's own curve: `--gpu-pct auto`
+
+
+OBJECTIVES = tuple(Objective)
+SHARES = (ShareRule.EQUAL, ShareRule.AUTO)
 
 
 @dataclass(frozen=True)
@@ -50,22 +75,19 @@ EFFORTS: Mapping[str, Effort] = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that decides what a run does; stored with the run.
+class RunSettings:
+    """What holds for a whole run, whichever models it tunes; stored with the run.
 
-    Fields left at None or 0 that `Effort` knows are filled from `effort`, so a finished `Settings`
-    always shows the numbers used. `trials` stays None only where `time_s` alone limits the run.
+    Fields left at None or 0 that `Effort` knows are filled from `effort`, so finished settings
+    always show the numbers used. `trials` stays None only where `time_s` alone limits the run.
     To change the effort of existing settings make new ones: `replace` keeps the filled numbers.
 
-    `share` says where a model's `gpu_pct` comes from if it is not given: "equal" parts for several
-    models, "auto" by their work, "knee" of the model's own curve. `slices` is how many measure side
-    by side, 0: one for each model. `exclusive` measures one candidate at a time with nothing else
-    running. `ray` spreads the search over a Ray cluster: "auto" or HOST:PORT.
+    `time_s` is for the whole run, import, baseline and verification included. `slices` is how many
+    measure side by side, 0: one for each model. `exclusive` measures one candidate at a time with
+    nothing else running. `ray` spreads the search over a Ray cluster: "auto" or HOST:PORT.
     """
 
-    gpu_pct: tuple[int, ...] = (100,)
-    share: str | None = None
-    objective: str = "share"
+    objective: Objective = Objective.SHARE
     target: str = "auto"
     arch: str | None = None
     device: int = 0
@@ -73,10 +95,7 @@ class Settings:
     time_s: float | None = None
     effort: str = "default"
     patience: int | None = None
-    output: Path | None = None
     db: Path = Path("tuning_logs")
-    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    dtype: str | None = None
     seed: int = 0
     resume: bool = True
     verify: bool = True
@@ -101,23 +120,12 @@ class Settings:
         if self.target != NULL_TARGET:
             _check_choice("--target", self.target, TARGETS)
         _check_choice("--partition", self.partition, PARTITIONS)
-        if self.dtype is not None:
-            _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--objective", self.objective, OBJECTIVES)
-        if self.share not in (None, KNEE):
-            _check_choice("--share", str(self.share), SHARES)
+        object.__setattr__(self, "objective", Objective(self.objective))
         if self.ray is not None:
             check_ray(self.ray)
-        if not self.gpu_pct:
-            raise UserError(
-                "--gpu-pct is empty: give one or more whole percentages, such as 30 or 30,50,100"
-            )
-        for percent in self.gpu_pct:
-            check_percent(percent)
         for flag, value, lowest in self._bounded():
             _check_number(flag, value, lowest)
-        for name, shape in self.input_shapes.items():
-            check_shape(name, shape)
 
     def _fill_from_effort(self) -> None:
         effort = EFFORTS[self.effort]
@@ -152,18 +160,43 @@ class Settings:
         """The record store's file, inside the `db` folder."""
         return self.db / RECORDS_FILE
 
-    def output_folder(self, model: Path) -> Path:
-        """Returns the library's folder: `output`, or `<model>.tuned` in the current folder."""
-        return self.output if self.output is not None else Path(f"{model.stem}.tuned")
-
     def as_dict(self) -> dict[str, Any]:
         """Returns the settings as plain JSON values."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        values["gpu_pct"] = list(self.gpu_pct)
-        values["output"] = None if self.output is None else str(self.output)
-        values["db"] = str(self.db)
-        values["input_shapes"] = {name: list(shape) for name, shape in self.input_shapes.items()}
-        return values
+        return {name: plain(value) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """Everything that one command asks for: a run's settings, and what each of its models gets.
+
+    `share` says where a model's `gpu_pct` comes from if it is not given. `run.jobs.divide` makes of
+    it what each model gets.
+    """
+
+    gpu_pct: tuple[int, ...] = (100,)
+    share: ShareRule | None = None
+    output: Path | None = None
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dtype: str | None = None
+    verify_inputs: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype is not None:
+            _check_choice("--dtype", self.dtype, DTYPES)
+        if self.share is not None:
+            if self.share != ShareRule.KNEE:
+                _check_choice("--share", str(self.share), SHARES)
+            object.__setattr__(self, "share", ShareRule(self.share))
+        if not self.gpu_pct:
+            raise UserError(
+                "--gpu-pct is empty: give one or more whole percentages, such as 30 or 30,50,100"
+            )
+        for percent in self.gpu_pct:
+            check_percent(percent)
+        for name, shape in self.input_shapes.items():
+            check_shape(name, shape)
 
 
 def make_settings(**options: Any) -> Settings:
@@ -185,7 +218,7 @@ def make_settings(**options: Any) -> Settings:
         given["time_s"] = given.pop("time")
     if given.get("gpu_pct") == "auto":
         del given["gpu_pct"]
-        given["share"] = KNEE
+        given["share"] = ShareRule.KNEE
     if "inputs" in given:
         given["input_shapes"] = given.pop("inputs")
     convert: dict[str, Callable[[Any], Any]] = {
@@ -193,6 +226,7 @@ def make_settings(**options: Any) -> Settings:
         "time_s": _seconds,
         "input_shapes": _input_shapes,
         "output": Path,
+        "verify_inputs": Path,
         "db": Path,
     }
     return Settings(**{name: convert.get(name, _same)(value) for name, value in given.items()})
@@ -315,48 +349,28 @@ def _input_shapes(value: Mapping[str, Iterable[int]] | Iterable[str]) -> dict[st
     return parse_inputs(value)
 
 
-def check_files(model: Path, settings: Settings) -> None:
-    """Checks, before anything costs time, that the model can be read and the results written.
-
-    A dry run writes nothing, not even to see whether it could.
+def check_replaceable(folder: Path) -> None:
+    """Checks that a model's folder may be written: it is new, empty, or a tuned model.
 
     Raises:
-        UserError: `model` is not a readable file.
-        SetupError: the output or the record store's folder cannot be written.
+        UserError: it is something else.
     """
-    if model.is_dir():
-        raise UserError(f"model {str(model)!r} is a folder: give the path of a .onnx file")
-    try:
-        with model.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise UserError(
-            f"model {str(model)!r} cannot be read ({error.strerror}): give the path of a .onnx file"
-        ) from error
-    if empty:
-        raise UserError(f"model {str(model)!r} is empty: give the path of a .onnx file")
-    if not settings.dry_run:
-        _check_writable("-o", settings.output_folder(model))
-        _check_writable("--db", settings.db)
-
-
-def _check_writable(flag: str, folder: Path) -> None:
-    """Tries to write next to or in `folder`, as permissions alone do not tell (root, /proc)."""
-    existing = folder.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryDirectory(prefix=".tune-", dir=existing):
-            return
-    except OSError as error:
-        reason = error.strerror
-    raise SetupError(
-        f"{flag} {str(folder)!r} cannot be written ({reason}): give a folder you may write to"
-    )
+    if not os.path.lexists(folder) or (folder / MANIFEST).is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is no tuned model: choose another output folder")
 
 
 def _same(value: Any) -> Any:
     return value
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path | StrEnum) else value
 
 
 QUICK = Settings(effort="quick")

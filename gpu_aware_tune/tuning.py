@@ -1,137 +1,187 @@
 """THE MAIN PATH: ONNX files and shares of a device in, verified libraries out.
 
-Stages, in this order, each one call that gives one noun to the next:
+Each stage takes what it needs and returns a frozen value that the next one takes:
 
-    share                the knee of the model's curve, where none is given  run/auto_share.py
     device               what there is, and how shares of it are made real   partition/
     models, tasks        ONNX -> fused Relax module -> unique kernels        onnx_prepare/, model/
+    shares               the knee of a model's curve, where none is given    run/auto_share.py
     records              what is known already                               records/
-    baseline, trials     search, build and measure at the same time          search/, codegen/, measure/
-    choices              re-measured alone, checked for their numbers        finalize/
-    libraries            compiled, timed, verified, exported                 finalize/, library/
+    workers              search, build and measuring workers                 workers/, run/search_stage.py
+    check                the imported model against the original file        run/check_stage.py
+    search               baseline first, then trials: search, build and      search/, codegen/, measure/
+                         measurement at the same time
+    retiming             the best measured again, alone                      finalize/retiming.py
+    choices              numerically verified kernels                        finalize/selection.py
+    libraries            compiled, timed, verified whole, exported           finalize/, library/
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gpu_aware_tune.events import Event, Finished, Stage
-from gpu_aware_tune.run.jobs import Job, divide, make_jobs
-from gpu_aware_tune.settings import KNEE, Settings, check_files
+from gpu_aware_tune.events import Event, Finished, Stage, StageName
+from gpu_aware_tune.run.checks import check_files
+from gpu_aware_tune.run.jobs import TuningJob, divide, make_jobs
+from gpu_aware_tune.search.budget import StopRequest
+from gpu_aware_tune.settings import Settings
 
 if TYPE_CHECKING:
     from gpu_aware_tune.library import Library
 
+Shapes = Mapping[str, Sequence[int]] | Sequence[str]
 
-def tune(model: str | Path, **options: Any) -> Library:
+
+def tune(
+    model: str | Path,
+    *,
+    gpu_pct: int | str | Sequence[int] | None = None,
+    objective: str = "share",
+    target: str = "auto",
+    arch: str | None = None,
+    device: int = 0,
+    partition: str = "auto",
+    trials: int | None = None,
+    time: str | float | None = None,
+    effort: str = "default",
+    patience: int | None = None,
+    output: str | Path | None = None,
+    db: str | Path = "tuning_logs",
+    inputs: Shapes | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    verify: bool = True,
+    verify_inputs: str | Path | None = None,
+    slices: int = 0,
+    exclusive: bool = False,
+    ray: str | None = None,
+    dry_run: bool = False,
+) -> Library | None:
     """Tune a model for a share of a device and load the library.
 
     Args:
         model: path of an ONNX file.
-        **options: fields of `Settings`, in the forms people write, such as `gpu_pct=30`, `time="10m"`.
+        gpu_pct: share of the device in percent, 1 to 100, or several: `30`, `"30,50"`, `(30, 50)`;
+            `"auto"`: the knee of the model's own curve. By default the whole device.
+        objective: with several shares: "share", kernels of its own for each; "robust" or "mean", one
+            set of kernels for all; "throughput", the share that serves most requests.
+        target: "cuda", "llvm", or "auto": the GPU where there is one, else the CPU.
+        arch: architecture to compile for, such as "sm_90a"; by default this machine's own.
+        device: which device to tune on.
+        partition: how the share is made real: "green", "mps", "mig", "cores", "full" or "auto".
+        trials: candidates to build and measure; by default the effort's.
+        time: the time that the whole run may take, in seconds or as "10m".
+        effort: preset of trials and search size: "quick", "default" or "full".
+        patience: stop after so many trials without a gain; 0 never stops early.
+        output: the folder to write; by default `MODEL.tuned` in the current folder.
+        db: folder of the record store.
+        inputs: shapes of inputs with dynamic dimensions, by name: `{"data": (1, 3, 224, 224)}`.
+        dtype: "float16" converts a float32 model; "tf32" lets its products be computed in TF32.
+        seed: of the search and of the inputs.
+        resume: start from the records of earlier runs.
+        verify: check the numbers of what is exported against the original file.
+        verify_inputs: an `.npz` file with an array for each input, to verify with besides random ones.
+        slices: how many parts of the device measure side by side; 0: one for each model.
+        exclusive: measure one candidate at a time, always alone.
+        ray: spread the search over a Ray cluster: "auto" or "HOST:PORT".
+        dry_run: list tasks and budget, measure and write nothing.
 
     Returns:
-        The library for the first share asked for, ready to be called.
+        The library for the first share asked for, ready to be called; None after a dry run.
 
     Raises:
         UserError: an option or the model cannot be used.
         SetupError: the machine lacks something.
     """
-    return tune_many([model], **options)[0]
+    options = {name: value for name, value in locals().items() if name != "model"}
+    libraries = tune_many([model], **options)
+    return libraries[0] if libraries else None
 
 
-def tune_many(models: Sequence[str | Path], **options: Any) -> list[Library]:
+def tune_many(models: Sequence[str | Path], **options: object) -> list[Library]:
     """Tune several models at the same time, each for its share of one device, and load them.
 
     Args:
         models: paths of ONNX files.
         **options: as for `tune`; `gpu_pct` is one percentage for all models or one for each, and
-            equal parts of the device without it. `output` is a folder for all of the libraries.
+            equal parts of the device without it. `share="auto"` divides it by the models' work.
+            `output` is a folder for all of the libraries.
 
     Returns:
-        A library for each model, in their order.
+        A library for each model, in their order; none after a dry run.
 
     Raises:
         UserError: an option or a model cannot be used.
         SetupError: the machine lacks something.
     """
+    finished = [e for e in tune_jobs(make_jobs(models, **options)) if isinstance(e, Finished)]
+    if not finished:
+        return []
     from gpu_aware_tune.library import load
 
-    finished = [e for e in tune_jobs(make_jobs(models, **options)) if isinstance(e, Finished)]
-    libraries = []
-    for outcome in finished:
-        assert outcome.output is not None
-        libraries.append(load(outcome.output, units=outcome.shares[0].units))
-    return libraries
+    return [
+        load(outcome.output, units=outcome.shares[0].units)
+        for outcome in finished
+        if outcome.output is not None
+    ]
 
 
-def tune_events(model: str | Path | Sequence[Path], settings: Settings) -> Iterator[Event]:
-    """Tune one model or several, telling what happens; see `tune_jobs`."""
+def tune_events(
+    model: str | Path | Sequence[Path], settings: Settings, stop: StopRequest | None = None
+) -> Iterator[Event]:
+    """Tune one model or several, reporting what happens; see `tune_jobs`."""
     models = [Path(model)] if isinstance(model, str | Path) else list(model)
-    return tune_jobs(divide(models, settings))
+    return tune_jobs(divide(models, settings), stop)
 
 
-def tune_jobs(jobs: Sequence[Job]) -> Iterator[Event]:
-    """Tune models, telling what happens: a generator of `events` that ends with one `Finished` each.
+def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Event, None, None]:
+    """Tune models: a generator of `events` that ends with one `Finished` for each.
 
-    Closing it early, Ctrl-C and errors all end every worker; what was measured is on disk by then.
-    The first Ctrl-C ends the search and exports the best so far; a second one raises
-    `KeyboardInterrupt`.
+    Closing it early and errors end every worker; what was measured is on disk by then.
+
+    Args:
+        job: what `make_jobs` returned.
+        stop: its `request()` ends the search and exports the best so far.
     """
-    from gpu_aware_tune.run.auto_share import with_share
-    from gpu_aware_tune.run.session import Run
+    from gpu_aware_tune.finalize.retiming import measure_drift, retime
+    from gpu_aware_tune.run.auto_share import choose_shares
+    from gpu_aware_tune.run.check_stage import check_models, start_oracles
+    from gpu_aware_tune.run.libraries import (
+        build_libraries,
+        choose_kernels,
+        export_libraries,
+        finish,
+    )
+    from gpu_aware_tune.run.models import import_models, plans, recall_models
+    from gpu_aware_tune.run.search_stage import run_search, start_workers
+    from gpu_aware_tune.run.session import Session
+    from gpu_aware_tune.run.time_budget import divide_time
 
-    for path, settings in jobs:
-        check_files(path, settings)
-    jobs = list(jobs)
-    for number, job in enumerate(jobs):
-        if job[1].share == KNEE:
-            jobs[number] = yield from with_share(job)
-    with contextlib.ExitStack() as stack:
-        run = stack.enter_context(Run(jobs))
-        yield from run.open_device()
-        yield from run.load_models()
-        yield Stage("records", "reading what is known")
-        yield from run.open_records()
-        yield from run.plan()
-        if run.settings.dry_run:
+    settings = job.settings
+    for goal in job.goals:
+        check_files(goal, settings)
+    with Session(settings, stop) as session:
+        yield from session.find_device(job.goals)
+        oracles = start_oracles(session, job.goals)
+        models = yield from import_models(session, job.goals)
+        models = yield from choose_shares(session, models)
+        models, work, known = yield from recall_models(session, models)
+        yield from plans(session, models, work, known)
+        if settings.dry_run:
             return
-        stack.enter_context(_interrupt(run.interrupt))
-        yield Stage("search", "measuring the untuned schedules")
-        yield from run.start_workers()
-        yield from run.search.baseline()
-        if not run.search.interrupted:
-            yield Stage("search", "searching")
-            yield from run.search.trials()
-        yield Stage("retime", "measuring the best again, alone")
-        yield from run.choose()
-        yield Stage("library", "compiling and timing the library")
-        run.compile()
-        yield from run.time()
-        yield Stage("verify", "checking the library's numbers")
-        yield from run.export()
-        yield from run.finish()
-
-
-@contextlib.contextmanager
-def _interrupt(handler: Any) -> Iterator[None]:
-    """Route the first Ctrl-C to `handler`; a second one raises as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers; the caller's own stays in force
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def first(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        handler()
-
-    signal.signal(signal.SIGINT, first)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        records = known.records
+        workers = yield from start_workers(session, models, work)
+        checked = yield from check_models(session, models, oracles, workers)
+        workers = checked.workers
+        times, notes = divide_time(session, checked.seconds, sum(len(m.units) for m in models))
+        yield from notes
+        found = yield from run_search(session, models, work, known, workers, times.search_s)
+        yield Stage(StageName.RETIME, "measuring the best again, alone")
+        reorders = yield from retime(work, found, records, settings, workers.pools, times.retime_s)
+        drift = measure_drift(work, records, workers.pipeline, settings.measure_s)
+        chosen = yield from choose_kernels(session, models, records, workers, checked.passed)
+        built = yield from build_libraries(session, chosen, records, workers, times.rounds)
+        exported = yield from export_libraries(session, built, checked.references, records, workers)
+        yield from finish(session, exported, found, reorders, drift, records, workers)

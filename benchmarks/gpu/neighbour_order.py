@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,10 @@ from benchmarks.scaffold import gpu_benchmark, gpu_parser
 if TYPE_CHECKING:
     from gpu_aware_tune.events import Event
     from gpu_aware_tune.finalize.retiming import Reorder
-    from gpu_aware_tune.run.session import Run
+    from gpu_aware_tune.run.jobs import TuningJob
+    from gpu_aware_tune.run.session import Session
+    from gpu_aware_tune.search.stage import SearchResult
+    from gpu_aware_tune.search.workload import Workload
 
     Reorders = dict[tuple[str, int], Reorder]
 
@@ -93,7 +96,7 @@ def tuned(
     """One run over all models up to the second measurement; what that changed, and the trials."""
     from gpu_aware_tune.events import Progress
     from gpu_aware_tune.run.jobs import make_jobs
-    from gpu_aware_tune.run.session import Run
+    from gpu_aware_tune.run.session import Session
 
     begun = time.monotonic()
     slices = max(2, len(paths))
@@ -101,22 +104,26 @@ def tuned(
         paths, gpu_pct=100 // slices, slices=slices, exclusive=way == "exclusive", seed=seed,
         patience=0, db=db, **options,
     )  # fmt: skip
-    reorders: Reorders = {}
     last: dict[str, Progress] = {}
-    with Run(jobs) as run:
-        for event in searched(run, reorders):
+    with Session(jobs.settings) as session:
+        stages = searched(session, jobs)
+        while True:
+            try:
+                event = next(stages)
+            except StopIteration as end:
+                work, found, reorders = end.value
+                break
             if isinstance(event, Progress):
                 last[event.model] = event
-        row = {"backend": run.models[0].backend, "units": [m.units[0] for m in run.models]}
-        task_names = {task.hash: task.name for task in run.tasks}
-        stopped_by = {model.name: run.search.stopped_by(model.name) for model in run.models}
+        row = {"backend": session.backend, "units": [goal.units for goal in work.goals]}
+        task_names = {task.hash: task.name for task in work.tasks}
     return {
         **row,
         "slices": max(len(event.slices) for event in last.values()),
         "trials": {name: event.trials_done for name, event in last.items()},
         "trials_per_min": sum(event.trials_per_min for event in last.values()),
-        "stopped_by": stopped_by,
-        "failures": dict(run.search.failures),
+        "stopped_by": dict(found.stopped_by),
+        "failures": dict(found.failures),
         **neighbours(db),
         "tasks": [
             {"task": task_names[task], "units": units, "changed": r.changed, "regret": r.regret}
@@ -126,18 +133,25 @@ def tuned(
     }
 
 
-def searched(run: Run, reorders: Reorders) -> Iterator[Event]:
-    """The stages of a run up to the second measurement; `reorders` gets what that changed.
+def searched(
+    session: Session, job: TuningJob
+) -> Generator[Event, None, tuple[Workload, SearchResult, Reorders]]:
+    """The stages of a run up to the second measurement: what was searched, found and reordered.
 
     No library is made: this is the same in both ways, and takes time that searches can have.
     """
     from gpu_aware_tune.finalize.retiming import retime
+    from gpu_aware_tune.run.models import import_models, recall_models
+    from gpu_aware_tune.run.search_stage import run_search, start_workers
 
-    for stage in (run.open_device, run.load_models, run.open_records, run.start_workers):
-        yield from stage()
-    yield from run.search.baseline()
-    yield from run.search.trials()
-    reorders |= yield from retime(run.search, run.pools, run.settings.top_k)
+    yield from session.find_device(job.goals)
+    models = yield from import_models(session, job.goals)
+    models, work, known = yield from recall_models(session, models)
+    workers = yield from start_workers(session, models, work)
+    limit = session.settings.time_s
+    found = yield from run_search(session, models, work, known, workers, limit)
+    reorders = yield from retime(work, found, known.records, session.settings, workers.pools)
+    return work, found, reorders
 
 
 def neighbours(db: Path) -> dict[str, int]:

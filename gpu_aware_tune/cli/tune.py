@@ -6,19 +6,22 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from gpu_aware_tune.cli.options import CONTEXT, debug_option
 from gpu_aware_tune.codegen.linking import find_compiler
 from gpu_aware_tune.errors import TuneError
-from gpu_aware_tune.run.jobs import Job, make_jobs
+from gpu_aware_tune.run.checks import check_files
+from gpu_aware_tune.run.jobs import ModelGoal, TuningJob, make_jobs
+from gpu_aware_tune.search.budget import StopRequest
 from gpu_aware_tune.settings import (
     DTYPES,
     EFFORTS,
@@ -26,12 +29,10 @@ from gpu_aware_tune.settings import (
     PARTITIONS,
     SHARES,
     TARGETS,
-    Settings,
-    check_files,
 )
 
 if TYPE_CHECKING:
-    from gpu_aware_tune.events import Event, Finished, Planned
+    from gpu_aware_tune.events import Finished, Planned
 
 INTERRUPTED = 130
 NOISE_SHOWN = 4000  # bytes
@@ -91,7 +92,7 @@ NOISE_SHOWN = 4000  # bytes
     help="How the share is made real; see `tune doctor`.",
 )
 @click.option("--trials", type=int, help="Candidates to build and measure [default: the effort's].")
-@click.option("--time", metavar="DURATION", help="Stop searching after this long: 90s, 10m, 2h.")
+@click.option("--time", metavar="DURATION", help="Time that the whole run may take: 90s, 10m, 2h.")
 @click.option(
     "--effort",
     metavar="|".join(EFFORTS),
@@ -137,6 +138,11 @@ NOISE_SHOWN = 4000  # bytes
     help="Start from the records of earlier runs, or ignore them.",
 )
 @click.option("--verify/--no-verify", default=True, help="Check the numbers of what is exported.")
+@click.option(
+    "--verify-inputs",
+    metavar="FILE.npz",
+    help="Verify with these inputs, too: an array for each input, by name.",
+)
 @click.option("--dry-run", is_flag=True, help="Show tasks and budget; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -150,36 +156,36 @@ def tune(
     Several models are tuned at the same time, each on its own slice of the device. Ctrl-C stops the
     search and exports the best so far; a second Ctrl-C aborts.
     """
-    jobs = make_jobs(models, **options)
-    for model, settings in jobs:
-        check_files(model, settings)
-    if not jobs[0][1].dry_run:
+    job = make_jobs(models, **options)
+    for goal in job.goals:
+        check_files(goal, job.settings)
+    if not job.settings.dry_run:
         find_compiler()
     if not verbose:
         warnings.simplefilter("ignore")  # the libraries' warnings are not for users
     with _own_output(verbose) as (results, messages):
-        for model, settings in jobs:
-            _check_model(model, settings)
-        planned, finished = _run(jobs, results, messages, quiet, as_json, verbose)
+        for goal in job.goals:
+            _check_model(goal)
+        planned, finished = _run(job, results, messages, quiet, as_json, verbose)
         if as_json:
             outcomes = [_plain(outcome) for outcome in finished or planned]
-            answer = outcomes[0] if len(jobs) == 1 else {"models": outcomes}
+            answer = outcomes[0] if len(job.goals) == 1 else {"models": outcomes}
             print(json.dumps(answer), file=results, flush=True)
     if any(outcome.interrupted and outcome.output is None for outcome in finished):
         return INTERRUPTED
     return 0
 
 
-def _check_model(path: Path, settings: Settings) -> None:
+def _check_model(goal: ModelGoal) -> None:
     """Reads the model once before TVM is loaded: what the file alone tells is told in a second."""
     from gpu_aware_tune.onnx_prepare import read_model
     from gpu_aware_tune.onnx_prepare.shapes import fix_inputs
 
-    fix_inputs(read_model(path), settings.input_shapes)
+    fix_inputs(read_model(goal.path), goal.input_shapes)
 
 
 def _run(
-    jobs: Sequence[Job],
+    job: TuningJob,
     results: TextIO,
     messages: TextIO,
     quiet: bool,
@@ -193,12 +199,13 @@ def _run(
 
     planned: list[Planned] = []
     finished: list[Finished] = []
-    # A generator, so that the run ends at once when drawing fails.
-    stream = cast("Generator[Event, None, None]", tune_jobs(jobs))
+    stop = StopRequest()
+    stream = tune_jobs(job, stop)  # closed, so that the run ends at once when drawing fails
     show_results = None if quiet or as_json else results
     with (
         Display(None if quiet else messages, show_results, verbose) as display,
         contextlib.closing(stream) as events,
+        _first_signal(stop),
     ):
         for event in events:
             display.show(event)
@@ -207,6 +214,25 @@ def _run(
             elif isinstance(event, Finished):
                 finished.append(event)
     return planned, finished
+
+
+@contextlib.contextmanager
+def _first_signal(stop: StopRequest) -> Iterator[None]:
+    """Make of the first Ctrl-C, or SIGTERM, a request to stop; a second one acts as usual."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def first(number: int, frame: object) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        stop.request()
+
+    for number in before:
+        signal.signal(number, first)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def connected(address: str) -> Iterator[str]:
     try:
         import ray
     except ImportError as error:
-        raise SetupError(f"--ray needs Ray ({error}): pip install ray") from error
+        raise SetupError(f"--ray needs Ray ({error}): pip install 'gpu-aware-tune[ray]'") from error
     if ray.is_initialized():
         yield "the Ray cluster that this process belongs to"
         return

@@ -28,7 +28,7 @@ from gpu_aware_tune.cluster.messages import (
 )
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure import SEARCH, Effort
-from gpu_aware_tune.measure.measurement import Measurement
+from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.search.candidates import Candidate, NewTask
 from gpu_aware_tune.search.pipeline import Demand, Outcome, TaskSpec
 
@@ -329,7 +329,7 @@ class ClusterPipeline:
         elsewhere = "" if member.ready is None else "; its work goes elsewhere"
         demand.note(f"{member.name} does not work for this run ({text}){elsewhere}")
         for candidate in self._ledger.lose(member.key):
-            failed = Measurement.failed("lost", f"on two machines that were lost; {text}")
+            failed = Measurement.failed(FailureKind.LOST, f"on two machines that were lost; {text}")
             yield Outcome(candidate, dict.fromkeys(self._tasks[candidate.task].units, failed))
 
     def _end(self) -> None:

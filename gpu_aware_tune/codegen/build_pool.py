@@ -8,7 +8,6 @@ linker (4 ms); TVM's own tarball route costs 180 ms a candidate.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import select
 import statistics
@@ -22,13 +21,11 @@ from typing import Any, TypeVar
 
 from gpu_aware_tune.codegen.linking import run_linker
 from gpu_aware_tune.errors import last_line
-from gpu_aware_tune.measure.measurement import Failure
+from gpu_aware_tune.measure.measurement import Failure, FailureKind
 from gpu_aware_tune.workers import Worker, WorkerHost
 
 Key = TypeVar("Key")
 
-_ENTRY = "gpu_aware_tune.codegen.build_pool:serve"
-CALL_FAILED = "error"  # kind of a failure that is not the kernel's but the called function's
 _PATIENCE = 5.0  # a build may take so many times the median ...
 _LEAST_LIMIT_S = 1.0  # ... and at least this much CPU time ...
 _JUDGES = 16  # ... once so many builds have been seen
@@ -59,9 +56,12 @@ class Built:
 
 @dataclass(frozen=True)
 class Call:
-    """A request to run "module:function"(*args) in a build worker; the answer is what it returns."""
+    """A request to run function(*args) in a build worker.
 
-    function: str
+    The answer is what it returns, or a `Failure` if it raised or its worker ended.
+    """
+
+    function: Callable[..., Any]
     args: tuple[Any, ...]
 
 
@@ -114,9 +114,9 @@ class BuildPool:
         path = str(self._host.scratch / f"artifact-{self._sequence}.so")
         self._send(Build(task, trace, path), key, task)
 
-    def call(self, key: Any, function: str, *args: Any, task: str | None = None) -> None:
-        """Start any function of this package on an idle worker; see `Call`."""
-        self._send(Call(function, args), key, task)
+    def call(self, key: Any, function: Callable[..., Any], *args: Any) -> None:
+        """Start a function of a module on an idle worker; see `Call`."""
+        self._send(Call(function, args), key, None)
 
     def _send(self, message: Build | Call, key: Any, task: str | None) -> None:
         worker = next(w for w in self.workers if w.busy_since is None)
@@ -135,15 +135,32 @@ class BuildPool:
                 try:
                     answer = worker.recv()
                 except EOFError:
-                    yield self._given_up(worker, "crash", "")
+                    yield self._given_up(worker, FailureKind.CRASH, "")
                     continue
                 if isinstance(answer, Built):
                     self._durations.append(answer.seconds)
                 yield worker.done()[0], answer
             elif (text := self._overdue(worker)) is not None:
-                yield self._given_up(worker, "build-timeout", text)
+                yield self._given_up(worker, FailureKind.BUILD_TIMEOUT, text)
             elif worker.rss_bytes() > self._memory_bytes:
-                yield self._given_up(worker, "memory", f"over {self._memory_bytes >> 20} MiB")
+                yield self._given_up(
+                    worker, FailureKind.MEMORY, f"over {self._memory_bytes >> 20} MiB"
+                )
+
+    def call_all(
+        self, calls: Mapping[Key, tuple[Callable[..., Any], tuple[Any, ...]]]
+    ) -> Iterator[tuple[Key, Any]]:
+        """Run functions side by side; gives each key with the result or a `Failure`, as they end.
+
+        Args:
+            calls: function and arguments by key; started in their order.
+        """
+
+        def start(key: Key) -> None:
+            function, args = calls[key]
+            self.call(key, function, *args)
+
+        yield from self.work_off(calls, start)
 
     def work_off(
         self, keys: Iterable[Key], start: Callable[[Key], None]
@@ -154,17 +171,17 @@ class BuildPool:
             keys: tell the jobs apart.
             start: submits or calls the job of a key; a worker is idle then.
         """
-        waiting = list(keys)
+        waiting = deque(keys)
         while waiting or self.busy:
             while waiting and self.idle:
-                start(waiting.pop())
+                start(waiting.popleft())
             ready = select.select(self.busy, [], [], _WAIT_S)[0]
             yield from self.collect(ready)
 
     def abandon(self) -> None:
         """Give up every job under way."""
         for worker in self.busy:
-            self._given_up(worker, "abandoned", "the run stopped")
+            self._given_up(worker, FailureKind.ABANDONED, "the run stopped")
 
     def cpu_s(self) -> float:
         """CPU seconds of all build workers so far."""
@@ -178,7 +195,7 @@ class BuildPool:
         self.workers.clear()
 
     def _start(self) -> Worker:
-        worker = self._host.spawn(_ENTRY, self._target, env=self._env)
+        worker = self._host.spawn(serve, self._target, env=self._env)
         self._sent[worker.pid] = set()
         return worker
 
@@ -194,14 +211,16 @@ class BuildPool:
         used = worker.cpu_s() - self._started_cpu_s[worker.pid]
         return f"over {limit:.1f} s of CPU time" if used > limit else None
 
-    def _given_up(self, worker: Worker, kind: str, text: str) -> tuple[Any, Built]:
+    def _given_up(
+        self, worker: Worker, kind: FailureKind, text: str
+    ) -> tuple[Any, Built | Failure]:
         key, message = worker.done()
         self._retired_cpu_s += worker.cpu_s()
         how = worker.kill().text
         self._sent.pop(worker.pid)
         self.workers[self.workers.index(worker)] = self._start()
-        path = message.path if isinstance(message, Build) else ""
-        return key, Built(path, 0.0, Failure(kind, text or how))
+        failure = Failure(kind, text or how)
+        return key, Built(message.path, 0.0, failure) if isinstance(message, Build) else failure
 
 
 def serve(connection: Connection, target: dict[str, Any]) -> None:
@@ -224,12 +243,11 @@ def serve(connection: Connection, target: dict[str, Any]) -> None:
 
 
 def _run(call: Call) -> Any:
-    """What a called function returns; if it raised, a failure that says so (see `CALL_FAILED`)."""
-    module, _, name = call.function.partition(":")
+    """What a called function returns, or a failure that says what it raised."""
     try:
-        return getattr(importlib.import_module(module), name)(*call.args)
+        return call.function(*call.args)
     except Exception as error:  # told to the parent, which knows what the call was for
-        return Built("", 0.0, Failure(CALL_FAILED, f"{type(error).__name__}: {error}"))
+        return Failure(FailureKind.ERROR, f"{type(error).__name__}: {last_line(error)}")
 
 
 def _build(job: Build, module: Any, target: Any) -> Built:
@@ -240,7 +258,7 @@ def _build(job: Build, module: Any, target: Any) -> Built:
         Exception
     ) as error:  # whatever a bad schedule makes TVM raise is this candidate's failure
         text = f"{type(error).__name__}: {last_line(error)}"
-        return Built(job.path, time.process_time() - start, Failure("build", text))
+        return Built(job.path, time.process_time() - start, Failure(FailureKind.BUILD, text))
     digest = hashlib.blake2b(Path(job.path).read_bytes(), digest_size=16).hexdigest()
     return Built(job.path, time.process_time() - start, digest=digest)
 
@@ -256,11 +274,13 @@ def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> N
     """
     import tvm
 
+    from gpu_aware_tune.codegen.build_options import build_options
     from gpu_aware_tune.kernels.packing import without_packing
     from gpu_aware_tune.kernels.traces import apply_trace
 
     scheduled = module if trace is None else without_packing(apply_trace(trace, module).mod)
-    built = tvm.tirx.build(scheduled, target=target)
+    with build_options(scheduled):
+        built = tvm.tirx.build(scheduled, target=target)
     if target.kind.name != "llvm":
         from gpu_aware_tune.codegen.cuda_toolchain import export_module
 

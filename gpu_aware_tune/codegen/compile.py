@@ -10,6 +10,7 @@ from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
 from tvm.relax.backend.cuda import pipeline as cuda_pipeline
 
+from gpu_aware_tune.codegen.build_options import build_options
 from gpu_aware_tune.errors import TuneError
 from gpu_aware_tune.kernels.packing import pack_at_load
 from gpu_aware_tune.kernels.traces import task_hash
@@ -109,7 +110,8 @@ def _prepare(
 
 
 def _build(module: tvm.IRModule, target: tvm.target.Target) -> relax.VMExecutable:
-    return relax.build(module, target=target, relax_pipeline=_lowering(target))
+    with build_options(module):
+        return relax.build(module, target=target, relax_pipeline=_lowering(target))
 
 
 def schedule_module(

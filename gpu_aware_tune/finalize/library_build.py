@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gpu_aware_tune.codegen.build_pool import BuildPool, Built
+from gpu_aware_tune.codegen.build_pool import BuildPool
 from gpu_aware_tune.errors import TuneError, last_line
+from gpu_aware_tune.finalize.selection import Choice
+from gpu_aware_tune.measure.measurement import Failure
+from gpu_aware_tune.measure.worker import call
 from gpu_aware_tune.workers import WorkerHost
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from gpu_aware_tune.finalize.oracle import Reference
+    from gpu_aware_tune.model.draws import DrawKind, DrawPlan
     from gpu_aware_tune.model.importer import Model, TensorSpec
     from gpu_aware_tune.partition import Partition
 
 Key = TypeVar("Key", bound=Hashable)
 
-_COMPILE = "gpu_aware_tune.finalize.library_build:compile_to_file"
-_TOGETHER = "gpu_aware_tune.finalize.library_build:compile_shares_to_file"
-_TIME = "gpu_aware_tune.finalize.library_build:time_libraries"
-_RUN = "gpu_aware_tune.finalize.library_build:run_library"
-_CALL = "gpu_aware_tune.measure.worker:call"
 _LIMIT_S = 600.0  # of a worker that times or runs libraries: one that hangs must not hold the run
-_ROUNDS = 10
-_ROUND_S = 0.3
+ROUNDS = 10
+ROUND_S = 0.3
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LibrarySpec:
     """One library to compile: a model with kernels (traces by task hash) for some units.
 
     `name` tells several of one model and units apart, such as "tuned" and "untuned".
@@ -44,10 +44,32 @@ class Wanted:
     traces: Mapping[str, str]
 
 
+class CompiledLibraries:
+    """The libraries that a run has compiled so far: none is compiled twice.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths: dict[Hashable, Path] = {}
+
+    def path_of(self, spec: LibrarySpec) -> tuple[Path, bool]:
+        """The path of a library, and whether it is there already; if not, the caller writes it."""
+        key = (spec.model.hash, spec.units, tuple(sorted(spec.target.items(), key=str)),
+               frozenset(spec.traces.items()))  # fmt: skip
+        known = self._paths.get(str(key))
+        if known is not None:
+            return known, known.exists()
+        path = self._paths[str(key)] = self._folder / f"library-{len(self._paths)}.so"
+        return path, False
+
+
 def compile_all(
-    wanted: Sequence[Wanted], builders: BuildPool, folder: Path
+    specs: Sequence[LibrarySpec], builders: BuildPool, compiled: CompiledLibraries
 ) -> dict[tuple[str, str, int], Path]:
-    """Compile libraries side by side in the build workers.
+    """Compile libraries side by side in the build workers, each different one once.
 
     Returns:
         The path of each, by (the model's name, name, units).
@@ -57,18 +79,21 @@ def compile_all(
     """
     from gpu_aware_tune.kernels.traces import module_to_json
 
-    texts = {id(item.model): module_to_json(item.model.module) for item in wanted}
-    calls = {}
-    for number, item in enumerate(wanted):
-        path = folder / f"library-{number}.so"
-        args = (texts[id(item.model)], dict(item.target), dict(item.traces), str(path))
-        what = f"{item.model.name}: the {item.name} library for {item.units} units"
-        calls[item.model.name, item.name, item.units] = _Call(_COMPILE, args, path, what)
-    return _call_all(builders, calls)
+    texts = {id(item.model): module_to_json(item.model.module) for item in specs}
+    paths, calls = {}, {}
+    for item in specs:
+        path, is_there = compiled.path_of(item)
+        paths[item.model.name, item.name, item.units] = path
+        if not is_there:
+            args = (texts[id(item.model)], dict(item.target), dict(item.traces), str(path))
+            what = f"{item.model.name}: the {item.name} library for {item.units} units"
+            calls[path] = _Call(compile_to_file, args, path, what)
+    _call_all(builders, calls)
+    return paths
 
 
 def compile_together(
-    wanted: Sequence[Wanted], builders: BuildPool, folder: Path
+    wanted: Sequence[LibrarySpec], builders: BuildPool, folder: Path
 ) -> dict[str, Path]:
     """Compile for each model one library that holds all of its shares, equal kernels once.
 
@@ -82,7 +107,7 @@ def compile_together(
     """
     from gpu_aware_tune.kernels.traces import module_to_json
 
-    shares: dict[str, list[Wanted]] = {}
+    shares: dict[str, list[LibrarySpec]] = {}
     for item in wanted:
         shares.setdefault(item.model.name, []).append(item)
     calls = {}
@@ -90,7 +115,9 @@ def compile_together(
         path = folder / f"shares-{number}.so"
         described = {item.units: (dict(item.target), dict(item.traces)) for item in items}
         args = (module_to_json(items[0].model.module), described, str(path))
-        calls[name] = _Call(_TOGETHER, args, path, f"{name}: the library of all shares")
+        calls[name] = _Call(
+            compile_shares_to_file, args, path, f"{name}: the library of all shares"
+        )
     return _call_all(builders, calls)
 
 
@@ -98,21 +125,18 @@ def compile_together(
 class _Call:
     """A function for a build worker that writes a library and gives the error's text, or None."""
 
-    function: str
+    function: Callable[..., str | None]
     args: tuple[Any, ...]
     path: Path
     what: str
 
 
 def _call_all(builders: BuildPool, calls: Mapping[Key, _Call]) -> dict[Key, Path]:
-    def start(key: Key) -> None:
-        builders.call(key, calls[key].function, *calls[key].args)
-
     done: dict[Key, Path] = {}
-    for key, answer in builders.work_off(calls, start):
-        if isinstance(answer, Built) or answer is not None:
-            failure = answer.failure if isinstance(answer, Built) else None
-            text = failure.text if failure else answer
+    work = {key: (call_.function, call_.args) for key, call_ in calls.items()}
+    for key, answer in builders.call_all(work):
+        if answer is not None:
+            text = answer.text if isinstance(answer, Failure) else answer
             raise TuneError(f"{calls[key].what} did not compile: {text}")
         done[key] = calls[key].path
     return done
@@ -171,14 +195,20 @@ def time_on(
     libraries: Mapping[str, Path],
     weights: Path,
     model: Model,
+    rounds: int = ROUNDS,
 ) -> dict[str, float]:
     """Seconds of one inference of each library on a partition, in a worker of its own.
 
     The libraries take turns, so that drift of the machine meets all of them alike, and the lowest
     tenth of each is told, as for kernels: on a shared machine disturbances only ever add time.
     """
-    args = ({name: str(path) for name, path in libraries.items()}, str(weights), model.inputs)
-    answer: dict[str, float] = _inside(host, partition, _TIME, args, "timing")
+    args = (
+        {name: str(path) for name, path in libraries.items()},
+        str(weights),
+        model.inputs,
+        rounds,
+    )
+    answer: dict[str, float] = _inside(host, partition, time_libraries, args, "timing")
     return answer
 
 
@@ -188,29 +218,34 @@ def run_on(
     library: Path,
     entry: str,
     weights: Path,
-    model: Model,
-    seed: int,
-) -> list[np.ndarray]:
-    """A library's outputs on a partition, in a worker of its own: a wrong kernel may crash or hang.
+    reference: Reference,
+) -> list[list[np.ndarray]]:
+    """A library's outputs on a partition for each draw of a reference, in a worker of its own.
+
+    A wrong kernel may crash or hang.
 
     Args:
         library: the `.so`.
         entry: its function, "main_2" for 2 units where it holds several shares.
         weights: the file that `save_weights` wrote.
-        model: what the library was compiled from.
-        seed: of the random inputs, see `model.random_inputs`.
+        reference: whose inputs it gets.
     """
     # The inputs' description, not themselves: what a worker starts with is one small message.
-    args = (str(library), str(weights), entry, model.inputs, seed)
-    answer: list[np.ndarray] = _inside(host, partition, _RUN, args, "running")
+    kinds = tuple(draw.kind for draw in reference.draws)
+    args = (str(library), str(weights), entry, reference.plan, kinds)
+    answer: list[list[np.ndarray]] = _inside(host, partition, run_library, args, "running")
     return answer
 
 
 def _inside(
-    host: WorkerHost, partition: Partition, function: str, args: tuple[Any, ...], doing: str
+    host: WorkerHost,
+    partition: Partition,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    doing: str,
 ) -> Any:
     """What a function gives in a worker inside a partition; a worker that dies or hangs is an error."""
-    worker = host.spawn(_CALL, partition, function, args, env=partition.env())
+    worker = host.spawn(call, partition, function, args, env=partition.env())
     why = f"no answer in {_LIMIT_S:.0f} s"
     try:
         if select.select([worker], [], [], _LIMIT_S)[0]:
@@ -224,7 +259,7 @@ def _inside(
 
 
 def time_libraries(
-    libraries: Mapping[str, str], weights: str, specs: Sequence[TensorSpec]
+    libraries: Mapping[str, str], weights: str, specs: Sequence[TensorSpec], rounds: int
 ) -> dict[str, float]:
     """See `time_on` (in the worker)."""
     from gpu_aware_tune.library import open_vm
@@ -234,24 +269,22 @@ def time_libraries(
     inputs = random_inputs(specs, seed=0)
     timers = {name: open_vm(path, weights).timer(inputs) for name, path in libraries.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for name, timer in timers.items():
-            samples[name].extend(timer(_ROUND_S / len(timers)))
+            samples[name].extend(timer(ROUND_S / len(timers)))
     return {name: lowest_tenth(values) for name, values in samples.items()}
 
 
 def run_library(
-    library: str, weights: str, entry: str, specs: Sequence[TensorSpec], seed: int
-) -> list[np.ndarray]:
+    library: str, weights: str, entry: str, plan: DrawPlan, kinds: Sequence[DrawKind]
+) -> list[list[np.ndarray]]:
     """See `run_on` (in the worker)."""
     from gpu_aware_tune.library import open_vm
-    from gpu_aware_tune.model.importer import random_inputs
 
-    inputs = random_inputs(specs, seed)
     program = open_vm(library, weights, entry=entry)
-    return program(program.place(list(inputs.values())))
+    return [program(program.place(list(plan.arrays(kind).values()))) for kind in kinds]
 
 
-def traces_of(choices: Iterator[Any] | Sequence[Any], units: int) -> dict[str, str]:
-    """The traces of one share's choices by task hash; plain loops are left out."""
+def traces_of(choices: Sequence[Choice], units: int) -> dict[str, str]:
+    """The traces of one share's choices by task hash; unscheduled kernels are left out."""
     return {c.task.hash: c.trace for c in choices if c.units == units and c.trace}

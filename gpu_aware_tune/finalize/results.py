@@ -7,34 +7,40 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.events import Reordered, ShareResult, TaskResult
 from gpu_aware_tune.finalize.retiming import Reorder
-from gpu_aware_tune.finalize.selection import Choice, fastest_s
-from gpu_aware_tune.search.stage import Search
+from gpu_aware_tune.finalize.selection import Choice
+from gpu_aware_tune.finalize.verify import VerifyReport
+from gpu_aware_tune.records.task_records import TaskRecords
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Device, Share
-    from gpu_aware_tune.settings import Settings
+    from gpu_aware_tune.settings import RunSettings
 
 
-def task_results(choices: Sequence[Choice], search: Search) -> tuple[TaskResult, ...]:
-    """The rows of the closing table."""
-    return tuple(
-        TaskResult(
-            name=choice.task.name,
-            units=choice.units,
-            weight=choice.task.weight,
-            trials=search.allocation.trials(choice.task.hash),
-            untuned_s=search.untuned_s(choice.task, choice.units),
-            tuned_s=choice.seconds or None,
-            origin=choice.origin,
+def task_results(
+    choices: Sequence[Choice], records: TaskRecords, trials: Mapping[str, int]
+) -> tuple[TaskResult, ...]:
+    """The rows of the closing table; `trials` are those of each task, by hash."""
+    rows = []
+    for choice in choices:
+        baseline = records.baseline(choice.task.hash, choice.units)
+        rows.append(
+            TaskResult(
+                name=choice.task.name,
+                units=choice.units,
+                weight=choice.task.weight,
+                trials=trials[choice.task.hash],
+                untuned_s=baseline.best_s if baseline else None,
+                tuned_s=choice.seconds or None,
+                origin=choice.origin,
+            )
         )
-        for choice in choices
-    )
+    return tuple(rows)
 
 
 def share_results(
     shares: Sequence[Share],
     latency_s: Mapping[tuple[str, int], float],
-    errors: Mapping[int, float | None],
+    reports: Mapping[int, VerifyReport],
     losses: Mapping[int, float],
 ) -> tuple[ShareResult, ...]:
     """The model's latency on each share, before ("untuned") and after ("tuned")."""
@@ -44,21 +50,20 @@ def share_results(
             units=share.units,
             untuned_s=latency_s.get(("untuned", share.units)),
             tuned_s=latency_s.get(("tuned", share.units)),
-            verified=share.units in errors,
-            max_error=errors.get(share.units),
+            verified=share.units in reports,
+            max_error=reports[share.units].max_error if share.units in reports else None,
             loss=losses.get(share.units),
         )
         for share in shares
     )
 
 
-def losses(choices: Sequence[Choice], search: Search) -> dict[int, float]:
+def losses(choices: Sequence[Choice], records: TaskRecords) -> dict[int, float]:
     """What the chosen kernels cost on each share on top of the fastest ones there, as a part of these."""
     chosen: dict[int, float] = {}
     own: dict[int, float] = {}
     for choice in choices:
-        key = search.keys[choice.task.hash, choice.units]
-        fastest = fastest_s(key, search.store) or choice.seconds
+        fastest = records.fastest_s(choice.task.hash, choice.units) or choice.seconds
         chosen[choice.units] = chosen.get(choice.units, 0.0) + choice.task.weight * choice.seconds
         own[choice.units] = own.get(choice.units, 0.0) + choice.task.weight * fastest
     return {units: chosen[units] / seconds - 1 for units, seconds in own.items() if seconds}
@@ -67,14 +72,15 @@ def losses(choices: Sequence[Choice], search: Search) -> dict[int, float]:
 def manifest(
     device: Device,
     backend: str,
-    settings: Settings,
+    settings: RunSettings,
     shares: Sequence[Share],
     results: Sequence[ShareResult],
     choices: Sequence[Choice],
+    reports: Mapping[int, VerifyReport],
 ) -> dict[str, Any]:
     """What the exported folder says about the run, besides the model and the files.
 
-    `results` are those of `shares`, in their order.
+    `results` are those of `shares`, in their order; `reports` are of the shares that were verified.
     """
     return {
         "device": device.key,
@@ -91,6 +97,7 @@ def manifest(
                 "tuned_s": result.tuned_s,
                 "max_error": result.max_error,
                 "loss": result.loss,
+                "verification": _verification(reports.get(share.units)),
             }
             for share, result in zip(shares, results, strict=True)
         ],
@@ -105,6 +112,22 @@ def manifest(
             }
             for choice in choices
         ],
+    }
+
+
+def _verification(report: VerifyReport | None) -> dict[str, Any] | None:
+    """Which oracle, which inputs, which error for each output; None where nothing was verified."""
+    if report is None:
+        return None
+    return {
+        "oracle": report.oracle,
+        "draws": list(report.draws),
+        "outputs": [
+            {"name": output.name, "error": output.error, "allowed": output.allowed}
+            for output in report.outputs
+        ],
+        "special": report.special,
+        "notes": list(report.notes),
     }
 
 

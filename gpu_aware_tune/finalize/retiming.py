@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpu_aware_tune.codegen.build_pool import BuildPool, remove
-from gpu_aware_tune.events import Event, Note
-from gpu_aware_tune.measure import RETIME, Contest, Effort
+from gpu_aware_tune.events import Event, Note, Origin
+from gpu_aware_tune.measure import RETIME, SEARCH, Contest, Effort
 from gpu_aware_tune.model.tasks import Task
-from gpu_aware_tune.records.store import Record
-from gpu_aware_tune.search.objectives import ONE_SET, one_for_all, usable
+from gpu_aware_tune.records.task_records import TaskRecords
+from gpu_aware_tune.search.candidates import Candidate
+from gpu_aware_tune.search.objectives import one_for_all, usable
 from gpu_aware_tune.search.pools import Pools
-from gpu_aware_tune.search.stage import Search
+from gpu_aware_tune.search.stage import SearchResult, Workers
+from gpu_aware_tune.search.workload import Workload, latency_s
+from gpu_aware_tune.settings import RunSettings
 
 _WORTH = 0.002  # tasks below this part of a model's latency are not measured again
 _HEAVY = 0.05  # tasks from this part on get all of the time that a comparison may take
 _LEAST = 0.2  # the part of that time that any task gets
+_DRIFT_TASKS = 3  # the heaviest tasks of a model, for the drift of the machine
 
 
 @dataclass(frozen=True)
@@ -29,36 +34,53 @@ class Reorder:
 
 
 def retime(
-    search: Search, pools: Pools, top_k: int
+    work: Workload,
+    found: SearchResult,
+    records: TaskRecords,
+    settings: RunSettings,
+    pools: Pools,
+    time_s: float | None = None,
 ) -> Generator[Event, None, dict[tuple[str, int], Reorder]]:
-    """Measure each task's `top_k` schedules again: longer, in turns, with nothing else running.
+    """Measure each task's best schedules again: longer, in turns, with nothing else running.
 
     The fast measurement of the search, next to builds and to other slices, may rank two close
-    schedules the wrong way round; this decides. The untuned schedule takes part, so that before and
-    after are told by the same measurement.
+    schedules the wrong way round; this decides. The baseline schedule takes part, so that before and
+    after come from the same measurement.
+
+    Args:
+        work: what was searched.
+        found: what the search came to.
+        records: where the schedules are, and where the new seconds go.
+        settings: of the run; `top_k` schedules of each task take part.
+        pools: to build and measure with.
+        time_s: the time this may take; the heaviest tasks come first. None: all of them.
 
     Returns:
         What the second look changed, by task hash and units.
     """
-    wanted = {task.hash: _finalists(search, task, top_k) for task in search.tasks}
-    artifacts = _build(pools.builders, {task: traces for task, traces in wanted.items() if traces})
+    until = None if time_s is None else time.monotonic() + time_s
+    parts = _Parts(work, found)
+    wanted = {t.hash: _finalists(work, t, records, settings, parts) for t in work.tasks}
+    wanted = {task: by_units for task, by_units in wanted.items() if by_units}
+    artifacts: dict[str, dict[str, str]] = {}
+    if until is None or time.monotonic() < until:
+        artifacts = _build(pools.builders, wanted)
     reorders = {}
-    for task in search.tasks:
+    for task in work.tasks:
         paths = artifacts.get(task.hash, {})
-        for units in search.allocation.units_of(task.hash):
-            traces = [trace for trace in wanted[task.hash].get(units, ()) if trace in paths]
-            if not traces:
+        for units in work.units_of(task.hash):
+            traces = [t for t in wanted.get(task.hash, {}).get(units, ()) if t in paths]
+            if not traces or (until is not None and time.monotonic() > until):
                 continue
             files = tuple(paths[trace] for trace in traces)
-            contest = Contest(files, task.args, task.hash, _effort(search, task, units))
+            comparison = Contest(files, task.args, task.hash, parts.effort(task.hash, units))
             seconds = {}
             for trace, measurement in zip(
-                traces, pools.measurer_of(units).compare(contest), strict=True
+                traces, pools.measurer_of(units).compare(comparison), strict=True
             ):
                 if measurement.seconds is not None:
                     seconds[trace] = measurement.seconds
-                    key = search.keys[task.hash, units]
-                    search.store.set_retimed(key, trace, measurement.seconds)
+                    records.set_retimed(task.hash, units, trace, measurement.seconds)
             if traces[0] in seconds:
                 reorders[task.hash, units] = _reorder(traces[0], seconds)
     for paths in artifacts.values():
@@ -70,22 +92,85 @@ def retime(
     return reorders
 
 
-def _finalists(search: Search, task: Task, top_k: int) -> dict[int, list[str]]:
+def measure_drift(
+    work: Workload, records: TaskRecords, pipeline: Workers, measure_s: float
+) -> dict[str, dict[str, float]]:
+    """Measure the heaviest baseline schedules of each model once more, as the search did.
+
+    Returns:
+        Last over first by "task-units", by model: how much slower or faster the machine has become.
+    """
+    effort = dataclasses.replace(SEARCH, budget_s=measure_s)
+    drift = {}
+    for model in work.models:
+        first: dict[str, dict[int, float]] = {}
+        names, candidates = {}, []
+        for task in work.tasks_of(model)[:_DRIFT_TASKS]:
+            units = work.units_of(task.hash)
+            record = records.baseline(task.hash, units[0])
+            if record is not None:
+                names[task.hash] = task.name
+                candidates.append(Candidate(task.hash, record.trace, Origin.DEFAULT))
+                same = {u: records.baseline(task.hash, u) for u in units}
+                first[task.hash] = {
+                    u: r.seconds for u, r in same.items()
+                    if r is not None and r.trace == record.trace and r.seconds
+                }  # fmt: skip
+        drift[model] = {
+            f"{names[outcome.candidate.task]}-{units}": measurement.seconds / before
+            for outcome in pipeline.run(candidates, effort=effort)
+            for units, measurement in outcome.measurements.items()
+            if measurement.seconds is not None
+            and (before := first[outcome.candidate.task].get(units))
+        }
+    return drift
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """How much of a model's latency each task's kernels take."""
+
+    work: Workload
+    found: SearchResult
+
+    def of(self, task: str, units: int) -> float:
+        """The part on some units, the largest of all models."""
+        best_s = self.found.best_s
+        parts = [
+            goal.weights[task] * best_s.get((task, units), 0.0)
+            / (latency_s(goal.weights, units, best_s) or 1.0)
+            for goal in self.work.goals
+            if goal.units == units and task in goal.weights
+        ]  # fmt: skip
+        return max(parts, default=0.0)
+
+    def effort(self, task: str, units: int) -> Effort:
+        """How long to look at a task's kernels: less where a wrong pick costs the model little."""
+        part = min(1.0, max(_LEAST, self.of(task, units) / _HEAVY))
+        return dataclasses.replace(RETIME, budget_s=part * RETIME.budget_s)
+
+
+def _finalists(
+    work: Workload, task: Task, records: TaskRecords, settings: RunSettings, parts: _Parts
+) -> dict[int, list[str]]:
     """A task's traces to compare on each of its units, the best so far first.
 
     None on units where all of them have met before, or where the task is too light to matter.
     """
     finalists: dict[int, list[str]] = {}
-    for units in search.allocation.units_of(task.hash):
-        if _part(search, task, units) < _WORTH:
+    every = {units: records.all(task.hash, units) for units in work.units_of(task.hash)}
+    for units, here in every.items():
+        if parts.of(task.hash, units) < _WORTH:
             continue
-        key = search.keys[task.hash, units]
-        untuned = search.store.untuned(key)
-        records = [*search.store.best(key, top_k), *([untuned] if untuned else [])]
-        if search.settings.objective in ONE_SET:
-            records += _best_for_all(search, task, units)[:top_k]
-        if any(record.retimed is None for record in records):
-            finalists[units] = list(dict.fromkeys(record.trace for record in records))
+        best = records.best(task.hash, units, settings.top_k)
+        baseline = records.baseline(task.hash, units)
+        chosen = [*best, *([baseline] if baseline else [])]
+        if settings.objective.one_set:
+            by_trace = {record.trace: record for record in here}
+            ranked = one_for_all(usable(every), settings.objective)
+            chosen += [by_trace[trace] for trace, _ in ranked[: settings.top_k]]
+        if any(record.retimed is None for record in chosen):
+            finalists[units] = list(dict.fromkeys(record.trace for record in chosen))
     return finalists
 
 
@@ -113,31 +198,3 @@ def _build(
 def _reorder(first: str, seconds: Mapping[str, float]) -> Reorder:
     best = min(seconds.values())
     return Reorder(seconds[first] > best, seconds[first] / best - 1)
-
-
-def _effort(search: Search, task: Task, units: int) -> Effort:
-    """How long to look at a task's kernels: less where a wrong pick costs the model little."""
-    part = min(1.0, max(_LEAST, _part(search, task, units) / _HEAVY))
-    return dataclasses.replace(RETIME, budget_s=part * RETIME.budget_s)
-
-
-def _part(search: Search, task: Task, units: int) -> float:
-    """The part of a model's latency that a task's kernels take, the largest of all models."""
-    best_s = search.allocation.best_s(task.hash).get(units, 0.0)
-    parts = [
-        goal.weights[task.hash] * best_s / (search.allocation.latency_s(goal.model)[units] or 1.0)
-        for goal in search.goals
-        if goal.units == units and task.hash in goal.weights
-    ]
-    return max(parts, default=0.0)
-
-
-def _best_for_all(search: Search, task: Task, units: int) -> list[Record]:
-    """Kernels that serve every share of a task, best first, as records on some units."""
-    records = {
-        count: search.store.all(search.keys[task.hash, count])
-        for count in search.allocation.units_of(task.hash)
-    }
-    here = {record.trace: record for record in records[units]}
-    ranked = one_for_all(usable(records), search.settings.objective)
-    return [here[trace] for trace, _ in ranked]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gpu_aware_tune.codegen.build_pool import CALL_FAILED, BuildPool, Built
+from gpu_aware_tune.codegen.build_pool import BuildPool
 from gpu_aware_tune.errors import TuneError
-from gpu_aware_tune.events import Event, Note
+from gpu_aware_tune.events import Event, Level, Note, Origin
+from gpu_aware_tune.measure.measurement import Failure, FailureKind
 from gpu_aware_tune.model.tasks import Task
 from gpu_aware_tune.records.rows import UNFIT
-from gpu_aware_tune.records.store import RecordKey, Store
-from gpu_aware_tune.search.objectives import ONE_SET, one_for_all, usable
-from gpu_aware_tune.settings import Settings
+from gpu_aware_tune.records.task_records import TaskRecords
+from gpu_aware_tune.search.objectives import one_for_all, usable
+from gpu_aware_tune.settings import Objective, RunSettings
 
 
 @dataclass(frozen=True)
@@ -25,117 +26,123 @@ class Choice:
     units: int
     trace: str
     seconds: float
-    origin: str
+    origin: Origin
 
 
 def choose(
     tasks: Sequence[Task],
     units: Sequence[int],
-    keys: Mapping[tuple[str, int], RecordKey],
-    store: Store,
+    records: TaskRecords,
+    baselines: Mapping[str, Sequence[str]],
     builders: BuildPool,
-    settings: Settings,
-    target: object,
-) -> Iterator[Event | Choice]:
-    """Give the kernel of each task and share: the fastest there or, with `robust` and `mean`, on all.
+    settings: RunSettings,
+    target: Mapping[str, object],
+    verified: Collection[tuple[str, str]] = (),
+) -> Generator[Event, None, tuple[Choice, ...]]:
+    """Choose the kernel of each task and share: the fastest there or, with `robust` and `mean`, on all.
 
     Each is run against the unscheduled kernel on random inputs, in a build worker, because a wrong
     kernel may crash. A mismatch marks its record wrong, and the next best is taken. So is it where
     a trace cannot be applied to its kernel; that is checked without `settings.verify`, too.
+
+    Args:
+        tasks: of one model.
+        units: of its shares.
+        records: where the kernels are.
+        baselines: traces of each task's baseline schedules, for tasks of which nothing was measured.
+        builders: to check kernels with.
+        settings: of the run.
+        target: JSON of what kernels are built for.
+        verified: kernels, as (task hash, trace), that need no check.
     """
-    right: set[tuple[str, str]] = set()  # (task hash, trace) that passed
-    together = settings.objective in ONE_SET
-    places = [tuple(units)] if together else [(count,) for count in units]
+    passed = set(verified)
+    refused: set[tuple[str, str]] = set()  # of those that no record tells to be wrong
+    places = [tuple(units)] if settings.objective.one_set else [(count,) for count in units]
     open_ = [(task, place) for task in tasks for place in places]
     seed = settings.seed if settings.verify else None
     unfit = 0
+    chosen: list[Choice] = []
     while open_:
-        picked = [_best(task, place, keys, store, settings.objective) for task, place in open_]
-        unchecked = {
+        picked = [_best(t, p, records, settings.objective, baselines, refused) for t, p in open_]
+        todo = {
             (choices[0].task.hash, choices[0].trace): choices[0]
             for choices in picked
-            if choices[0].trace
+            if choices[0].trace and (choices[0].task.hash, choices[0].trace) not in passed
         }
-        todo = [choice for name, choice in unchecked.items() if name not in right]
-        wrong = set()
-        for choice, problem in _checks(todo, builders, target, seed):
+        for choice, problem in _checks(list(todo.values()), builders, target, seed):
             name = choice.task.hash, choice.trace
             if problem is None:
-                right.add(name)
+                passed.add(name)
                 continue
-            wrong.add(name)
+            refused.add(name)
             if problem == UNFIT:
                 unfit += 1
-                store.mark_unfit(*name)
+                records.mark_unfit(*name)
                 continue
-            for count in units:
-                store.mark_wrong(keys[choice.task.hash, count], choice.trace)
-            yield Note(f"{choice.task.name}: a kernel was wrong ({problem})", "warning")
-        still_open = []
+            records.mark_wrong(choice.task.hash, units, choice.trace)
+            yield Note(f"{choice.task.name}: a kernel was wrong ({problem})", Level.WARNING)
+        again = []
         for place, choices in zip(open_, picked, strict=True):
-            if (choices[0].task.hash, choices[0].trace) in wrong:
-                still_open.append(place)
+            if (choices[0].task.hash, choices[0].trace) in refused:
+                again.append(place)
             else:
-                yield from choices
-        open_ = still_open
+                chosen += choices
+        open_ = again
     if unfit:
         yield Note(f"{unfit} schedules in the records do not fit their kernels; left out")
+    return tuple(chosen)
 
 
 def _best(
     task: Task,
     units: Sequence[int],
-    keys: Mapping[tuple[str, int], RecordKey],
-    store: Store,
-    objective: str,
+    records: TaskRecords,
+    objective: Objective,
+    baselines: Mapping[str, Sequence[str]],
+    refused: Collection[tuple[str, str]],
 ) -> list[Choice]:
-    """The best kernel of a task for some units together; the plain loops where nothing has run.
+    """The best kernel of a task for some units together; where nothing has run, by rule.
 
     What was measured again goes first: a quick number that happens to be low must not win.
     """
-    records = {u: store.all(keys[task.hash, u]) for u in units}
-    known = usable(records)
-    again = usable({u: [r for r in found if r.retimed] for u, found in records.items()})
+    found = {u: records.all(task.hash, u) for u in units}
+    known = usable(found)
+    again = usable({u: [r for r in own if r.retimed] for u, own in found.items()})
     ranked = one_for_all(again, objective) or one_for_all(known, objective)
     if not ranked:
-        return [Choice(task, count, "", 0.0, "plain") for count in units]
+        first = next((t for t in baselines[task.hash] if (task.hash, t) not in refused), "")
+        origin = Origin.DEFAULT if first else Origin.PLAIN
+        return [Choice(task, count, first, 0.0, origin) for count in units]
     trace = ranked[0][0]
-    origin = next(r.origin for r in records[units[0]] if r.trace == trace) if trace else "plain"
+    origin = Origin.PLAIN
+    if trace:
+        origin = Origin(next(r.origin for r in found[units[0]] if r.trace == trace))
     return [Choice(task, u, trace, known[trace].get(u, 0.0), origin) for u in units]
 
 
-def fastest_s(key: RecordKey, store: Store) -> float | None:
-    """Seconds of the best kernel on one share, by the second measurement where there is one."""
-    records = [r for r in store.all(key) if r.usable]
-    again = [r for r in records if r.retimed is not None]
-    return min((r.best_s for r in again or records if r.best_s is not None), default=None)
-
-
 def _checks(
-    choices: Sequence[Choice], builders: BuildPool, target: object, seed: int | None
+    choices: Sequence[Choice], builders: BuildPool, target: Mapping[str, object], seed: int | None
 ) -> Iterator[tuple[Choice, str | None]]:
     """Check kernels in the build workers; gives what is wrong with each, or None."""
     from gpu_aware_tune.kernels.traces import module_to_json
 
-    def start(choice: Choice) -> None:
-        module = module_to_json(choice.task.module)
-        builders.call(choice, _WORKER, module, choice.trace, target, seed)
-
-    for choice, answer in builders.work_off(choices, start):
-        if not isinstance(answer, Built):
+    by_name = {(choice.task.hash, choice.trace): choice for choice in choices}
+    calls = {
+        name: (check_kernel, (module_to_json(choice.task.module), choice.trace, target, seed))
+        for name, choice in by_name.items()
+    }
+    for name, answer in builders.call_all(calls):
+        choice = by_name[name]
+        if not isinstance(answer, Failure):
             yield choice, answer
             continue
-        assert answer.failure is not None
-        if answer.failure.kind == CALL_FAILED:  # no verdict: the record must not be marked wrong
-            raise TuneError(f"checking {choice.task.name} failed: {answer.failure.text}")
-        yield choice, answer.failure.kind  # the kernel crashed, hung or ate the memory
-
-
-_WORKER = "gpu_aware_tune.finalize.selection:check_kernel"
+        if answer.kind == FailureKind.ERROR:  # no verdict: the record must not be marked wrong
+            raise TuneError(f"checking {choice.task.name} failed: {answer.text}")
+        yield choice, answer.kind  # the kernel crashed, hung or ate the memory
 
 
 def check_kernel(
-    module_json: str, trace: str, target: dict[str, object], seed: int | None
+    module_json: str, trace: str, target: Mapping[str, object], seed: int | None
 ) -> str | None:
     """Run one kernel against the unscheduled one (in a worker); returns what is wrong, or None.
 
@@ -145,10 +152,10 @@ def check_kernel(
     """
     import tvm
 
-    from gpu_aware_tune.finalize.verify import verify_kernel
+    from gpu_aware_tune.finalize.kernel_check import verify_kernel
     from gpu_aware_tune.kernels.traces import TraceError, apply_trace, module_from_json
 
-    module, on = module_from_json(module_json), tvm.target.Target(target)
+    module, on = module_from_json(module_json), tvm.target.Target(dict(target))
     try:
         apply_trace(trace, module)
     except TraceError:

@@ -1,248 +1,154 @@
-"""Are the numbers right? A kernel against its plain loops; a library against the plain model and
-ONNX Runtime.
+"""Is a whole library numerically correct? Its outputs against those of the user's own file.
 
-Errors are given relative to the largest reference value of a tensor. What is allowed follows from
-the type and from how many terms were added in another order:
+For each draw and output, with `scale` the largest finite value that the oracle has there:
 
-    float32, float64, bfloat16, float16    eps * (32 + 4 * sqrt(terms)), for one kernel
-    products in TF32                       2e-3 more
-    integers, booleans                     equal; 1 in 1000 may differ where floats were rounded
-    a whole model                          5e-4 (float32), 1e-2 (TF32), 5e-2 (where float16 is involved)
+    largest error    at most base * scale + 4 * the noise's largest
+    RMS error        at most base / 3 * scale + 3 * the noise's RMS
+    integers         at most 1 in 1000 may differ, and 3 times as many as differ by noise
+
+`base` follows from the type that is computed in and from whether the model is quantised, where it is
+the size of a few quantisation steps. The noise is the model's own, measured by `oracle`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 import tvm_ffi
-from tvm import relax
-from tvm.ir.expr import TensorLoad
 from tvm.s_tir import SBlock
 
-from gpu_aware_tune.codegen.compile import compile_model
-from gpu_aware_tune.codegen.cuda_toolchain import export_module, has_gpu_kernels
-from gpu_aware_tune.errors import TuneError
-from gpu_aware_tune.kernels.packing import packed
-from gpu_aware_tune.kernels.tf32 import ROUNDING, is_marked
-from gpu_aware_tune.kernels.traces import apply_trace
-from gpu_aware_tune.model.importer import Model, random_inputs
+from gpu_aware_tune.finalize.oracle import DrawReference, Noise, Reference
+from gpu_aware_tune.kernels.tf32 import is_marked
+from gpu_aware_tune.model.draws import SPECIAL, is_float
+from gpu_aware_tune.model.importer import Model
 
-# What a loaded library is to this module.
-Runnable = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+_BASE = {"float64": 1e-4, "float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 4e-2}
+_QUANTISED = 0.03
+_INTEGERS = 1e-3  # part of them that may differ
+_RMS_PART = 3.0  # the RMS error may be so many times smaller than the largest
+_LARGEST_NOISE, _RMS_NOISE = 4.0, 3.0
 
-_EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-_ROUNDED = 1e-3  # part of the integers that may differ where they come from floats
-_TF32 = 4 * ROUNDING  # of one product's two factors, twice over
-_MODEL_FLOAT32, _MODEL_TF32, _MODEL_FLOAT16 = 5e-4, 1e-2, 5e-2
+Outputs = Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
-class KernelCheck:
-    """A scheduled kernel against its plain loops; `max_error` is relative, `allowed` its limit."""
+class OutputCheck:
+    """One output over all ordinary draws: the largest relative error and what is allowed there."""
 
-    ok: bool
-    max_error: float
+    name: str
+    error: float
     allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within its limit, in every draw."""
+        return self.error <= self.allowed
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """A library against its references; `errors` has the largest error against each."""
-
-    ok: bool
-    max_error: float
-    allowed: float
-    errors: Mapping[str, float]
-    text: str
-
-
-def verify_kernel(
-    module: tvm.IRModule, trace_json: str, target: tvm.target.Target, seed: int
-) -> KernelCheck:
-    """Run a scheduled kernel and its plain loops on the same random inputs.
+    """A library against the oracle.
 
     Args:
-        module: the unscheduled kernel.
-        trace_json: the schedule; "" for the plain loops, which are right by definition.
-        target: what the kernel is built for; the plain loops always run on the CPU.
-        seed: of the inputs.
+        oracle: whose numbers it was compared with.
+        draws: the draws that were compared.
+        outputs: each output's worst draw.
+        special: what came of NaN and infinity: "as the oracle", or in which draws it differs.
+        notes: of the oracle.
     """
-    if not trace_json:
-        return KernelCheck(True, 0.0, 0.0)
-    # With the packing of weights in it: the copy has to be right, too.
-    scheduled = apply_trace(trace_json, module).mod
-    arrays = kernel_inputs(module, seed)
-    on_device = target.kind.name != "llvm"
-    host = tvm.target.Target({"kind": "llvm"}) if on_device else target
-    wanted = _run(module, host, tvm.cpu(), arrays)
-    got = _run(scheduled, target, tvm.cuda() if on_device else tvm.cpu(), arrays)
-    outputs = _written(module)
-    allowed, worst, ok = 0.0, 0.0, True
-    for number in outputs:
-        limit = _allowed(arrays[number].dtype, _terms(module), _from_floats(arrays, outputs))
-        if is_marked(module["main"]):
-            limit += _TF32
-        error = difference(got[number], wanted[number])
-        ok = ok and error <= limit
-        worst, allowed = max(worst, error), max(allowed, limit)
-    return KernelCheck(ok, worst, allowed)
+
+    oracle: str
+    draws: tuple[str, ...]
+    outputs: tuple[OutputCheck, ...]
+    special: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output is right in every ordinary draw."""
+        return all(output.ok for output in self.outputs)
+
+    @property
+    def max_error(self) -> float:
+        """The largest relative error of all outputs."""
+        return max((output.error for output in self.outputs), default=0.0)
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        worst = max(self.outputs, key=lambda o: o.error / (o.allowed or 1e-30), default=None)
+        if worst is None:
+            return f"nothing to compare with {self.oracle}"
+        text = (
+            f"error {worst.error:.1e} (allowed {worst.allowed:.0e}, output {worst.name!r})"
+            f" against {self.oracle}, {len(self.draws)} draws of inputs"
+        )
+        return text if self.special == AS_ORACLE else f"{text}; {self.special}"
 
 
-class References:
-    """What a model computes for random inputs without schedules, and in ONNX Runtime.
+AS_ORACLE = "NaN and infinity as in the oracle"
 
-    Worked out when first needed and kept, since all libraries of a model are compared with the
-    same numbers and the plain loops are slow.
+
+def compare(reference: Reference, got: Sequence[Outputs], base: float) -> VerifyReport:
+    """Compare what a library gave for the reference's draws, in their order, with the reference.
 
     Args:
-        model: what the libraries were compiled from.
-        seed: of the inputs.
-        use_onnxruntime: run it there too, where it is installed and can run the model.
+        reference: what is right.
+        got: the library's outputs for each draw.
+        base: see `base_error`.
     """
+    worst: dict[str, OutputCheck] = {}
+    special = []
+    for draw, outputs in zip(reference.draws, got, strict=True):
+        checks = _checks(reference, draw, outputs, base)
+        if draw.kind in SPECIAL:
+            differing = [check.name for check in checks if not check.ok]
+            if differing:
+                special.append(f"draw {draw.kind}: {', '.join(map(repr, differing))} differs")
+            continue
+        for check in checks:
+            before = worst.get(check.name)
+            if before is None or _badness(check) > _badness(before):
+                worst[check.name] = check
+    draws = tuple(draw.kind.value for draw in reference.draws)
+    return VerifyReport(
+        reference.oracle,
+        draws,
+        tuple(worst.values()),
+        "; ".join(special) or AS_ORACLE,
+        reference.notes,
+    )
 
-    def __init__(self, model: Model, seed: int, use_onnxruntime: bool = True) -> None:
-        self._model = model
-        self._use_onnxruntime = use_onnxruntime
-        self.inputs = random_inputs(model.inputs, seed)
 
-    @functools.cached_property
-    def outputs(self) -> dict[str, list[np.ndarray] | str]:
-        """By the reference's name: its outputs, or why there are none."""
-        found = {"plain loops": _plain_outputs(self._model, self.inputs)}
-        if self._use_onnxruntime:
-            found["ONNX Runtime"] = _onnxruntime_outputs(self._model, self.inputs)
-        return found
-
-
-def verify_library(
-    model: Model,
-    library: Runnable | Path | str,
-    seed: int,
-    use_onnxruntime: bool = True,
-    entry: str = "main",
-) -> VerifyReport:
-    """Run a library, the same model without schedules, and ONNX Runtime on the same random inputs.
+def base_error(model: Model, computed_in: str) -> float:
+    """The relative error that the type allows, before the model's own noise is added.
 
     Args:
-        model: what the library was compiled from.
-        library: loaded, or the path of its `.so`, which is run in this process.
-        seed: of the inputs.
-        use_onnxruntime: compare with it too, where it is installed and can run the model.
-        entry: the function of a `.so` that holds several shares: "main_2" for 2 units.
+        model: tells whether it is quantised.
+        computed_in: see the function of that name.
     """
-    references = References(model, seed, use_onnxruntime)
-    return judge(model, _library_outputs(model, library, references.inputs, entry), references)
+    base = _BASE[computed_in]
+    return max(base, _QUANTISED) if model.is_quantised else base
 
 
-def judge(model: Model, got: Sequence[np.ndarray], references: References) -> VerifyReport:
-    """Compare what a library gave for the references' inputs with the references."""
-    outputs = references.outputs
-    errors = {n: _largest(got, r) for n, r in outputs.items() if not isinstance(r, str)}
-    notes = [reference for reference in outputs.values() if isinstance(reference, str)]
-    if not errors:
-        raise TuneError(f"the library cannot be verified: {'; '.join(notes)}")
-    allowed = _allowed_of_model(model)
-    worst = max(errors.values())
-    parts = [f"error {error:.1e} against {name}" for name, error in errors.items()] + notes
-    text = ", ".join(parts) + f" (allowed {allowed:.0e})"
-    return VerifyReport(worst <= allowed, worst, allowed, errors, text)
+def computed_in(model: Model) -> str:
+    """The coarsest floating point type that a model computes in, "tf32" among them."""
+    types = _types(model)
+    if "bfloat16" in types or "float16" in types:
+        return "bfloat16" if "bfloat16" in types else "float16"
+    kernels = model.module.functions.values()
+    if any(isinstance(f, tvm.tirx.PrimFunc) and is_marked(f) for f in kernels):
+        return "tf32"
+    return "float32"
 
 
-def difference(got: np.ndarray, wanted: np.ndarray) -> float:
-    """How far two arrays are apart, relative to the largest finite wanted value.
-
-    For integers and booleans it is the part of the elements that differ. Infinite where shapes or
-    the places of NaN and infinity differ.
-    """
-    if got.shape != wanted.shape or got.dtype != wanted.dtype:
-        return math.inf
-    if got.size == 0:
-        return 0.0
-    if wanted.dtype.kind in "iub":
-        return float(np.mean(got != wanted))
-    a, b = got.astype(np.float64), wanted.astype(np.float64)
-    finite = np.isfinite(b)
-    same_places = np.array_equal(a[~finite], b[~finite], equal_nan=True)
-    if not same_places or not np.isfinite(a[finite]).all():
-        return math.inf
-    if not finite.any():
-        return 0.0
-    largest = float(np.abs(b[finite]).max())
-    return float(np.abs(a[finite] - b[finite]).max()) / (largest or 1.0)
-
-
-def kernel_inputs(module: tvm.IRModule, seed: int) -> list[np.ndarray]:
-    """Give random arrays for a kernel's buffers (outputs are overwritten).
-
-    Floats are standard normal. Integers that the kernel uses as indices are 0 or 1 where every
-    dimension they may index has two elements, else 0; other integers are small.
-    """
-    generator = np.random.default_rng(seed)
-    function = module["main"]
-    bound = _index_bound(function)
-    arrays = []
-    for buffer in function.params:
-        shape = [int(extent) for extent in buffer.shape]
-        dtype = np.dtype(str(buffer.dtype)) if str(buffer.dtype) != "bool" else np.dtype(bool)
-        if dtype.kind == "f":
-            arrays.append(generator.standard_normal(shape).astype(dtype))
-        elif dtype.kind == "b":
-            arrays.append(generator.integers(0, 2, shape).astype(dtype))
-        elif bound is not None:
-            arrays.append(generator.integers(0, min(bound, 2), shape).astype(dtype))
-        else:
-            low = 0 if dtype.kind == "u" else -8
-            arrays.append(generator.integers(low, 9, shape).astype(dtype))
-    return arrays
-
-
-def _index_bound(function: Any) -> int | None:
-    """The smallest dimension that is indexed by values read from a buffer; None where none is."""
-    extents: list[int] = []
-
-    def visit(load: Any) -> None:
-        for index, extent in zip(load.indices, load.source.shape, strict=True):
-            inner: list[Any] = []
-            tvm_ffi.structural_walk(index, (TensorLoad, inner.append))
-            if inner:
-                extents.append(int(extent))
-
-    tvm_ffi.structural_walk(function.body, (TensorLoad, visit))
-    return min(extents) if extents else None
-
-
-def _written(module: tvm.IRModule) -> list[int]:
-    """Numbers of the parameters that a kernel writes."""
-    function = module["main"]
-    written: list[Any] = []
-
-    def visit(block: Any) -> None:
-        written.extend(region.source for region in block.writes)
-
-    tvm_ffi.structural_walk(function.body, (SBlock, visit))
-    return [
-        number
-        for number, buffer in enumerate(function.params)
-        if any(buffer.same_as(other) for other in written)
-    ]
-
-
-def _allowed_of_model(model: Model) -> float:
-    if _uses_float16(model):
-        return _MODEL_FLOAT16
-    return _MODEL_TF32 if _uses_tf32(model) else _MODEL_FLOAT32
-
-
-def _uses_float16(model: Model) -> bool:
-    """Whether any kernel reads or writes float16; inputs, outputs and small weights do not tell."""
+def _types(model: Model) -> set[str]:
+    """The types that any kernel reads or writes; inputs, outputs and small weights do not tell."""
     types: set[str] = set()
 
     def visit(block: Any) -> None:
@@ -251,107 +157,57 @@ def _uses_float16(model: Model) -> bool:
     for function in model.module.functions.values():
         if isinstance(function, tvm.tirx.PrimFunc):
             tvm_ffi.structural_walk(function.body, (SBlock, visit))
-    return "float16" in types
+    return types
 
 
-def _uses_tf32(model: Model) -> bool:
-    kernels = model.module.functions.values()
-    return any(isinstance(f, tvm.tirx.PrimFunc) and is_marked(f) for f in kernels)
+def _checks(
+    reference: Reference, draw: DrawReference, got: Outputs, base: float
+) -> list[OutputCheck]:
+    if len(got) != len(draw.outputs):
+        return [OutputCheck("all of them", math.inf, 0.0)]
+    rows = zip(reference.outputs, got, draw.outputs, draw.noise, strict=True)
+    return [
+        _check(name, *_same_type(own, wanted, reference.is_widened), noise, base)
+        for name, own, wanted, noise in rows
+    ]
 
 
-def _terms(module: tvm.IRModule) -> int:
-    """The most terms that one value of a kernel is made of."""
-    most = 1
-
-    def visit(block: Any) -> None:
-        nonlocal most
-        terms = math.prod(
-            int(iter_var.dom.extent) for iter_var in block.iter_vars if int(iter_var.iter_type) == 2
-        )
-        most = max(most, terms)
-
-    tvm_ffi.structural_walk(module["main"].body, (SBlock, visit))
-    return most
+def _same_type(
+    got: np.ndarray, wanted: np.ndarray, is_widened: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """A half-precision output as the oracle gives it, where that computed in float32."""
+    if is_widened and got.dtype.name in ("float16", "bfloat16"):
+        return got.astype(np.float32), wanted
+    return got, wanted
 
 
-def _from_floats(arrays: Sequence[np.ndarray], outputs: Sequence[int]) -> bool:
-    return any(a.dtype.kind == "f" for number, a in enumerate(arrays) if number not in outputs)
+def _check(
+    name: str, got: np.ndarray, wanted: np.ndarray, noise: Noise, base: float
+) -> OutputCheck:
+    """One output of one draw; the error is the larger of both kinds, each as a part of its limit."""
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return OutputCheck(name, math.inf, base)
+    if got.size == 0:
+        return OutputCheck(name, 0.0, base)
+    if not is_float(wanted.dtype.name):
+        part = float(np.mean(got != wanted))
+        return OutputCheck(name, part, max(_INTEGERS, _RMS_NOISE * noise.largest))
+    own, right = got.astype(np.float64), wanted.astype(np.float64)
+    finite = np.isfinite(right)
+    if not np.array_equal(own[~finite], right[~finite], equal_nan=True):
+        return OutputCheck(name, math.inf, base)
+    if not np.isfinite(own[finite]).all():
+        return OutputCheck(name, math.inf, base)
+    if not finite.any():
+        return OutputCheck(name, 0.0, base)
+    apart = np.abs(own[finite] - right[finite])
+    scale = float(np.abs(right[finite]).max()) or 1.0
+    largest = float(apart.max()) / scale
+    rms = float(np.sqrt(np.mean(np.square(apart)))) / scale
+    allowed = base + _LARGEST_NOISE * noise.largest / scale
+    allowed_rms = base / _RMS_PART + _RMS_NOISE * noise.rms / scale
+    return OutputCheck(name, max(largest, rms * allowed / allowed_rms), allowed)
 
 
-def _allowed(dtype: np.dtype[Any], terms: int, from_floats: bool) -> float:
-    eps = _EPS.get(dtype.name)
-    if eps is None:
-        return _ROUNDED if from_floats else 0.0
-    return eps * (32 + 4 * math.sqrt(terms))
-
-
-def _run(
-    module: tvm.IRModule, target: Any, device: Any, arrays: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    with tempfile.TemporaryDirectory() as folder:
-        built = tvm.tirx.build(module, target=target)
-        if target.kind.name != "llvm":  # build workers make source; what runs is the artifact
-            path = Path(folder) / "kernel.so"
-            export_module(built, path, str(target.attrs["arch"]))
-            built = tvm.runtime.load_module(str(path))
-        placed = [tvm.runtime.tensor(array, device) for array in arrays]
-        built["main"](*placed)
-        return [tensor.numpy() for tensor in placed]
-
-
-def _largest(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
-    if len(got) != len(wanted):
-        raise TuneError(f"the library gives {len(got)} outputs, the reference {len(wanted)}")
-    return max((difference(g, w) for g, w in zip(got, wanted, strict=True)), default=0.0)
-
-
-def _library_outputs(
-    model: Model, library: Runnable | Path | str, inputs: Mapping[str, np.ndarray], entry: str
-) -> list[np.ndarray]:
-    if callable(library):
-        return list(library(inputs).values())
-    module = tvm.runtime.load_module(str(library))
-    device = tvm.cuda() if has_gpu_kernels(module) else tvm.cpu()
-    return _run_main(module, device, model, inputs, entry)
-
-
-def _plain_outputs(model: Model, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray] | str:
-    """What the model gives without any schedule on the CPU, or why that is not known."""
-    host = tvm.target.Target({"kind": "llvm"})
-    try:
-        plain = compile_model(model, host, {}).jit()
-    except Exception as error:  # a model legalized for a GPU may hold kernels that bind threads
-        return f"the plain loops cannot be compiled for the CPU ({type(error).__name__})"
-    return _run_main(plain, tvm.cpu(), model, inputs)
-
-
-def _run_main(
-    module: Any, device: Any, model: Model, inputs: Mapping[str, np.ndarray], entry: str = "main"
-) -> list[np.ndarray]:
-    machine = relax.VirtualMachine(module, device)
-    placed = [tvm.runtime.tensor(array, device) for array in inputs.values()]
-    weights = packed(
-        machine, (tvm.runtime.tensor(w, device) for w in model.weights.values()), entry
-    )
-    result = machine[entry](*placed, *weights)
-    outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
-    return [output.numpy() for output in outputs]
-
-
-def _onnxruntime_outputs(model: Model, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray] | str:
-    """ONNX Runtime's outputs, or why there are none."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return "ONNX Runtime is not installed"
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(
-            model.prepared, options, providers=["CPUExecutionProvider"]
-        )
-        outputs: list[np.ndarray] = session.run([spec.name for spec in model.outputs], dict(inputs))
-    except Exception as error:  # its errors derive from Exception only
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        return f"ONNX Runtime cannot run it ({reason})"
-    return outputs
+def _badness(check: OutputCheck) -> float:
+    return check.error / check.allowed if check.allowed else check.error

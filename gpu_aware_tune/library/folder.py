@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpu_aware_tune.codegen.linking import find_compiler
-from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.settings import MANIFEST, check_replaceable
 
 if TYPE_CHECKING:
     from gpu_aware_tune.model.importer import Model
 
 FORMAT = 1
-MANIFEST, WEIGHTS = "manifest.json", "weights.bin"
+WEIGHTS = "weights.bin"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def export(
         SetupError: it cannot be written, or no compiler is there to link with.
     """
     folder = Path(os.path.abspath(folder))
-    _check_replaceable(folder)
+    check_replaceable(folder)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     _remove_stale(folder)
     with _writing(folder):
@@ -172,13 +173,6 @@ def _share_files(folder: Path, parts: Mapping[int, Part]) -> dict[int, Part]:
             if units != together[0]:
                 (folder / parts[units].file).unlink()
     return shared
-
-
-def _check_replaceable(folder: Path) -> None:
-    if not os.path.lexists(folder) or (folder / MANIFEST).is_file():
-        return
-    if not folder.is_dir() or any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is no tuned model: choose another output folder")
 
 
 def _put(fresh: Path, folder: Path) -> None:

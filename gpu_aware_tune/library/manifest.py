@@ -11,8 +11,9 @@ import tvm
 from tvm.target import codegen
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.library.folder import FORMAT, MANIFEST, part_of, versions
+from gpu_aware_tune.library.folder import FORMAT, part_of, versions
 from gpu_aware_tune.partition.topology import usable_cores
+from gpu_aware_tune.settings import MANIFEST
 
 # Of LLVM's processor features those that code may depend on; the others are advice for tuning.
 _INSTRUCTIONS = (

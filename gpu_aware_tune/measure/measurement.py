@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FailureKind(StrEnum):
+    """What went wrong with a candidate, or with a call in a worker."""
+
+    SCHEDULE = "schedule"
+    BUILD = "build"
+    BUILD_TIMEOUT = "build-timeout"
+    LOAD = "load"
+    RUN = "run"
+    CRASH = "crash"
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    WRONG = "wrong"
+    LOST = "lost"
+    ERROR = "error"  # of the called function, not of a kernel
+    ABANDONED = "abandoned"  # the run stopped
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a candidate has no number; a value, never an exception.
+    """Why a candidate has no number; a value, never an exception."""
 
-    `kind` is one of "schedule", "build", "build-timeout", "load", "run", "crash", "timeout", "memory",
-    "wrong", "lost".
-    """
-
-    kind: str
+    kind: FailureKind
     text: str
 
 
@@ -38,6 +52,6 @@ class Measurement:
     sentinel_ratio: float | None = None
 
     @staticmethod
-    def failed(kind: str, text: str) -> Measurement:
+    def failed(kind: FailureKind, text: str) -> Measurement:
         """A measurement that did not come about."""
         return Measurement(None, failure=Failure(kind, text))

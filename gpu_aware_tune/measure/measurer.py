@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gpu_aware_tune.measure.base import Answer, BaseMeasurer, opened, reopen
-from gpu_aware_tune.measure.measurement import Measurement
-from gpu_aware_tune.measure.worker import Contest, Job, Reply
+from gpu_aware_tune.measure.measurement import FailureKind, Measurement
+from gpu_aware_tune.measure.worker import Contest, Job, Reply, serve
 from gpu_aware_tune.workers import Worker, WorkerHost
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Partition
-
-_ENTRY = "gpu_aware_tune.measure.worker:serve"
 
 
 class Measurer(BaseMeasurer):
@@ -47,7 +45,7 @@ class Measurer(BaseMeasurer):
         Raises:
             SetupError: the partition is not what it says it is.
         """
-        worker = self._host.spawn(_ENTRY, self.partition, env=self.partition.env())
+        worker = self._host.spawn(serve, self.partition, env=self.partition.env())
         (self.evidence,) = opened(worker, f"partition {self.partition}")
         self._worker = worker
 
@@ -66,7 +64,7 @@ class Measurer(BaseMeasurer):
             try:
                 reply: Reply = worker.recv()
             except EOFError:
-                return Measurement.failed("crash", self._replace_all())
+                return Measurement.failed(FailureKind.CRASH, self._replace_all())
             worker.done()
             if reply.ends:
                 self._replace_all()
@@ -74,11 +72,11 @@ class Measurer(BaseMeasurer):
         if worker.busy_s() > self._until_s:
             self.partition.before_kill(worker.pid)
             self._replace_all()
-            return Measurement.failed("timeout", f"no answer in {self._until_s:.0f} s")
+            return Measurement.failed(FailureKind.TIMEOUT, f"no answer in {self._until_s:.0f} s")
         if worker.rss_bytes() > self._memory_bytes:
             self.partition.before_kill(worker.pid)
             self._replace()
-            return Measurement.failed("memory", f"over {self._memory_bytes >> 20} MiB")
+            return Measurement.failed(FailureKind.MEMORY, f"over {self._memory_bytes >> 20} MiB")
         return None
 
     def abandon(self) -> None:

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure.base import Answer, BaseMeasurer, opened, reopen
-from gpu_aware_tune.measure.measurement import Measurement
-from gpu_aware_tune.measure.worker import Contest, Job, Reply
+from gpu_aware_tune.measure.measurement import FailureKind, Measurement
+from gpu_aware_tune.measure.worker import Contest, Job, Reply, serve_slices
 from gpu_aware_tune.workers import Worker, WorkerHost
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Partition
 
-_ENTRY = "gpu_aware_tune.measure.worker:serve_slices"
 _EXIT_S = 1.0  # a worker that closed one line closes the others within this
 
 
@@ -87,7 +86,7 @@ class SharedWorker:
         measurers = list(self._lane_of)
         env = {k: v for measurer in measurers for k, v in measurer.partition.env().items()}
         partitions = [[m.partition for m in lane.measurers] for lane in self._lanes]
-        worker = self._host.spawn(_ENTRY, partitions, env=env)
+        worker = self._host.spawn(serve_slices, partitions, env=env)
         for lane in self._lanes:
             lane.line = _line_to(worker)
         names = ", ".join(str(measurer.partition) for measurer in measurers)
@@ -180,10 +179,10 @@ class SharedWorker:
                 self._finish(lane, reply.measurements)
         elif time.monotonic() - lane.since > lane.limit_s:
             text = f"no answer in {lane.limit_s:.0f} s"
-            self._end(lane, Measurement.failed("timeout", text))
+            self._end(lane, Measurement.failed(FailureKind.TIMEOUT, text))
         elif self._worker.rss_bytes() > self._memory_bytes:
             text = f"over {self._memory_bytes >> 20} MiB"
-            self._end(lane, Measurement.failed("memory", text))
+            self._end(lane, Measurement.failed(FailureKind.MEMORY, text))
 
     def _end(self, lane: _Lane, answer: Answer) -> None:
         """End the process over a job; None: it crashed. What was under way beside it is suspect too."""
@@ -192,7 +191,7 @@ class SharedWorker:
         if beside:
             self._suspects = [lane, *beside]
         else:
-            self._finish(lane, answer or Measurement.failed("crash", how))
+            self._finish(lane, answer or Measurement.failed(FailureKind.CRASH, how))
 
     def _finish(self, lane: _Lane, answer: Answer) -> None:
         lane.job, lane.since, lane.answer = None, None, answer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.measure.measurement import Measurement
+from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.measure.quality import Watch
 from gpu_aware_tune.measure.timing import Effort, Timer, compare, measure
 
@@ -193,13 +192,13 @@ class _Station:
             buffers = self._inputs.of(job)
             module = tvm.runtime.load_module(job.path)
         except Exception as error:  # whatever a bad artifact makes TVM raise
-            return self._failed("load", error)
+            return self._failed(FailureKind.LOAD, error)
         try:
             with self._timer(module, buffers, job.effort) as (timer, kind):
                 result = self._policy(timer, job.best_s, job.effort)
                 how = kind()
         except Exception as error:  # as above: a kernel that refuses to run is a value
-            return self._failed("run", error)
+            return self._failed(FailureKind.RUN, error)
         return Reply((dataclasses.replace(result, how=how),))
 
     def compare(self, contest: Contest) -> Reply:
@@ -219,14 +218,14 @@ class _Station:
                 results = compare(timers, contest.effort)
                 told = [kind() for kind in kinds]
         except Exception as error:  # as in `measure`
-            failed = self._failed("run", error)
+            failed = self._failed(FailureKind.RUN, error)
             return Reply(failed.measurements * len(contest.paths), failed.ends)
         pairs = zip(results, told, strict=True)
         return Reply(tuple(dataclasses.replace(result, how=how) for result, how in pairs))
 
-    def _failed(self, kind: str, error: Exception) -> Reply:
+    def _failed(self, kind: FailureKind, error: Exception) -> Reply:
         text = f"{type(error).__name__}: {error}"
-        kind = "memory" if "out of memory" in text.lower() else kind
+        kind = FailureKind.MEMORY if "out of memory" in text.lower() else kind
         return Reply((Measurement.failed(kind, text[:500]),), self._partition.faults_last)
 
     @contextlib.contextmanager
@@ -294,11 +293,13 @@ class _Inputs:
 
 
 def call(
-    connection: Connection, partition: Partition, function: str, args: tuple[Any, ...]
+    connection: Connection,
+    partition: Partition,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
-    """Run "module:function"(*args) once inside a partition and send what it returns."""
+    """Run function(*args) once inside a partition and send what it returns."""
     partition.enter_worker()
     partition.verify()
-    module, _, name = function.partition(":")
     with partition.timing_context():
-        connection.send(getattr(importlib.import_module(module), name)(*args))
+        connection.send(function(*args))

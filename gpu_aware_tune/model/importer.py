@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import logging
-import os
 import re
-import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Operators that round to integers, or work on what was rounded.
+_QUANTISING = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
+               "QLinearAdd", "QLinearMul", "ConvInteger", "MatMulInteger",
+               "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}  # fmt: skip
 HOISTED_BYTES = 1024  # larger constants become parameters of main
 
 
@@ -48,7 +51,8 @@ class Model:
     in the order of `weights`, and has the attribute `num_input`; for a CPU its kernels are marked
     with which of their arguments are weights (see `packing`), and images are in blocks of channels
     where that fits (see `layouts`). `prepared` is the ONNX graph it was made from, `hash`
-    identifies that by content, and `notes` say what could not be done for it.
+    identifies that by content, `notes` say what could not be done for it, and `is_quantised` whether
+    it rounds to integers on its way.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Model:
     weights: dict[str, np.ndarray] = field(repr=False)
     prepared: bytes = field(repr=False)
     notes: tuple[str, ...] = ()
+    is_quantised: bool = False
 
 
 def load_model(
@@ -82,15 +87,31 @@ def load_model(
     Raises:
         UserError: the file, the shapes or an operator cannot be used; one line says which and why.
     """
+    from gpu_aware_tune.onnx_prepare import prepare, read_model
+    from gpu_aware_tune.onnx_prepare.facts import walk
+
+    path = Path(path)
+    original = read_model(path)
+    is_quantised = any(node.op_type in _QUANTISING for node in walk(original.graph))
+    proto = prepare(original, input_shapes or {}, dtype, supported_operators())
+    model = import_prepared(proto, path.stem, target, dtype, blocks)
+    return dataclasses.replace(model, is_quantised=is_quantised)
+
+
+def import_prepared(
+    proto: onnx.ModelProto,
+    name: str,
+    target: tvm.target.Target,
+    dtype: str | None = None,
+    blocks: bool = True,
+) -> Model:
+    """Import a graph that `onnx_prepare.prepare` has made; see `load_model`."""
     from gpu_aware_tune.kernels.naming import canonical_names
     from gpu_aware_tune.kernels.packing import mark_weights
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
     from gpu_aware_tune.kernels.tf32 import mark_products
     from gpu_aware_tune.model.layouts import block_channels
-    from gpu_aware_tune.onnx_prepare import prepare, read_model
 
-    path = Path(path)
-    proto = prepare(read_model(path), input_shapes or {}, dtype, supported_operators())
     prepared = proto.SerializeToString(deterministic=True)
     with _quiet():
         module = _fused(_plainly_named(_imported(proto)), target)
@@ -106,7 +127,7 @@ def load_model(
     module = canonical_names(module)
     names = [value.name for value in proto.graph.output]
     return Model(
-        name=path.stem,
+        name=name,
         hash=hashlib.sha256(prepared).hexdigest(),
         module=module,
         inputs=tuple(_input_spec(value) for value in proto.graph.input),
@@ -145,17 +166,22 @@ def supported_operators() -> frozenset[tuple[str, str]]:
 def _imported(proto: onnx.ModelProto) -> tvm.IRModule:
     from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
+    from gpu_aware_tune.model.operators import CONVERTERS
     from gpu_aware_tune.onnx_prepare.facts import opset_of
 
     opset = opset_of(proto)
 
     class Importer(ONNXGraphImporter):
-        """TVM's importer, with errors that name the node."""
+        """TVM's importer, with converters of our own and errors that name the node."""
 
         def _convert_operator(
             self, op_name: str, inputs: list[Any], attrs: dict[str, Any], opset: int
         ) -> Any:
             try:
+                own = CONVERTERS.get(op_name)
+                made = own(self.bb, inputs, attrs) if own else None
+                if made is not None:
+                    return self.bb.normalize(made)
                 return super()._convert_operator(op_name, inputs, attrs, opset)
             except Exception as error:
                 node = attrs["tvm_custom"]["name"]
@@ -304,22 +330,12 @@ def _output_specs(result: Any, names: Sequence[str]) -> tuple[TensorSpec, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what TVM prints and warns away from the user; it goes to the log instead.
-
-    Its C++ side writes to the file descriptor, so that is redirected too.
-    """
+    """Keep what TVM's importer prints and warns away from the user; it goes to the log instead."""
     printed = io.StringIO()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as errors:
-        try:
-            os.dup2(errors.fileno(), 2)
-            with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            errors.seek(0)
-            noise = printed.getvalue() + errors.read().decode(errors="replace")
-            if noise.strip():
-                log.debug("TVM: %s", noise.strip())
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if noise := printed.getvalue().strip():
+            log.debug("TVM: %s", noise)

@@ -1,6 +1,6 @@
 """ONNX file -> a static, folded graph of operators that TVM imports correctly; knows no TVM.
 
-In the order of the work: `read`, `shapes`, `fold` (with `branches`), `expand` (with `rules` and
+In the order of the work: `read`, `shapes`, `upgrade`, `fold` (with `branches`), `expand` (with `rules` and
 `resize`), `refuse`, `convert`, `batch_norm`; `stages` runs them. `facts` is what they all look at.
 """
 

@@ -1,4 +1,4 @@
-"""Conversions of a whole ONNX model by other tools: operator set, optimisation, float16."""
+"""Conversions of a whole ONNX model by other tools: optimisation, float16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.version_converter
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from gpu_aware_tune.errors import SetupError, UserError
@@ -18,7 +17,6 @@ from gpu_aware_tune.onnx_prepare.facts import uses_types, walk
 log = logging.getLogger(__name__)
 
 WEIGHT_BYTES = 1024  # larger initializers stay out of the graph while it is rewritten
-OLDEST_OPSET = 13  # older operators (Slice, Pad, Clip, ...) are unknown to TVM's importer
 
 
 def detach_weights(model: ModelProto) -> tuple[ModelProto, list[TensorProto]]:
@@ -63,15 +61,6 @@ def attach_weights(model: ModelProto, weights: list[TensorProto]) -> ModelProto:
     return model
 
 
-def newer_opset(model: ModelProto) -> ModelProto:
-    """Convert to the oldest operator set that the importer knows, where the converter can."""
-    try:
-        return onnx.version_converter.convert_version(model, OLDEST_OPSET)
-    except Exception as error:  # the converter raises RuntimeError and worse for what it lacks
-        log.debug("version converter: %s", error)
-        return model
-
-
 def optimised_by_onnxruntime(model: ModelProto) -> ModelProto:
     """Fold constants and batch norms with ONNX Runtime, or return the model where it cannot.
 
@@ -106,7 +95,9 @@ def to_float16(model: ModelProto) -> ModelProto:
         raise SetupError("dtype float16 needs ONNX Runtime: pip install onnxruntime") from None
     if not uses_types(model, {TensorProto.FLOAT}):
         raise UserError("dtype float16: the model has no float32 values to convert")
-    converted: ModelProto = convert_float_to_float16(model, keep_io_types=True)
+    converted: ModelProto = convert_float_to_float16(
+        model, keep_io_types=True, max_finite_val=float(np.finfo(np.float16).max)
+    )
     _sort(converted.graph)
     return converted
 

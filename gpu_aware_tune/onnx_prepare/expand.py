@@ -17,15 +17,14 @@ from onnx import FunctionProto, ModelProto, NodeProto
 
 from gpu_aware_tune.onnx_prepare.facts import Facts, attributes, infer_shapes, opset_of, walk
 from gpu_aware_tune.onnx_prepare.fold import drop_unused, fold
-from gpu_aware_tune.onnx_prepare.rewriter import Rewriter
+from gpu_aware_tune.onnx_prepare.rewriter import apply_rules
 from gpu_aware_tune.onnx_prepare.rules import RULES
 
 log = logging.getLogger(__name__)
 
 ROUNDS = 6
 FUNCTION_DOMAIN = "expanded"
-NORMS = {"GroupNormalization", "LayerNormalization", "RMSNormalization"}
-DOUBTFUL = {"Attention", "SpaceToDepth"} | NORMS
+DOUBTFUL = {"Attention", "LayerNormalization", "RMSNormalization", "SpaceToDepth"}
 BY_PRODUCTS = {"Dropout", "LayerNormalization", "MaxPool"}
 
 
@@ -33,7 +32,7 @@ def expand(model: ModelProto, supported: Collection[tuple[str, str]]) -> ModelPr
     """Return the model with unsupported and wrongly imported operators replaced where possible."""
     for _ in range(ROUNDS):
         _trim_outputs(model)
-        rewritten = _apply_rules(model)
+        rewritten = apply_rules(model, RULES)
         model, inlined = _inline_functions(model, supported)
         if not rewritten and not inlined:
             break
@@ -52,32 +51,6 @@ def _trim_outputs(model: ModelProto) -> None:
         while node.op_type in BY_PRODUCTS and len(node.output) > 1 and node.output[-1] not in used:
             del node.output[-1]
     drop_unused(model)
-
-
-def _apply_rules(model: ModelProto) -> bool:
-    if not any(node.op_type in RULES and node.domain == "" for node in model.graph.node):
-        return False
-    rewriter = Rewriter(model)
-    changed = False
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        rule = RULES.get(node.op_type) if node.domain == "" else None
-        outputs = rule(node, rewriter) if rule else None
-        if outputs is None:
-            rewriter.nodes.clear()
-            nodes.append(node)
-            continue
-        changed = True
-        nodes.extend(rewriter.nodes)
-        rewriter.nodes.clear()
-        for made, wanted in zip(outputs, node.output, strict=False):
-            if wanted:
-                nodes.append(onnx.helper.make_node("Identity", [made], [wanted]))
-    if changed:
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-        model.graph.initializer.extend(rewriter.initializers)
-    return changed
 
 
 def _inline_functions(
@@ -190,6 +163,4 @@ def _imported_wrong(node: NodeProto, facts: Facts) -> bool:
         case "RMSNormalization":  # does not compile over all axes
             shape = facts.shapes.get(node.input[0])
             return shape is None or values.get("axis", -1) in (0, -len(shape))
-        case "GroupNormalization":  # other types are refused, or computed in float32 always
-            return values.get("stash_type", 1) != 1 or facts.opset < 21
     return True  # ONNX's Attention, which TVM takes for the one of com.microsoft

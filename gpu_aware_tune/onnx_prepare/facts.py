@@ -10,7 +10,8 @@ import onnx
 import onnx.shape_inference
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+FLOATS = (*HALF, TensorProto.FLOAT, TensorProto.DOUBLE)
 
 
 class Facts:
@@ -19,6 +20,7 @@ class Facts:
     def __init__(self, model: ModelProto) -> None:
         graph = infer_shapes(model).graph
         self.opset = opset_of(model)
+        self._outer: Facts | None = None
         self.types: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -39,7 +41,28 @@ class Facts:
         """Return the value of a constant, None for anything else."""
         if name not in self.constants and name in self._tensors:
             self.constants[name] = numpy_helper.to_array(self._tensors[name])
+        if name not in self.constants and self._outer is not None:
+            return self._outer.constant(name)
         return self.constants.get(name)
+
+    def is_half(self, name: str) -> bool:
+        """Tell whether a value is float16 or bfloat16."""
+        return self.types.get(name) in HALF
+
+    def inside(self, model: ModelProto, body: GraphProto) -> Facts:
+        """Return the facts of a graph inside one of the nodes, which sees the values outside."""
+        own = {name for node in body.node for name in node.output}
+        own |= {value.name for value in (*body.input, *body.initializer)}
+        alone = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+        alone.graph.CopyFrom(body)
+        alone.graph.input.extend(
+            onnx.helper.make_tensor_value_info(name, dtype, self.shapes.get(name))
+            for name, dtype in self.types.items()
+            if name not in own
+        )
+        facts = Facts(alone)
+        facts._outer = self
+        return facts
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
@@ -71,10 +94,16 @@ def uses_types(model: ModelProto, types: Collection[int]) -> bool:
     return bool(found & set(types))
 
 
+def bodies(node: NodeProto) -> Iterator[GraphProto]:
+    """Yield the graphs inside a node: the branches of an If, the body of a Loop."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+
+
 def walk(graph: GraphProto) -> Iterator[NodeProto]:
     """Yield the nodes of a graph and of the graphs inside its nodes."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from walk(attribute.g)
+        for body in bodies(node):
+            yield from walk(body)

@@ -16,11 +16,13 @@ from onnx.reference import ReferenceEvaluator
 
 from gpu_aware_tune.onnx_prepare.branches import take_branches
 from gpu_aware_tune.onnx_prepare.facts import Facts, walk
+from gpu_aware_tune.onnx_prepare.half import IN_FLOAT32, PRODUCTS
 
 FOLDED_ELEMENTS = 1 << 20  # larger results are left to those who fold faster
 ROUNDS = 12
 SHAPE_ONLY = {"Shape", "Size", "EyeLike"}  # they read their input's shape, not its values
-# Random, or (the last) wrong in the reference, which sums without taking absolute values.
+# Random, or (the last two) wrong in the reference: it sums without taking absolute values, and
+# resizes to a length that is not rounded.
 NOT_FOLDED = {
     "Bernoulli",
     "Dropout",
@@ -30,6 +32,7 @@ NOT_FOLDED = {
     "RandomUniform",
     "RandomUniformLike",
     "LpNormalization",
+    "Resize",
 }
 
 
@@ -72,6 +75,8 @@ def _results(node: NodeProto, facts: Facts, model: ModelProto) -> Mapping[str, n
     """Return the values of a node's outputs where they are constant and small."""
     if node.domain or node.op_type in NOT_FOLDED:
         return None
+    if node.op_type in IN_FLOAT32 | PRODUCTS and any(facts.is_half(name) for name in node.input):
+        return None  # NumPy sums in half precision
     names = [name for name in node.output if name]
     shapes = [facts.shapes.get(name) for name in names]
     if all(shape is not None and 0 in shape for shape in shapes):  # nothing in it to compute

@@ -1,164 +1,156 @@
-"""Replaces a Resize that TVM gets wrong: resizing is linear, so one small matrix per axis does it.
+"""Replaces a Resize that TVM gets wrong: resizing is linear, one small matrix per axis does it.
 
 TVM takes its scale from the shapes alone, knows neither anti-aliasing nor `axes` nor the aspect
-ratio policies, and resizes spatial axes only. The matrices come from ONNX's reference operator,
-applied to the identity, so every mode it knows is right by construction.
+ratio policies, and resizes spatial axes only. A matrix with few entries per column is applied as
+that many weighted Gathers, which fuse with their neighbours; only anti-aliasing needs more.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import NodeProto
-from onnx.reference import ReferenceEvaluator
 
-from gpu_aware_tune.onnx_prepare.facts import Facts
+from gpu_aware_tune.onnx_prepare.facts import Facts, attributes, input_of
+from gpu_aware_tune.onnx_prepare.interpolation import Axis, Mode, resize_matrix
 from gpu_aware_tune.onnx_prepare.rewriter import Rewriter
 
 TVM_COORDINATES = {"half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"}
-FLOATS = (np.float16, np.float32, np.float64)
+GATHERED_TAPS = 4  # as many as a cubic filter has
+Plan = dict[int, Axis]
 
 
 def resize(node: NodeProto, to: Rewriter) -> list[str] | None:
-    """Rule: replace a Resize by one Gather or MatMul per resized axis, where TVM needs that."""
+    """Rule: replace a Resize by Gathers or a MatMul per resized axis, where TVM needs that."""
     if not resize_is_wrong(node, to.facts):
+        return _without_empty_inputs(node, to)
+    plan = resize_plan(node, to.facts)
+    dtype, shape = to.dtype(node.input[0]), to.shape(node.input[0])
+    mode = Mode.of(attributes(node))
+    if plan is None or dtype is None or shape is None:
         return None
-    dtype = to.dtype(node.input[0])
-    plan = _plan(node, to.facts)
-    if plan is None or dtype not in FLOATS:
-        return None
-    values = {
-        a.name: onnx.helper.get_attribute_value(a)
-        for a in node.attribute
-        if a.name not in ("axes", "keep_aspect_ratio_policy")
-    }
-    result = node.input[0]
-    rank = len(to.shape(result) or ())
-    for axis, (extent, scale, size, region) in plan.items():
-        matrix, offset = _axis_matrix(values, extent, scale, size, region)
-        if matrix is None or offset is None:
+    if all(piece.size == piece.extent for piece in plan.values()):
+        return [node.input[0]]  # as in ONNX Runtime, whatever the scales say
+    inner = dtype if mode.kind == "nearest" or dtype == np.float64 else np.float32
+    result = node.input[0] if inner == dtype else to.cast(node.input[0], inner)
+    for axis, piece in plan.items():
+        found = resize_matrix(piece, mode)
+        if found is None:
             return None
-        if matrix.shape[0] == matrix.shape[1] and np.array_equal(matrix, np.eye(extent)):
-            continue
-        result = _apply(to, result, matrix.astype(dtype), axis, rank)
+        matrix, offset = found
+        if matrix.shape[0] != matrix.shape[1] or not np.array_equal(matrix, np.eye(len(matrix))):
+            result = _apply(to, result, matrix, axis, len(shape), inner)
         if np.any(offset):
-            shape = [-1] + [1] * (rank - 1 - axis)
-            result = to.op("Add", result, to.constant(offset.reshape(shape), dtype))
-    return [to.op("Identity", result)]
+            along = [-1] + [1] * (len(shape) - 1 - axis)
+            result = to.op("Add", result, to.constant(offset.reshape(along), inner))
+    if np.issubdtype(dtype, np.integer) and inner != dtype:
+        # Cut off, like ONNX Runtime, but not where only rounding errors keep it below a whole.
+        result = to.op("Mul", result, to.constant(1 + 1e-6, inner))
+    return [result if inner == dtype else to.cast(result, dtype)]
 
 
 def resize_is_wrong(node: NodeProto, facts: Facts) -> str:
     """Say why TVM would get this Resize wrong; empty where it would not."""
-    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    plan = _plan(node, facts)
+    values = attributes(node)
+    plan = resize_plan(node, facts)
     if plan is None:
-        return "its scales or sizes are not constant"
-    if "axes" in values or values.get("antialias", 0):
+        return "its scales or sizes are not constant; make them constant in the export"
+    mode = Mode.of(values)
+    if "axes" in values or mode.antialias:
         return "axes and antialias are not supported"
     if values.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":
         return "only the aspect ratio policy 'stretch' is supported"
-    coordinates = values.get("coordinate_transformation_mode", b"half_pixel").decode()
-    if coordinates not in TVM_COORDINATES | {"tf_crop_and_resize"}:
-        return f"coordinates {coordinates!r} are not supported"
+    if mode.coordinates not in TVM_COORDINATES:
+        return f"coordinates {mode.coordinates!r} are not supported"
     rank = len(facts.shapes[node.input[0]])
     if rank not in (3, 4, 5):
         return f"only 1 to 3 spatial axes are supported, not rank {rank}"
-    for axis, (extent, scale, size, region) in plan.items():
-        if axis < 2 and size != extent:
+    for axis, piece in plan.items():
+        if axis < 2 and piece.size != piece.extent:
             return "only spatial axes can be resized"
-        if axis < 2 and coordinates == "tf_crop_and_resize" and region != (0.0, 1.0):
-            return "only spatial axes can be cropped"
-        if not math.isclose(scale * extent, size, abs_tol=1e-6):
-            return f"scale {scale:.4g} of {extent} does not give a whole number"
-        if size == 1 < extent and coordinates in ("align_corners", "pytorch_half_pixel"):
-            return "aligning the corners of a single value is not supported"
+        if piece.scale * piece.extent != piece.size:
+            return f"scale {piece.scale:.4g} of {piece.extent} does not give a whole number"
+        if piece.size == 1 < piece.extent and mode.coordinates != "asymmetric":
+            return "a single value is not supported"
     return ""
 
 
-Plan = dict[int, tuple[int, float, int, tuple[float, float]]]
+def _without_empty_inputs(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """Leave out inputs without elements, which count as absent; TVM takes them for given."""
+    kept = [name if to.shape(name) != (0,) else "" for name in node.input]
+    while not kept[-1]:
+        del kept[-1]
+    if kept == list(node.input):
+        return None
+    return [to.op("Resize", *kept, **attributes(node))]
 
 
-def _plan(node: NodeProto, facts: Facts) -> Plan | None:
-    """Return axis -> (extent, scale, size, region of interest), None where it is not known."""
-    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+def resize_plan(node: NodeProto, facts: Facts) -> Plan | None:
+    """Return what happens to each axis, None where that is not known."""
+    values = attributes(node)
     shape = facts.shapes.get(node.input[0])
-    inputs = [*node.input, "", "", ""]
-    scales, sizes = facts.constant(inputs[2]), facts.constant(inputs[3])
-    if shape is None or (inputs[2] and scales is None) or (inputs[3] and sizes is None):
+    region, scales, sizes = (_present(input_of(node, index), facts) for index in (1, 2, 3))
+    counts = scales if scales is not None else sizes
+    if shape is None or counts is None or (scales is not None and sizes is not None):
         return None
-    rank = len(shape)
-    axes = [int(axis) % rank for axis in values.get("axes", range(rank))]
-    crop = values.get("coordinate_transformation_mode", b"") == b"tf_crop_and_resize"
-    region = facts.constant(inputs[1]) if crop else None
-    if crop and (region is None or region.size != 2 * len(axes)):
+    axes = [int(axis) % len(shape) for axis in values.get("axes", range(len(shape)))]
+    edges = [(0.0, 1.0)] * len(axes)
+    if values.get("coordinate_transformation_mode", b"") == b"tf_crop_and_resize":
+        if region is None or region.size != 2 * len(axes):
+            return None
+        edges = list(zip(*region.reshape(2, -1).tolist(), strict=True))
+    if len(axes) != counts.size:
         return None
-    regions = [
-        (0.0, 1.0) if region is None else (float(region[i]), float(region[len(axes) + i]))
-        for i in range(len(axes))
-    ]
-    extents = [shape[axis] for axis in axes]
-    if scales is not None and scales.size:
-        factors = [float(scale) for scale in scales]
-        targets = [int(extent * scale) for extent, scale in zip(extents, scales, strict=True)]
-    elif sizes is not None and sizes.size:
-        targets = [int(size) for size in sizes]
-        factors = [size / extent for size, extent in zip(targets, extents, strict=True)]
+    extents = [np.float32(shape[axis]) for axis in axes]
+    if scales is not None:
+        factors = [np.float32(scale) for scale in scales]
+        targets = [int(extent * f) for extent, f in zip(extents, factors, strict=True)]
+    else:
+        targets = [int(size) for size in counts]
+        factors = [np.float32(t) / extent for t, extent in zip(targets, extents, strict=True)]
         policy = values.get("keep_aspect_ratio_policy", b"stretch")
         if policy != b"stretch":
-            factor = min(factors) if policy == b"not_larger" else max(factors)
-            factors = [factor] * len(axes)
-            targets = [int(factor * extent + 0.5) for extent in extents]
-    else:
-        return None
-    return dict(zip(axes, zip(extents, factors, targets, regions, strict=True), strict=True))
+            factors = [min(factors) if policy == b"not_larger" else max(factors)] * len(axes)
+            halves = (extent * factors[0] + np.float32(0.5) for extent in extents)
+            targets = [int(half) for half in halves]
+    found = zip(axes, extents, factors, targets, edges, strict=True)
+    return {a: Axis(int(e), float(f), t, edge) for a, e, f, t, edge in found}
 
 
-def _axis_matrix(
-    values: dict[str, Any], extent: int, scale: float, size: int, region: tuple[float, float]
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return what resizes one axis: `x @ matrix + offset`."""
-    crop = values.get("coordinate_transformation_mode", b"") == b"tf_crop_and_resize"
-    roi = np.array([0, region[0], 1, region[1]] if crop else [], np.float32)
-    by_scale = int(scale * extent) == size
-    given = np.array([1.0, scale], np.float32) if by_scale else np.array([0, size], np.int64)
-    rows = np.vstack([np.eye(extent), np.zeros((1, extent))]).astype(np.float64)
-    if not by_scale:
-        given[0] = len(rows)
-    names = ["x", "roi", "scales" if by_scale else "", "" if by_scale else "sizes"]
-    tensor = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Resize", names, ["y"], **values)],
-        "axis",
-        [
-            tensor("x", onnx.TensorProto.DOUBLE, None),
-            tensor("roi", onnx.TensorProto.FLOAT, None),
-            tensor("scales" if by_scale else "sizes", onnx.TensorProto.FLOAT, None),
-        ],
-        [tensor("y", onnx.TensorProto.DOUBLE, None)],
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)])
-    try:
-        feeds = {"x": rows, "roi": roi, names[2] or names[3]: given}
-        result = np.asarray(ReferenceEvaluator(model).run(None, feeds)[0], np.float64)
-    except Exception:  # a mode the reference does not know either
-        return None, None
-    if result.shape != (extent + 1, size):
-        return None, None
-    return result[:-1] - result[-1:], result[-1]
+def _present(name: str, facts: Facts) -> np.ndarray | None:
+    """Return an input's value; one without a name or without elements counts as absent."""
+    return None if not name or facts.shapes.get(name) == (0,) else facts.constant(name)
 
 
-def _apply(to: Rewriter, value: str, matrix: np.ndarray, axis: int, rank: int) -> str:
-    chosen = matrix.argmax(axis=0)
-    if np.array_equal(matrix, np.eye(matrix.shape[0], dtype=matrix.dtype)[:, chosen]):
-        return to.op("Gather", value, to.constant(chosen), axis=axis)
+def _apply(to: Rewriter, value: str, matrix: np.ndarray, axis: int, rank: int, dtype: Any) -> str:
+    """Emit `value` times a matrix (extent, size) along one axis."""
+    taps = int((matrix != 0).sum(axis=0).max())
+    if taps > GATHERED_TAPS:
+        return _multiplied(to, value, matrix, axis, rank, dtype)
+    order = np.argsort(matrix == 0, axis=0, kind="stable")[: max(taps, 1)]
+    terms = []
+    for indices in order:
+        weights = matrix[indices, np.arange(matrix.shape[1])]
+        term = to.op("Gather", value, to.constant(indices), axis=axis)
+        if not np.all(weights == 1):
+            along = [-1] + [1] * (rank - 1 - axis)
+            term = to.op("Mul", term, to.constant(weights.reshape(along), dtype))
+        terms.append(term)
+    total = terms[0]
+    for term in terms[1:]:
+        total = to.op("Add", total, term)
+    return total
+
+
+def _multiplied(
+    to: Rewriter, value: str, matrix: np.ndarray, axis: int, rank: int, dtype: Any
+) -> str:
     if axis == rank - 1:
-        return to.op("MatMul", value, to.constant(matrix, matrix.dtype))
+        return to.op("MatMul", value, to.constant(matrix, dtype))
     if axis == rank - 2:
-        return to.op("MatMul", to.constant(matrix.T, matrix.dtype), value)
+        return to.op("MatMul", to.constant(matrix.T, dtype), value)
     order = [*(a for a in range(rank) if a != axis), axis]
     last = to.op("Transpose", value, perm=order)
-    product = to.op("MatMul", last, to.constant(matrix, matrix.dtype))
+    product = to.op("MatMul", last, to.constant(matrix, dtype))
     return to.op("Transpose", product, perm=[order.index(a) for a in range(rank)])

@@ -1,47 +1,77 @@
-"""Emits the nodes and constants that take another node's place."""
+"""Emits the nodes and constants that take another node's place, and applies rules that do so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import tensor_dtype_to_np_dtype
 
-from gpu_aware_tune.onnx_prepare.facts import Facts, opset_of
+from gpu_aware_tune.onnx_prepare.facts import Facts, bodies, opset_of, walk
 
 
 class Rewriter:
-    """Emits the nodes and constants of a replacement, and knows the graph's facts."""
+    """Emits the nodes and constants of a replacement, and knows the graph's facts.
 
-    def __init__(self, model: ModelProto) -> None:
-        self.facts = Facts(model)
-        self.opset = opset_of(model)
+    Args:
+        model: whose names the emitted values must not repeat.
+        graph: the graph that is rewritten: the model's, or one inside a node.
+        facts: what is known about that graph.
+        opset: the operator set in which nodes are emitted; the model's by default.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        graph: GraphProto | None = None,
+        facts: Facts | None = None,
+        opset: int | None = None,
+        names: Iterator[str] | None = None,
+    ) -> None:
+        graph = graph or model.graph
+        self.facts = facts or Facts(model)
+        self.opset = opset or opset_of(model)
         self.nodes: list[NodeProto] = []
         self.initializers: list[TensorProto] = []
-        self.producers = {name: node for node in model.graph.node for name in node.output}
-        taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
-        self._prefix = "expanded"
-        while any(name.startswith(self._prefix) for name in taken):
-            self._prefix += "_"
-        self._count = 0
+        self.producers = {name: node for node in graph.node for name in node.output}
+        self.names = names or _fresh_names(model)
 
-    def op(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
+    def op(
+        self, op_type: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> str:
         """Emit a node and return its first output; the others are that name plus .1, .2, ..."""
-        self._count += 1
-        first = f"{self._prefix}{self._count}"
+        first = next(self.names)
         names = [first, *(f"{first}.{index}" for index in range(1, outputs))]
-        self.nodes.append(onnx.helper.make_node(op_type, list(inputs), names, **attributes))
+        made = onnx.helper.make_node(op_type, list(inputs), names, domain=domain, **attributes)
+        self.nodes.append(made)
         return first
+
+    def same(
+        self, node: NodeProto, inputs: Sequence[str], values: Mapping[str, Any], op_type: str = ""
+    ) -> list[str]:
+        """Emit a node with other inputs and attributes, and return all its outputs."""
+        first = self.op(
+            op_type or node.op_type,
+            *inputs,
+            outputs=len(node.output),
+            domain=node.domain,
+            **values,
+        )
+        return [first, *(f"{first}.{index}" for index in range(1, len(node.output)))]
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
         """Add an initializer and return its name."""
-        self._count += 1
-        name = f"{self._prefix}{self._count}"
+        name = next(self.names)
         self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
+
+    def cast(self, value: str, dtype: Any) -> str:
+        """Emit a conversion to a NumPy type."""
+        return self.op("Cast", value, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def dtype(self, name: str) -> Any:
         """Return the NumPy type of a value, None where it is not known."""
@@ -57,3 +87,63 @@ class Rewriter:
         if self.opset >= 18 or kind == "ReduceSum":
             return self.op(kind, value, self.constant(list(axes)), keepdims=1)
         return self.op(kind, value, axes=list(axes), keepdims=1)
+
+
+Rule = Callable[[NodeProto, Rewriter], list[str] | None]
+"""Emits what computes a node's outputs and returns their names; None leaves the node alone."""
+
+
+def operator_name(node: NodeProto) -> str:
+    """Return the name by which rules are looked up: with its domain unless it is ONNX's own."""
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def apply_rules(model: ModelProto, rules: Mapping[str, Rule], opset: int | None = None) -> bool:
+    """Replace nodes by what the rules emit, in the graphs inside nodes too; tell whether any was.
+
+    Args:
+        model: changed in place.
+        rules: by operator name, see `operator_name`.
+        opset: the operator set in which the rules emit nodes; the model's by default.
+    """
+    if not any(operator_name(node) in rules for node in walk(model.graph)):
+        return False
+    return _rewrite(model, model.graph, Rewriter(model, opset=opset), rules)
+
+
+def _rewrite(model: ModelProto, graph: GraphProto, to: Rewriter, rules: Mapping[str, Rule]) -> bool:
+    changed = False
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        for body in bodies(node):
+            if any(operator_name(inner) in rules for inner in walk(body)):
+                facts = to.facts.inside(model, body)
+                inside = Rewriter(model, body, facts, to.opset, to.names)
+                changed |= _rewrite(model, body, inside, rules)
+        rule = rules.get(operator_name(node))
+        outputs = rule(node, to) if rule else None
+        emitted = [*to.nodes]
+        to.nodes.clear()
+        if outputs is None:
+            nodes.append(node)
+            continue
+        changed = True
+        for made, wanted in zip(outputs, node.output, strict=False):
+            if wanted:
+                emitted.append(onnx.helper.make_node("Identity", [made], [wanted]))
+        for number, each in enumerate(emitted):  # messages then lead to the user's node
+            each.name = each.name or f"{node.name or node.output[0]}/{each.op_type}_{number}"
+        nodes.extend(emitted)
+    if changed:
+        del graph.node[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(to.initializers)
+    return changed
+
+
+def _fresh_names(model: ModelProto) -> Iterator[str]:
+    taken = {name for node in walk(model.graph) for name in (*node.input, *node.output)}
+    prefix = "expanded"
+    while any(name.startswith(prefix) for name in taken):
+        prefix += "_"
+    return (f"{prefix}{number}" for number in itertools.count(1))

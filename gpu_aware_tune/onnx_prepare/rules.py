@@ -6,46 +6,22 @@ take the place of the node's outputs, or None to leave the node alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from onnx import NodeProto, TensorProto
 
 from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
+from gpu_aware_tune.onnx_prepare.half import IN_FLOAT32, in_float32, in_float32_or
+from gpu_aware_tune.onnx_prepare.norms import (
+    group_normalization,
+    lp_normalization,
+    training_batch_norm,
+)
+from gpu_aware_tune.onnx_prepare.padding import explicit_padding, lp_pool
 from gpu_aware_tune.onnx_prepare.refuse import dropout_trains
 from gpu_aware_tune.onnx_prepare.resize import resize
-from gpu_aware_tune.onnx_prepare.rewriter import Rewriter
+from gpu_aware_tune.onnx_prepare.rewriter import Rewriter, Rule
 
 STRICT = "/strict"  # ends the name of a NonMaxSuppression whose threshold has been moved
-Rule = Callable[[NodeProto, Rewriter], list[str] | None]
-
-
-def _batch_normalization(node: NodeProto, to: Rewriter) -> list[str] | None:
-    values = attributes(node)
-    shape, dtype = to.shape(node.input[0]), to.dtype(node.input[0])
-    if not values.get("training_mode", 0) or shape is None or dtype is None:
-        return None
-    x, scale, bias, old_mean, old_var = node.input[:5]
-    axes = [axis for axis in range(len(shape)) if axis != 1]
-    channels = to.constant([1, -1] + [1] * (len(shape) - 2))
-    wide = to.op("Cast", x, to=TensorProto.FLOAT) if dtype == np.float16 else x
-    mean = to.reduce("ReduceMean", wide, axes)
-    centred = to.op("Sub", wide, mean)
-    var = to.reduce("ReduceMean", to.op("Mul", centred, centred), axes)
-    inner = np.float32 if dtype == np.float16 else dtype
-    epsilon = to.constant(values.get("epsilon", 1e-5), inner)
-    normal = to.op("Div", centred, to.op("Sqrt", to.op("Add", var, epsilon)))
-    y = to.op("CastLike", normal, x) if dtype == np.float16 else normal
-    y = to.op("Mul", y, to.op("CastLike", to.op("Reshape", scale, channels), x))
-    y = to.op("Add", y, to.op("CastLike", to.op("Reshape", bias, channels), x))
-    momentum = values.get("momentum", 0.9)
-    outputs = [y]
-    for old, new in ((old_mean, mean), (old_var, var)):
-        new = to.op("CastLike", to.op("Reshape", new, to.constant([-1])), old)
-        kept = to.op("Mul", old, to.op("CastLike", to.constant(momentum, np.float32), old))
-        fresh = to.op("CastLike", to.constant(1.0 - momentum, np.float32), old)
-        outputs.append(to.op("Add", kept, to.op("Mul", new, fresh)))
-    return outputs
 
 
 def _dropout(node: NodeProto, to: Rewriter) -> list[str] | None:
@@ -74,15 +50,6 @@ def _equal(node: NodeProto, to: Rewriter) -> list[str] | None:
     return [to.op("Cast", every, to=TensorProto.BOOL)]
 
 
-def _in_float32(node: NodeProto, to: Rewriter) -> list[str] | None:
-    """TVM has no float16 form of some operators: compute those in float32."""
-    if to.dtype(node.input[0]) != np.float16:
-        return None
-    wide = [to.op("Cast", name, to=TensorProto.FLOAT) for name in node.input]
-    result = to.op(node.op_type, *wide, **attributes(node))
-    return [to.op("Cast", result, to=TensorProto.FLOAT16)]
-
-
 def _is_inf(node: NodeProto, to: Rewriter) -> list[str] | None:
     values = attributes(node)
     positive, negative = values.get("detect_positive", 1), values.get("detect_negative", 1)
@@ -92,19 +59,6 @@ def _is_inf(node: NodeProto, to: Rewriter) -> list[str] | None:
     if not positive and not negative:
         return [to.op("Less", node.input[0], to.constant(-np.inf, dtype))]  # never
     return [to.op("Equal", node.input[0], to.constant(np.inf if positive else -np.inf, dtype))]
-
-
-def _lp_normalization(node: NodeProto, to: Rewriter) -> list[str] | None:
-    values = attributes(node)
-    dtype = to.dtype(node.input[0])
-    if dtype is None:
-        return None
-    kind = "ReduceL1" if values.get("p", 2) == 1 else "ReduceL2"
-    norm = to.reduce(kind, node.input[0], [values.get("axis", -1)])
-    zero = to.constant(0, dtype)
-    empty = to.op("Equal", norm, zero)
-    safe = to.op("Where", empty, to.constant(1, dtype), norm)
-    return [to.op("Div", node.input[0], safe)]
 
 
 def _one_hot(node: NodeProto, to: Rewriter) -> list[str] | None:
@@ -229,15 +183,16 @@ def _scalar(to: Rewriter, value: str) -> str:
     return to.op("Reshape", value, to.constant([], np.int64)) if to.shape(value) == (1,) else value
 
 
-NO_FLOAT16 = "Acos Asin Atan Cosh Sinh Elu Selu ThresholdedRelu LRN MeanVarianceNormalization"
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(NO_FLOAT16.split(), _in_float32),
-    "BatchNormalization": _batch_normalization,
+SPECIAL: dict[str, Rule] = {
+    **dict.fromkeys(("AveragePool", "Conv", "MaxPool"), explicit_padding),
+    "BatchNormalization": training_batch_norm,
     "ConvTranspose": _conv_transpose,
     "Dropout": _dropout,
     "Equal": _equal,
+    "GroupNormalization": group_normalization,
     "IsInf": _is_inf,
-    "LpNormalization": _lp_normalization,
+    "LpNormalization": lp_normalization,
+    "LpPool": lp_pool,
     "NonMaxSuppression": _non_max_suppression,
     "OneHot": _one_hot,
     "Pow": _pow,
@@ -245,4 +200,8 @@ RULES: dict[str, Rule] = {
     "QLinearMatMul": _qlinear_matmul,
     "Resize": resize,
     "Split": _split,
+}
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(IN_FLOAT32, in_float32),
+    **{name: in_float32_or(rule) if name in IN_FLOAT32 else rule for name, rule in SPECIAL.items()},
 }

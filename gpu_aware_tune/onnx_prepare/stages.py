@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import onnx.inliner
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.onnx_prepare.batch_norm import fold_batch_norms
 from gpu_aware_tune.onnx_prepare.convert import (
-    OLDEST_OPSET,
     attach_weights,
     detach_weights,
-    newer_opset,
     optimised_by_onnxruntime,
     to_float16,
 )
 from gpu_aware_tune.onnx_prepare.expand import expand
-from gpu_aware_tune.onnx_prepare.facts import opset_of, uses_types, walk
+from gpu_aware_tune.onnx_prepare.facts import HALF, opset_of, uses_types, walk
 from gpu_aware_tune.onnx_prepare.fold import fold
 from gpu_aware_tune.onnx_prepare.refuse import refuse_unsupported
 from gpu_aware_tune.onnx_prepare.shapes import drop_weight_inputs, fix_inputs
+from gpu_aware_tune.onnx_prepare.upgrade import upgrade
 from gpu_aware_tune.settings import DTYPES, TF32
-
-HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
 def prepare(
@@ -50,8 +47,7 @@ def prepare(
     model, weights = detach_weights(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    if opset_of(model) < OLDEST_OPSET:
-        model = newer_opset(model)
+    model = upgrade(model)
     model = expand(fold(model), supported)
     refuse_unsupported(model, supported)
     is_half = uses_types(model, HALF)

@@ -29,7 +29,6 @@ from gpu_aware_tune.workers import Worker, WorkerHost
 _SETTLE_S = 0.02  # idle threads of the point before spin for half of that
 _START_TIMEOUT_S = 120.0
 _SLICE_TIMEOUT_S = 120.0  # besides what the slice should take: one run of a slow model
-_SERVE = "gpu_aware_tune.profiling.curves:serve"
 
 Spec = tuple[str, tuple[int, ...], str]  # name, shape and dtype of an input
 
@@ -170,7 +169,7 @@ class _Slice:
 def _start(host: WorkerHost, subject: Subject, stack: contextlib.ExitStack) -> Worker:
     partition = subject.partition
     args = (str(subject.library), str(subject.weights), subject.specs, subject.entry)
-    worker = host.spawn(_SERVE, partition, *args, env=partition.env())
+    worker = host.spawn(serve, partition, *args, env=partition.env())
     stack.callback(worker.kill)
     return worker
 

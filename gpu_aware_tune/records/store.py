@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sqlite3
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.records.lock import WriterLock
+from gpu_aware_tune.records.lock import other_writer
+from gpu_aware_tune.records.open_store import FILE_NAME, OpenStore
 from gpu_aware_tune.records.rows import (
     ADD_RECORD,
     ADD_TRACE,
-    COLUMNS,
     FASTEST,
     FROM,
     KEY,
@@ -37,93 +32,15 @@ from gpu_aware_tune.records.rows import (
     doomed,
     log_entry_of,
     packed,
-    record_of,
     row_of,
     unpacked,
 )
-from gpu_aware_tune.records.schema import open_empty, open_file, plain_errors, transaction
 
 __all__ = ["FILE_NAME", "Counts", "LogEntry", "Record", "RecordKey", "Run", "Store", "StoredTask"]
 
-FILE_NAME = "records.sqlite"
 
-
-class Store:
-    """The records of one folder. One process may write at a time, any number may read.
-
-    Args:
-        path: the folder (the file is `records.sqlite` in it), or a file ending in `.sqlite`.
-        readonly: open for queries only; never blocked by a writer and never blocks one.
-        missing_ok: with `readonly`, where there is no such file: an empty store, in memory.
-        busy_timeout_s: how long to wait for another program's lock on the file.
-
-    Raises:
-        SetupError: the file is damaged, locked, read-only, of a newer version or no record store;
-            it is left as it is.
-        UserError: `readonly` without `missing_ok`, and there is no such file.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        readonly: bool = False,
-        busy_timeout_s: float = 10.0,
-        missing_ok: bool = False,
-    ) -> None:
-        path = Path(path)
-        self.path = path if path.suffix == ".sqlite" else path / FILE_NAME
-        self.readonly = readonly
-        self._owner = os.getpid()
-        self._mutex = threading.RLock()
-        self._key_ids: dict[RecordKey, int] = {}
-        self._lock: WriterLock | None = None
-        if not readonly:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise SetupError(
-                    f"cannot create the folder {self.path.parent} ({error.strerror});"
-                    " give another folder with --db"
-                ) from error
-            self._lock = WriterLock(self.path)
-        try:
-            with plain_errors(self.path):
-                if readonly and missing_ok and not self.path.exists():
-                    self._db = open_empty()
-                else:
-                    self._db = open_file(
-                        self.path, readonly=readonly, busy_timeout_s=busy_timeout_s
-                    )
-        except BaseException:
-            if self._lock:
-                self._lock.release()
-            raise
-        if not readonly:
-            try:
-                self._close_interrupted_runs()
-            except BaseException:
-                self.close()
-                raise
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file and let the next writer in; a child forked from the writer does not."""
-        if os.getpid() != self._owner:
-            return
-        with self._mutex:
-            self._db.close()
-            if self._lock:
-                self._lock.release()
+class Store(OpenStore):
+    """The records of one folder; see `OpenStore` for how they are opened."""
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -238,7 +155,7 @@ class Store:
             cursor = db.execute(
                 "INSERT INTO runs (status, started, settings, machine, facts)"
                 " VALUES ('running', ?, ?, ?, '{}')",
-                (time.time(), _dumps(settings), _dumps(machine)),
+                (time.time(), _dumps(settings), _dumps({"pid": os.getpid(), **machine})),
             )
             return int(cursor.lastrowid or 0)
 
@@ -264,12 +181,19 @@ class Store:
             failures_older_s: remove failures that are older than this; 0 means all.
             wrong: remove kernels that compute wrong numbers. They are then tried again.
             dry_run: only count.
+
+        Raises:
+            SetupError: another process writes the store; it may be using what would be removed.
         """
         where, values = doomed(keep, failures_older_s, wrong)
         if dry_run:
             with self._using() as db:
                 query = f"SELECT COUNT(*) FROM records WHERE {where}"
                 return int(db.execute(query, values).fetchone()[0])
+        if (writer := other_writer(self.path)) is not None:
+            raise SetupError(
+                f"{self.path} is being written by process {writer}; prune when that has ended"
+            )
         with self._writing() as db:
             removed = db.execute(f"DELETE FROM records WHERE {where}", values).rowcount
             db.execute("DELETE FROM traces WHERE id NOT IN (SELECT trace FROM records)")
@@ -292,15 +216,24 @@ class Store:
             f"WHERE r.key = ? AND {USABLE} ORDER BY {FASTEST} LIMIT ?", (self._key_id(key), k)
         )
 
-    def untuned(self, key: RecordKey) -> Record | None:
-        """Return the fastest default schedule of a key that ran and is right."""
-        where = f"WHERE r.key = ? AND {USABLE} AND r.origin = 'default'"
-        found = self._select(f"{where} ORDER BY {FASTEST} LIMIT 1", (self._key_id(key),))
-        return found[0] if found else None
-
     def all(self, key: RecordKey) -> list[Record]:
         """Return every record of a key, failures included, in the order they were added."""
         return self._select("WHERE r.key = ? ORDER BY r.id", (self._key_id(key),))
+
+    def last_id(self) -> int:
+        """Return the number of the newest record; those that come later have larger ones."""
+        with self._using() as db:
+            return int(db.execute("SELECT COALESCE(MAX(id), 0) FROM records").fetchone()[0])
+
+    def added_since(self, last_id: int, runs: Sequence[int]) -> list[Record]:
+        """Return the records that other runs have added after a record's number.
+
+        Args:
+            last_id: see `last_id`.
+            runs: ids of the caller's own runs.
+        """
+        where = f"WHERE r.id > ? AND COALESCE(r.run, -1) NOT IN ({_places(runs)}) ORDER BY r.id"
+        return self._select(where, (last_id, *runs))
 
     def known(self, key: RecordKey) -> int:
         """Return how many trials, failures included, the store holds under a key."""
@@ -386,59 +319,6 @@ class Store:
         with self._using() as db:
             rows = db.execute(LOG.format(keys=keys), (*values, run.id, run.started)).fetchall()
         return [log_entry_of(row) for row in rows]
-
-    # -- inside -------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _using(self) -> Iterator[sqlite3.Connection]:
-        with self._mutex, plain_errors(self.path):
-            yield self._db
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._using() as db:
-            try:
-                with transaction(db):
-                    yield db
-            except BaseException:
-                self._key_ids.clear()  # ids handed out in a transaction that was rolled back
-                raise
-
-    def _key_id(self, key: RecordKey) -> int:
-        """Return the row of a key, added where it is new; -1 where only a query asks for it."""
-        if key not in self._key_ids:
-            values = (key.task, key.device, key.units, key.target, key.tvm)
-            with self._using() as db:
-                if db.in_transaction:
-                    db.execute("INSERT OR IGNORE INTO keys VALUES (NULL, ?, ?, ?, ?, ?)", values)
-                row = db.execute(
-                    "SELECT id FROM keys WHERE task = ? AND device = ? AND units = ?"
-                    " AND target = ? AND tvm = ?",
-                    values,
-                ).fetchone()
-            if row is None:
-                return -1
-            if self.readonly:  # a writer elsewhere may remove the row and give its number away
-                return int(row[0])
-            self._key_ids[key] = row[0]
-        return self._key_ids[key]
-
-    def _select(self, clause: str, values: Iterable[Any]) -> list[Record]:
-        with self._using() as db:
-            rows = db.execute(f"SELECT {COLUMNS} {FROM} {clause}", tuple(values)).fetchall()
-        return [record_of(row) for row in rows]
-
-    def _close_interrupted_runs(self) -> None:
-        # The lock is ours, so whoever started these is dead; its last record says until when.
-        with self._using() as db:
-            if not db.execute("SELECT 1 FROM runs WHERE status = 'running'").fetchone():
-                return
-        with self._writing() as db:
-            db.execute(
-                "UPDATE runs SET status = 'interrupted', finished = COALESCE("
-                "(SELECT MAX(created) FROM records WHERE run = runs.id), started)"
-                " WHERE status = 'running'"
-            )
 
 
 def _places(values: Sequence[Any]) -> str:

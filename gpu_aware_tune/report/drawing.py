@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_aware_tune.errors import SetupError
+
 Colors = Mapping[str, str]
 
 LIGHT: Colors = {
@@ -138,7 +140,12 @@ def _font(match: re.Match[str]) -> str:
 def _styled(colors: Colors) -> Iterator[None]:
     # It logs every font that a machine does not have, and the building of its cache.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SetupError(
+            f"figures need matplotlib ({error}): pip install 'gpu-aware-tune[report]'"
+        ) from error
 
     colored = {
         "text.color": colors["ink"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from gpu_aware_tune.records.lock import writer_of
+from gpu_aware_tune.records.lock import is_writing
 from gpu_aware_tune.records.store import Run, Store
 from gpu_aware_tune.report.history import History, read_history
 from gpu_aware_tune.report.inputs import find_run, find_tasks
@@ -109,11 +109,18 @@ class Watcher:
 
     def look(self) -> State:
         """Return where the run stands now."""
-        run, writer = self._run(), writer_of(self._store.path)
+        run = self._run()
+        writer = self._writer(run)
         if run.status == "running" and writer is None:
             run = self._run()  # it may have ended between the two questions
         history = read_history(self._store, run, self._infos)
         return State(history, writer, time.time())
+
+    def _writer(self, run: Run) -> int | None:
+        """The process of a run, if it lives."""
+        pid = run.machine.get("pid")
+        alive = isinstance(pid, int) and is_writing(self._store.path, pid)
+        return pid if alive else None
 
     def _run(self) -> Run:
         return find_run(self._store, self._run_id)

@@ -1,20 +1,77 @@
-"""Which models a run tunes, and what each of them gets of the settings: its share and its folder."""
+"""What a run is to do: its settings, and for each model its goal."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.settings import KNEE, SHARES, Settings, make_settings
+from gpu_aware_tune.settings import (
+    SHARES,
+    Objective,
+    RunSettings,
+    Settings,
+    ShareRule,
+    make_settings,
+    plain,
+)
 
-Job = tuple[Path, Settings]  # a model's file, and what to do with it
+
+@dataclass(frozen=True)
+class ModelGoal:
+    """What a run is to make of one model.
+
+    Args:
+        path: its ONNX file.
+        percents: of the device, one library each; none: the knee of the model's own curve, or a
+            part of the device by its work (`by_work`).
+        output: the folder to write.
+        input_shapes: shapes of inputs with dynamic dimensions, by ONNX name.
+        dtype: to convert the model to first; see `Settings`.
+        by_work: the share follows from its part of all models' work.
+        verify_inputs: an `.npz` file of inputs to verify it with, besides random ones.
+    """
+
+    path: Path
+    percents: tuple[int, ...]
+    output: Path
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dtype: str | None = None
+    by_work: bool = False
+    verify_inputs: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's name: that of its file."""
+        return self.path.stem
+
+    @property
+    def at_knee(self) -> bool:
+        """Whether its share is to be found on its curve."""
+        return not self.percents and not self.by_work
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the goal as plain JSON values, under the names that `Settings` has for them."""
+        return {
+            "gpu_pct": list(self.percents),
+            "output": str(self.output),
+            "input_shapes": plain(self.input_shapes),
+            "dtype": self.dtype,
+        }
 
 
-def make_jobs(models: Sequence[str | Path], **options: Any) -> list[Job]:
-    """Builds the settings of each of several models; see `make_settings` for the options.
+@dataclass(frozen=True)
+class TuningJob:
+    """One run: what holds for all of it, and what each of its models gets."""
+
+    settings: RunSettings
+    goals: tuple[ModelGoal, ...]
+
+
+def make_jobs(models: Sequence[str | Path], **options: Any) -> TuningJob:
+    """Builds a run over one or several models; see `tune` for the options.
 
     With one model, all of `gpu_pct` are its shares. With several, `gpu_pct` is one percentage for
     all of them or one for each; without it they get equal parts.
@@ -23,29 +80,51 @@ def make_jobs(models: Sequence[str | Path], **options: Any) -> list[Job]:
         UserError: an option is wrong, or does not fit the models.
     """
     if len(models) > 1 and options.get("gpu_pct") is None and options.get("share") is None:
-        options["share"] = "equal"
+        options["share"] = ShareRule.EQUAL
     return divide([Path(model) for model in models], make_settings(**options))
 
 
-def divide(models: Sequence[Path], settings: Settings) -> list[Job]:
+def divide(models: Sequence[Path], settings: Settings) -> TuningJob:
     """Gives each model its part of the settings: its share and its output folder."""
     if not models:
         raise UserError("no model is named: give the path of one .onnx file or of several")
-    if settings.share == KNEE and settings.dry_run:
+    if settings.share == ShareRule.KNEE and settings.dry_run:
         raise UserError("--gpu-pct auto measures, which --dry-run does not: give percentages")
-    if len(models) == 1:
-        if settings.objective != "share" and len(set(settings.gpu_pct)) == 1:
-            raise UserError(
-                f"--objective {settings.objective} compares shares: give several, such as"
-                " --gpu-pct 10,30,100"
-            )
-        if settings.share in SHARES:
-            raise UserError(
-                f"--share {settings.share} divides a device between several models: give --gpu-pct"
-            )
-        unique = tuple(dict.fromkeys(settings.gpu_pct))
-        return [(models[0], dataclasses.replace(settings, gpu_pct=unique))]
-    if settings.objective != "share":
+    percents = _of_one(settings) if len(models) == 1 else _of_several(models, settings)
+    goals = [
+        ModelGoal(
+            path=model,
+            percents=each,
+            output=_output(model, settings, alone=len(models) == 1),
+            input_shapes=settings.input_shapes,
+            dtype=settings.dtype,
+            by_work=settings.share == ShareRule.AUTO,
+            verify_inputs=settings.verify_inputs,
+        )
+        for model, each in zip(models, percents, strict=True)
+    ]
+    return TuningJob(settings, tuple(goals))
+
+
+def _of_one(settings: Settings) -> list[tuple[int, ...]]:
+    """The shares of the only model."""
+    if settings.objective != Objective.SHARE and len(set(settings.gpu_pct)) == 1:
+        raise UserError(
+            f"--objective {settings.objective} compares shares: give several, such as"
+            " --gpu-pct 10,30,100"
+        )
+    if settings.share in SHARES:
+        raise UserError(
+            f"--share {settings.share} divides a device between several models: give --gpu-pct"
+        )
+    if settings.share == ShareRule.KNEE:
+        return [()]
+    return [tuple(dict.fromkeys(settings.gpu_pct))]
+
+
+def _of_several(models: Sequence[Path], settings: Settings) -> list[tuple[int, ...]]:
+    """The share of each model, none where it is found out later."""
+    if settings.objective != Objective.SHARE:
         raise UserError(
             f"--objective {settings.objective} is for one model on several shares: tune the models"
             " one after the other"
@@ -56,8 +135,10 @@ def divide(models: Sequence[Path], settings: Settings) -> list[Job]:
             raise UserError(
                 f"several models are called {stem!r}, and so would their folders be: rename one"
             )
+    if settings.share in (ShareRule.KNEE, ShareRule.AUTO):
+        return [()] * len(models)
     percents = settings.gpu_pct
-    if settings.share == "equal":
+    if settings.share == ShareRule.EQUAL:
         percents = (max(1, 100 // len(models)),)
     if len(percents) not in (1, len(models)):
         raise UserError(
@@ -65,8 +146,12 @@ def divide(models: Sequence[Path], settings: Settings) -> list[Job]:
             " give one for all of them, or one for each"
         )
     each = percents * len(models) if len(percents) == 1 else percents
-    jobs = []
-    for model, percent in zip(models, each, strict=True):
-        output = settings.output and settings.output / f"{model.stem}.tuned"
-        jobs.append((model, dataclasses.replace(settings, gpu_pct=(percent,), output=output)))
-    return jobs
+    return [(percent,) for percent in each]
+
+
+def _output(model: Path, settings: Settings, alone: bool) -> Path:
+    """A model's folder: what was asked for, of several models one below it, or here."""
+    name = f"{model.stem}.tuned"
+    if settings.output is None:
+        return Path(name)
+    return settings.output if alone else settings.output / name

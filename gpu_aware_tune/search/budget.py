@@ -6,10 +6,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from gpu_aware_tune.events import StoppedBy
+
+
+@dataclass
+class StopRequest:
+    """A wish to end a search early and to export the best so far, such as the first Ctrl-C."""
+
+    requested: bool = False
+
+    def request(self) -> None:
+        """End the search after what is under way; may be called from a signal handler."""
+        self.requested = True
+
 
 @dataclass
 class Budget:
-    """Trials, seconds and patience of a run; the clock is passed in, so that tests need not wait.
+    """Trials, seconds and patience of a search; the clock is passed in, so that tests need not wait.
 
     Args:
         trials: most trials, or None.
@@ -44,14 +57,14 @@ class Budget:
         """How many more trials may be started; a large number when only time limits."""
         return (1 << 30) if self.trials is None else max(0, self.trials - self.done)
 
-    def stopped_by(self) -> str | None:
-        """Why the run has to stop now: "trials", "time" or "patience"; None to go on."""
+    def stopped_by(self) -> StoppedBy | None:
+        """Why the search has to stop now; None to go on."""
         if self.left() == 0:
-            return "trials"
+            return StoppedBy.TRIALS
         if self.time_s is not None and self.elapsed_s() >= self.time_s:
-            return "time"
+            return StoppedBy.TIME
         if self.patience and self.done - self._best_at >= self.patience:
-            return "patience"
+            return StoppedBy.PATIENCE
         return None
 
     def eta_s(self, resumed: int = 0, since_s: float = 0.0) -> float | None:

@@ -16,7 +16,6 @@ from typing import Any
 
 from gpu_aware_tune.workers import Worker, WorkerHost
 
-_ENTRY = "gpu_aware_tune.search.candidates:serve"
 _TILES = 96  # register tiles tried at most for one task; the cost model ranks them
 
 
@@ -126,7 +125,7 @@ class Searcher:
         return text
 
     def _start(self) -> Worker:
-        return self._host.spawn(_ENTRY, *self._args)
+        return self._host.spawn(serve, *self._args)
 
 
 def serve(

@@ -12,13 +12,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from gpu_aware_tune.records.store import Record
+from gpu_aware_tune.settings import Objective
 
-ONE_SET = ("robust", "mean")
 
-
-def combined(ratios: Iterable[float], objective: str) -> float:
+def combined(ratios: Iterable[float], objective: Objective) -> float:
     """One number of a kernel's seconds on each share, relative to the best there; 1 is best."""
-    return max(ratios) if objective == "robust" else statistics.fmean(ratios)
+    return max(ratios) if objective == Objective.ROBUST else statistics.fmean(ratios)
 
 
 def usable(records: Mapping[int, Sequence[Record]]) -> dict[str, dict[int, float]]:
@@ -32,7 +31,7 @@ def usable(records: Mapping[int, Sequence[Record]]) -> dict[str, dict[int, float
 
 
 def one_for_all(
-    seconds: Mapping[str, Mapping[int, float]], objective: str
+    seconds: Mapping[str, Mapping[int, float]], objective: Objective
 ) -> list[tuple[str, float]]:
     """Rank kernels that shall serve every share.
 

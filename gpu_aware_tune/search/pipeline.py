@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from gpu_aware_tune.codegen.build_pool import BuildPool, Built, remove
 from gpu_aware_tune.measure import SEARCH, BaseMeasurer, Effort, Job, Slice
-from gpu_aware_tune.measure.measurement import Measurement
+from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.search.candidates import Candidate, Drafted, NewTask, Searcher
 from gpu_aware_tune.workers import Worker
 
@@ -251,7 +251,7 @@ class Pipeline:
             if begun.together:
                 result = dataclasses.replace(result, how=(*result.how, "together"))
             artifact.done[units] = result
-            if result.failure is not None and result.failure.kind != "run":
+            if result.failure is not None and result.failure.kind != FailureKind.RUN:
                 for other in artifact.todo:  # it would crash or hang there too
                     artifact.done[other] = result
                 artifact.todo.clear()

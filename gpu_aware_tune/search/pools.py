@@ -122,6 +122,11 @@ class Pools:
             text += f", {len(slices)} slices"
         return text + " in one worker" if shared else text
 
+    @property
+    def target(self) -> Mapping[str, Any]:
+        """JSON of the target that kernels are built for."""
+        return self._settings.target
+
     def partition_of(self, units: int) -> Partition:
         """A partition with so many units."""
         return next(p for p in self.partitions if p.share.units == units)

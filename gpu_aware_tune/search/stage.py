@@ -6,27 +6,25 @@ import dataclasses
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from gpu_aware_tune.events import Event, Note, Progress, Trial
+from gpu_aware_tune.events import Event, Level, Note, Origin, Progress, StoppedBy, Trial
 from gpu_aware_tune.measure import SEARCH, Effort
 from gpu_aware_tune.measure.measurement import Measurement
-from gpu_aware_tune.model.tasks import Task
-from gpu_aware_tune.records.rows import UNFIT
-from gpu_aware_tune.records.store import Record, RecordKey, Store
-from gpu_aware_tune.search.allocation import Allocation, Goal
-from gpu_aware_tune.search.budget import Budget
+from gpu_aware_tune.records.store import Record
+from gpu_aware_tune.search.budget import Budget, StopRequest
 from gpu_aware_tune.search.candidates import Candidate, NewTask
 from gpu_aware_tune.search.objectives import combined
 from gpu_aware_tune.search.pipeline import Demand, Outcome
-from gpu_aware_tune.settings import Settings
+from gpu_aware_tune.search.workload import Known, Workload, allocation_of
+from gpu_aware_tune.settings import RunSettings
 
 _PROGRESS_S = 0.5
 _FLUSH_S = 0.8  # a finished trial is on disk within a second
+_LOOK_S = 2.0  # between two looks at what other runs have measured
 _KNOWN = 64  # measured schedules that a search starts from
-_DRIFT_TASKS = 3  # the heaviest tasks of a model, for the drift of the machine
 _SEEDS = 4  # schedules of other units or devices that are tried first
 
 
@@ -69,198 +67,182 @@ class Workers(Protocol):
 
 
 @dataclass(frozen=True)
-class _Past:
-    """What the records hold of a task: schedules with a number on each of its units, and tries."""
-
-    known: Sequence[tuple[str, Mapping[int, float], str]]  # trace, seconds by units, origin
-    tried: Sequence[str]  # traces that a search measured or failed to measure on each of its units
-
-
-@dataclass
-class Search:
-    """One run's search over all tasks of all models; a task that several models have is searched once.
+class SearchContext:
+    """What a search is given.
 
     Args:
         settings: of the run.
-        tasks: each once, heaviest first.
-        goals: each model on each of its shares.
-        keys: (task hash, units) -> the key of its records.
-        store: where records go.
+        work: what is searched.
+        known: what the records hold of it.
         backend: the partition backend, kept with each record.
-        budgets: when to stop, by model.
+        run_ids: each model's run row.
+        baselines: traces of each task's baseline schedules; "" stands for the unscheduled kernel.
+        stop: whether somebody asked to end the search.
     """
 
-    settings: Settings
-    tasks: Sequence[Task]
-    goals: Sequence[Goal]
-    keys: Mapping[tuple[str, int], RecordKey]
-    store: Store
+    settings: RunSettings
+    work: Workload
+    known: Known
     backend: str
-    budgets: Mapping[str, Budget]
-    allocation: Allocation = field(init=False)
-    failures: Counter[str] = field(default_factory=Counter, init=False)
-    interrupted: bool = field(default=False, init=False)
-    _effort: Effort = field(init=False)
-    _past: dict[str, _Past] = field(default_factory=dict, init=False)
-    _pipeline: Workers | None = field(default=None, init=False)
-    _run_ids: Mapping[str, int] = field(default_factory=dict, init=False)
-    _defaults: Mapping[str, Sequence[str]] = field(default_factory=dict, init=False)
-    _names: dict[str, str] = field(init=False)
-    _notes: list[Note] = field(default_factory=list, init=False)
-    _unsaved: list[Record] = field(default_factory=list, init=False)
-    _saved_at: float = field(default=0.0, init=False)
-    _told_at: float = field(default=0.0, init=False)
-    _resumed: dict[str, int] = field(default_factory=dict, init=False)
-    _search_from_s: float | None = field(default=None, init=False)
+    run_ids: Mapping[str, int]
+    baselines: Mapping[str, Sequence[str]]
+    stop: StopRequest
 
-    def __post_init__(self) -> None:
-        self._names = {task.hash: task.name for task in self.tasks}
-        self._effort = dataclasses.replace(SEARCH, budget_s=self.settings.measure_s)
-        self.allocation = Allocation(
-            self.tasks,
-            self.goals,
-            self.settings.trials_per_iteration,
-            self.settings.max_trials_per_task,
-        )
 
-    def recall(self) -> None:
-        """Take in what the records hold for these units; it counts as trials already spent."""
-        spent: Counter[str] = Counter()
-        for task in self.tasks:
-            past = self._past[task.hash] = self._recalled(task)
-            for _, seconds, origin in past.known:
-                for units, value in seconds.items():
-                    self.allocation.note(task.hash, units, value, origin)
-            self.allocation.resume(task.hash, len(past.tried))
-            spent.update(dict.fromkeys(self.allocation.models_of(task.hash), len(past.tried)))
-        for model, budget in self.budgets.items():
-            limit = spent[model] if budget.trials is None else budget.trials
-            budget.done = self._resumed[model] = min(spent[model], limit)
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search came to; the kernels themselves are in the records.
 
-    def start(
-        self,
-        pipeline: Workers,
-        run_ids: Mapping[str, int],
-        defaults: Mapping[str, Sequence[str]],
+    Args:
+        best_s: seconds of the fastest schedule by task and units, as the search measured it.
+        trials: finished trials by task.
+        trials_of: finished trials by model, those of earlier runs included.
+        failures: of this run, by kind.
+        stopped_by: why the search of each model ended.
+        interrupted: whether it was asked to end.
+    """
+
+    best_s: Mapping[tuple[str, int], float]
+    trials: Mapping[str, int]
+    trials_of: Mapping[str, int]
+    failures: Mapping[str, int]
+    stopped_by: Mapping[str, StoppedBy]
+    interrupted: bool
+
+
+def search(
+    context: SearchContext, pipeline: Workers, budgets: Mapping[str, Budget], trials: bool = True
+) -> Generator[Event, None, SearchResult]:
+    """Measure the baseline schedules that no record holds yet, then spend the budgets.
+
+    Args:
+        context: what is searched.
+        pipeline: searches, builds and measures.
+        budgets: when to stop, by model.
+        trials: whether anything is searched; without, only the baseline is measured.
+    """
+    running = _Search(context, pipeline, budgets)
+    yield from running.baseline()
+    if trials and not context.stop.requested:
+        yield from running.trials()
+    return running.result()
+
+
+class _Search:
+    """One run's search over all tasks of all models; a task that several models have is searched once."""
+
+    def __init__(
+        self, context: SearchContext, pipeline: Workers, budgets: Mapping[str, Budget]
     ) -> None:
-        """Take the workers, and give every task with its best known schedules to its searcher.
+        self._context, self._pipeline, self._budgets = context, pipeline, budgets
+        self._settings, self._work, self._known = context.settings, context.work, context.known
+        self._effort = dataclasses.replace(SEARCH, budget_s=self._settings.measure_s)
+        self._allocation = allocation_of(self._work, self._known, self._settings)
+        self._names = {task.hash: task.name for task in self._work.tasks}
+        self._failures: Counter[str] = Counter()
+        self._notes: list[Note] = []
+        self._unsaved: list[Record] = []
+        self._saved_at = self._shown_at = 0.0
+        self._last_id, self._looked_at = self._known.records.store.last_id(), time.monotonic()
+        self._elsewhere: set[tuple[str, str]] = set()  # (task, trace) that other runs measured
+        self._resumed: dict[str, int] = {}
+        self._search_from_s: float | None = None
+        for model, budget in budgets.items():
+            spent = self._known.spent[model]
+            limit = spent if budget.trials is None else budget.trials
+            budget.done = self._resumed[model] = min(spent, limit)
+            budget.start()
+        for task in self._work.tasks:
+            pipeline.add_task(self._new_task(task.hash, task.module))
 
-        Args:
-            pipeline: the workers.
-            run_ids: each model's run row.
-            defaults: traces of each task's default schedules; "" stands for the plain loops.
-        """
+    def _new_task(self, task: str, module: object) -> NewTask:
+        """A task with its best known schedules, as its searcher gets it."""
         from gpu_aware_tune.kernels.traces import module_to_json
 
-        self._pipeline, self._run_ids, self._defaults = pipeline, run_ids, defaults
-        for budget in self.budgets.values():
-            budget.start()
-        for task in self.tasks:
-            past = self._past[task.hash]
-            scored = sorted(
-                (self._objective(task.hash, s), trace) for trace, s, _ in past.known if trace
-            )
-            pairs = tuple((trace, score) for score, trace in scored[:_KNOWN])
-            tried = (*defaults[task.hash], *past.tried)
-            pipeline.add_task(NewTask(task.hash, module_to_json(task.module), pairs, tried))
-
-    @property
-    def pipeline(self) -> Workers:
-        """The workers; only after `start`."""
-        assert self._pipeline is not None
-        return self._pipeline
-
-    def stopped_by(self, model: str) -> str:
-        """Why the search of a model ended."""
-        if self.interrupted:
-            return "interrupt"
-        return self.budgets[model].stopped_by() or "space"
-
-    def drift(self, model: str) -> dict[str, float]:
-        """Measure a model's heaviest untuned schedules once more: last over first, by task and units."""
-        first = {}
-        candidates = []
-        tasks = [task for task in self.tasks if model in self.allocation.models_of(task.hash)]
-        for task in tasks[:_DRIFT_TASKS]:
-            trace = self.untuned_trace(task, self.allocation.units_of(task.hash)[0])
-            if trace is not None:
-                candidates.append(Candidate(task.hash, trace, "default"))
-                first[task.hash] = dict(self.allocation.untuned_s(task.hash))
-        found = {}
-        for outcome in self.pipeline.run(candidates, effort=self._effort):
-            task_hash = outcome.candidate.task
-            for units, measurement in outcome.measurements.items():
-                before = first[task_hash].get(units)
-                if measurement.seconds is not None and before:
-                    found[f"{self._names[task_hash]}-{units}"] = measurement.seconds / before
-        return found
-
-    def untuned_trace(self, task: Task, units: int) -> str | None:
-        """The fastest default schedule of a task, "" for the plain loops; None where none ran."""
-        record = self.store.untuned(self.keys[task.hash, units])
-        return record.trace if record else None
-
-    def untuned_s(self, task: Task, units: int) -> float | None:
-        """Seconds of a task's fastest default schedule; None where none ran."""
-        record = self.store.untuned(self.keys[task.hash, units])
-        return record.best_s if record else None
-
-    def untuned_traces(self, tasks: Sequence[Task], units: int) -> dict[str, str]:
-        """The kernels of an untuned library: each task's fastest default schedule."""
-        pairs = ((task.hash, self.untuned_trace(task, units)) for task in tasks)
-        return {task: trace for task, trace in pairs if trace}
+        past = self._known.past[task]
+        scored = sorted((self._objective(task, s), trace) for trace, s, _ in past.known if trace)
+        pairs = tuple((trace, score) for score, trace in scored[:_KNOWN])
+        tried = (*self._context.baselines[task], *past.tried)
+        return NewTask(task, module_to_json(module), pairs, tried)
 
     def baseline(self) -> Iterator[Event]:
-        """Measure the default schedules that no record holds yet, and seeds from other units."""
+        """Measure the baseline schedules that no record holds yet, and seeds from other units.
+
+        The heaviest tasks come first: where the time is short, the light ones go without.
+        """
         candidates = []
-        for task in self.tasks:
-            known = {trace for trace, _, _ in self._past[task.hash].known}
-            for trace in self._defaults[task.hash]:
+        for task in self._work.tasks:
+            known = {trace for trace, _, _ in self._known.past[task.hash].known}
+            for trace in self._context.baselines[task.hash]:
                 if trace not in known:
-                    candidates.append(Candidate(task.hash, trace, "default"))
-            candidates.extend(self._seeds(task, known))
-        demand = Demand(stop=lambda: self.interrupted, note=self._warn)
+                    candidates.append(Candidate(task.hash, trace, Origin.DEFAULT))
+            candidates.extend(self._seeds(task.hash, known))
+        demand = Demand(stop=lambda: self._stopped() or self._out_of_time(), note=self._warn)
         yield from self._run(candidates, demand)
 
     def trials(self) -> Iterator[Event]:
         """Spend the budgets."""
-        self._search_from_s = next(iter(self.budgets.values())).elapsed_s()
+        self._search_from_s = next(iter(self._budgets.values())).elapsed_s()
         demand = Demand(
-            next_task=lambda busy: self.allocation.next(self._left(), busy),
+            next_task=lambda busy: self._allocation.next(self._left(), busy),
             accept=self._accept,
-            exhausted=self.allocation.exhaust,
+            exhausted=self._allocation.exhaust,
             lost=self._lost,
             note=self._warn,
-            best_s=self.allocation.best_s,
-            stop=lambda: self.interrupted or not self._left(),
+            best_s=self._allocation.best_s,
+            stop=lambda: self._stopped() or not self._left(),
         )
         yield from self._run((), demand)
 
+    def result(self) -> SearchResult:
+        """What it came to."""
+        allocation, stopped = self._allocation, self._stopped()
+        return SearchResult(
+            best_s={
+                (task.hash, units): seconds
+                for task in self._work.tasks
+                for units, seconds in allocation.best_s(task.hash).items()
+            },
+            trials={task.hash: allocation.trials(task.hash) for task in self._work.tasks},
+            trials_of={model: budget.done for model, budget in self._budgets.items()},
+            failures=dict(self._failures),
+            stopped_by={
+                model: StoppedBy.INTERRUPT if stopped else budget.stopped_by() or StoppedBy.SPACE
+                for model, budget in self._budgets.items()
+            },
+            interrupted=stopped,
+        )
+
     def progress(self, model: str) -> Progress:
         """Where the run of a model stands."""
-        budget, resumed = self.budgets[model], self._resumed[model]
+        budget, resumed = self._budgets[model], self._resumed[model]
         elapsed = budget.elapsed_s()
         searched_s = elapsed - self._search_from_s if self._search_from_s is not None else 0.0
         pipeline = self._pipeline
-        slices = pipeline.slices if pipeline else ()
         return Progress(
             model=model,
             elapsed_s=elapsed,
             trials_done=budget.done,
             trials_total=budget.trials or 0,
             trials_per_min=60 * (budget.done - resumed) / searched_s if searched_s > 0 else 0.0,
-            untuned_s=self.allocation.latency_s(model, untuned=True),
-            best_s=self.allocation.latency_s(model),
-            failures=dict(self.failures),
+            untuned_s=self._allocation.latency_s(model, untuned=True),
+            best_s=self._allocation.latency_s(model),
+            failures=dict(self._failures),
             eta_s=budget.eta_s(resumed, self._search_from_s or 0.0),
-            builds_in_flight=pipeline.builds_in_flight if pipeline else 0,
-            waiting_to_measure=pipeline.waiting_to_measure if pipeline else 0,
-            slices=tuple((name, self._names.get(task or "")) for name, task in slices),
+            builds_in_flight=pipeline.builds_in_flight,
+            waiting_to_measure=pipeline.waiting_to_measure,
+            slices=tuple((name, self._names.get(task or "")) for name, task in pipeline.slices),
         )
 
+    def _stopped(self) -> bool:
+        return self._context.stop.requested
+
+    def _out_of_time(self) -> bool:
+        return all(b.stopped_by() == StoppedBy.TIME for b in self._budgets.values())
+
     def _run(self, candidates: Sequence[Candidate], demand: Demand) -> Iterator[Event]:
-        alone = self.settings.exclusive
-        for outcome in self.pipeline.run(candidates, demand, self._effort, alone=alone):
+        alone = self._settings.exclusive
+        for outcome in self._pipeline.run(candidates, demand, self._effort, alone=alone):
             yield from self._keep(outcome)
         yield from self._flush(force=True)
 
@@ -268,23 +250,24 @@ class Search:
         """Trials left by model, of those whose search has not ended."""
         return {
             model: budget.left()
-            for model, budget in self.budgets.items()
+            for model, budget in self._budgets.items()
             if budget.stopped_by() is None
         }
 
     def _lost(self, task: str, text: str) -> None:
         """The search died on a task: leave the task, and say so with the next event."""
-        self.allocation.exhaust(task)
+        self._allocation.exhaust(task)
         self._warn(f"search of {self._names[task]} ended: {text}")
 
     def _warn(self, text: str) -> None:
-        self._notes.append(Note(text, "warning"))
+        self._notes.append(Note(text, Level.WARNING))
 
     def _accept(self, task: str, drafted: Sequence[Candidate]) -> Sequence[Candidate]:
         left = self._left()
-        models = [model for model in self.allocation.models_of(task) if model in left]
-        most = max((left[m] - self.allocation.in_flight(m) for m in models), default=0)
-        return drafted[: self.allocation.start(task, min(len(drafted), most))]
+        drafted = [c for c in drafted if (task, c.trace) not in self._elsewhere]
+        models = [model for model in self._allocation.models_of(task) if model in left]
+        most = max((left[m] - self._allocation.in_flight(m) for m in models), default=0)
+        return drafted[: self._allocation.start(task, min(len(drafted), most))]
 
     def _keep(self, outcome: Outcome) -> Iterator[Event]:
         """Record one outcome and pass it on to the allocation, the search and the caller."""
@@ -293,18 +276,19 @@ class Search:
         for units, measurement in outcome.measurements.items():
             self._unsaved.append(self._record(candidate, units, measurement))
             if measurement.seconds is not None:
-                self.allocation.note(candidate.task, units, measurement.seconds, candidate.origin)
+                self._allocation.note(candidate.task, units, measurement.seconds, candidate.origin)
         if outcome.failure is not None:
-            self.failures[outcome.failure] += 1
-        if candidate.origin == "search":
-            self.allocation.finish(candidate.task)
-            for model in self.allocation.models_of(candidate.task):
-                latency_s = statistics.fmean(self.allocation.latency_s(model).values())
-                self.budgets[model].spend(latency_s)
+            self._failures[outcome.failure] += 1
+        if candidate.origin == Origin.SEARCH:
+            self._allocation.finish(candidate.task)
+            for model in self._allocation.models_of(candidate.task):
+                latency_s = statistics.fmean(self._allocation.latency_s(model).values())
+                self._budgets[model].spend(latency_s)
             whole = {u: s for u, s in seconds.items() if s is not None}
             score = self._objective(candidate.task, whole) if len(whole) == len(seconds) else None
-            self.pipeline.tell(candidate, score)
-        yield Trial(self._names[candidate.task], candidate.origin, seconds, outcome.failure)
+            self._pipeline.tell(candidate, score)
+        name = self._names[candidate.task]
+        yield Trial(name, Origin(candidate.origin), seconds, outcome.failure)
         yield from self._flush()
 
     def _objective(self, task: str, seconds: Mapping[int, float]) -> float:
@@ -312,17 +296,17 @@ class Search:
 
         Scaled by the best latency, so that with one share it is simply the seconds.
         """
-        best = self.allocation.best_s(task)
+        best = self._allocation.best_s(task)
         ratios = [value / best.get(units, value) for units, value in seconds.items()]
-        first = self.allocation.units_of(task)[0]
+        first = self._work.units_of(task)[0]
         scale = best.get(first, seconds.get(first, 1.0))
-        return combined(ratios, self.settings.objective) * scale if ratios else float("inf")
+        return combined(ratios, self._settings.objective) * scale if ratios else float("inf")
 
     def _record(self, candidate: Candidate, units: int, measurement: Measurement) -> Record:
         failure = measurement.failure
         coarse = ("coarse",) if measurement.coarse else ()
         return Record(
-            key=self.keys[candidate.task, units],
+            key=self._known.records.keys[candidate.task, units],
             trace=candidate.trace,
             seconds=measurement.seconds,
             failure=failure.kind if failure else None,
@@ -330,9 +314,9 @@ class Search:
             origin=candidate.origin,
             spread=measurement.spread if measurement.seconds is not None else None,
             repeats=measurement.repeats or None,
-            run_id=self._run_ids.get(self.allocation.models_of(candidate.task)[0]),
+            run_id=self._context.run_ids.get(self._allocation.models_of(candidate.task)[0]),
             created=time.time(),
-            partition=self.backend,
+            partition=self._context.backend,
             flags=",".join((*coarse, *measurement.flags, *measurement.how)),
         )
 
@@ -341,39 +325,36 @@ class Search:
         yield from self._notes
         self._notes.clear()
         if self._unsaved and (force or now - self._saved_at > _FLUSH_S):
-            self.store.add(self._unsaved)
+            self._known.records.store.add(self._unsaved)
             self._unsaved = []
             self._saved_at = now
-        if force or now - self._told_at > _PROGRESS_S:
-            self._told_at = now
-            for model in self.budgets:
+            self._learn_from_others(now)
+        if force or now - self._shown_at > _PROGRESS_S:
+            self._shown_at = now
+            for model in self._budgets:
                 yield self.progress(model)
 
-    def _recalled(self, task: Task) -> _Past:
-        if not self.settings.resume:
-            return _Past((), ())
-        units = self.allocation.units_of(task.hash)
-        found: dict[str, dict[int, float]] = {}
-        origins: dict[str, str] = {}
-        tried = []
-        for count in units:
-            every = self.store.all(self.keys[task.hash, count])
-            records = [record for record in every if record.failure != UNFIT]
-            tried.append({r.trace for r in records if r.origin == "search"})
-            for record in records:
-                if record.usable and record.best_s is not None:
-                    found.setdefault(record.trace, {})[count] = record.best_s
-                    origins[record.trace] = record.origin
-        known = [(t, s, origins[t]) for t, s in found.items() if len(s) == len(units)]
-        return _Past(known, sorted(set.intersection(*tried)))
+    def _learn_from_others(self, now: float) -> None:
+        """Take in what runs in other processes have measured of these tasks meanwhile."""
+        if now - self._looked_at < _LOOK_S:
+            return
+        self._looked_at = now
+        records = self._known.records
+        last_id = records.store.last_id()
+        for record in records.from_others(self._last_id, list(self._context.run_ids.values())):
+            task = record.key.task
+            self._elsewhere.add((task, record.trace))
+            if record.usable and record.best_s is not None:
+                self._allocation.note(task, record.key.units, record.best_s, record.origin)
+        self._last_id = last_id
 
-    def _seeds(self, task: Task, known: set[str]) -> list[Candidate]:
+    def _seeds(self, task: str, known: set[str]) -> list[Candidate]:
         """The best schedules that other units or devices of the same kind have for this task."""
-        if not self.settings.resume:
+        if not self._settings.resume:
             return []
         traces: dict[str, None] = {}
-        for units in self.allocation.units_of(task.hash):
-            for record in self.store.seeds(self.keys[task.hash, units], _SEEDS):
-                if record.origin != "default" and record.trace not in known:
+        for units in self._work.units_of(task):
+            for record in self._known.records.seeds(task, units, _SEEDS):
+                if record.origin != Origin.DEFAULT and record.trace not in known:
                     traces[record.trace] = None
-        return [Candidate(task.hash, trace, "seed") for trace in list(traces)[:_SEEDS]]
+        return [Candidate(task, trace, Origin.SEED) for trace in list(traces)[:_SEEDS]]

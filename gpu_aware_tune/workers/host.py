@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import importlib
 import os
 import pickle
 import select
@@ -44,8 +43,8 @@ def _run_worker(fd: int, job: dict[str, Any], host_pid: int) -> None:
     os.close(log)
     faulthandler.enable()
     os.environ.update(job["env"])
-    module, _, name = job["entry"].partition(":")
-    getattr(importlib.import_module(module), name)(Connection(fd), *job["args"])
+    entry, args = pickle.loads(job["call"])
+    entry(Connection(fd), *args)
 
 
 def _fork(sock: socket.socket, fd: int, job: dict[str, Any]) -> int:

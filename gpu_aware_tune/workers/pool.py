@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -192,8 +192,15 @@ class WorkerHost:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def spawn(self, entry: str, *args: Any, env: Mapping[str, str] | None = None) -> Worker:
-        """Fork a worker that runs `entry` ("module:function") with a connection and `args`.
+    def spawn(
+        self, entry: Callable[..., None], *args: Any, env: Mapping[str, str] | None = None
+    ) -> Worker:
+        """Fork a worker that runs `entry` with a connection and `args`.
+
+        Args:
+            entry: a function of a module, which the worker imports; the host never does.
+            args: what it gets after the connection; all of it must fit one message.
+            env: environment variables of the worker, on top of the host's.
 
         Raises:
             SetupError: the host could not start, with the last line it printed.
@@ -202,7 +209,9 @@ class WorkerHost:
         self._sequence += 1
         log = self.scratch / f"worker-{self._sequence}.log"
         mine, theirs = socket.socketpair()
-        job = {"entry": entry, "args": args, "env": dict(env or {}), "log": str(log)}
+        # Pickled twice, so that only the worker imports the function's module.
+        call = pickle.dumps((entry, args))
+        job = {"call": call, "env": dict(env or {}), "log": str(log)}
         with theirs:
             try:
                 socket.send_fds(self._socket, [pickle.dumps(job)], [theirs.fileno()])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -19,12 +20,13 @@ U8, I32 = TensorProto.UINT8, TensorProto.INT32
 
 # A part of what TVM's importer has; enough for what the expansions below emit.
 NAMES = """
-Abs Add And BatchNormalization Cast CastLike Concat Conv ConvTranspose DequantizeLinear Div Dropout
-Elu Equal Exp Expand Gather GatherElements Gemm Identity If IsInf IsNaN LayerNormalization Less Log
-LogSoftmax Flatten MatMul Max MaxPool Min Mod Mul Constant Neg NonMaxSuppression OneHot Pad Pow
-QuantizeLinear Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape
-Resize Shape Sigmoid Slice Softmax SpaceToDepth Split Sqrt Squeeze Sub Tanh Tile Transpose
-Unsqueeze Where
+Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast CastLike Ceil Clip Concat Constant
+Conv ConvTranspose CumSum DepthToSpace DequantizeLinear Div Dropout Elu Equal Erf Exp Expand
+Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool Greater Hardmax Identity If
+InstanceNormalization IsInf IsNaN LayerNormalization Less Log LogSoftmax MatMul Max MaxPool Min
+Mod Mul Neg NonMaxSuppression OneHot PRelu Pad Pow QuantizeLinear Reciprocal ReduceL1 ReduceL2
+ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare Relu Reshape Resize ScatterElements Shape
+Sigmoid Slice Softmax SpaceToDepth Split Sqrt Squeeze Sub Tanh Tile TopK Transpose Unsqueeze Where
 """
 SUPPORTED = {("", name) for name in NAMES.split()}
 
@@ -72,6 +74,28 @@ def assert_same(model: ModelProto, feeds: dict[str, np.ndarray], rtol: float = 1
     assert [v.name for v in prepared.graph.output] == [v.name for v in model.graph.output]
     for left, right in zip(got, expected, strict=True):
         assert np.asarray(left).dtype == np.asarray(right).dtype
+        np.testing.assert_allclose(left, right, rtol=rtol, atol=rtol)
+    return prepared
+
+
+def run_onnxruntime(model: ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return list(session.run(None, feeds))
+
+
+def assert_as_onnxruntime(
+    model: ModelProto, feeds: dict[str, np.ndarray], rtol: float = 1e-5
+) -> ModelProto:
+    """Prepares a model and compares it with ONNX Runtime on the original."""
+    expected = run_onnxruntime(model, feeds)
+    prepared = prepare(copy(model), {}, None, SUPPORTED)
+    for left, right in zip(run_onnxruntime(prepared, feeds), expected, strict=True):
+        assert left.dtype == right.dtype
+        assert left.shape == right.shape
         np.testing.assert_allclose(left, right, rtol=rtol, atol=rtol)
     return prepared
 

@@ -559,7 +559,7 @@ def test_nothing_at_the_address_is_one_line_and_soon() -> None:
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(SetupError, match="pip install ray"), connected("auto"):
+    with pytest.raises(SetupError, match=r"gpu-aware-tune\[ray\]"), connected("auto"):
         pass
 
 

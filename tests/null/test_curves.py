@@ -15,7 +15,7 @@ from mock_gpu.in_process import MockGpu
 
 from gpu_aware_tune.errors import TuneError, UserError
 from gpu_aware_tune.partition import Device, NullPartition, share_of
-from gpu_aware_tune.profiling.curves import Subject, batch_of, measure
+from gpu_aware_tune.profiling.curves import Subject, batch_of, measure, serve
 from gpu_aware_tune.profiling.profiles import grid, profile, share_for
 from gpu_aware_tune.workers import Exit
 
@@ -62,8 +62,8 @@ class ScriptedHost:
         self.log: list[str] = []
         self.workers: list[ScriptedWorker] = []
 
-    def spawn(self, entry: str, partition: Any, *args: Any, env: Any) -> ScriptedWorker:
-        assert entry == "gpu_aware_tune.profiling.curves:serve"
+    def spawn(self, entry: object, partition: Any, *args: Any, env: Any) -> ScriptedWorker:
+        assert entry is serve
         assert env == partition.env()
         units = partition.share.units
         log: list[str] = []

@@ -19,6 +19,7 @@ from test_records import KEY, numbers, record, tables
 
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.records import schema as records_schema
+from gpu_aware_tune.records.lock import is_writing
 from gpu_aware_tune.records.store import FILE_NAME, Record, Store
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,7 +31,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-# -- one writer, any number of readers --------------------------------------------------------
+# -- any number of writers and readers --------------------------------------------------------
 
 
 def child(code: str, *args: object) -> subprocess.Popen[str]:
@@ -77,30 +78,59 @@ def test_readers_are_welcome_while_a_writer_is_at_work(store: Store, tmp_path: P
     assert os.listdir(tmp_path) == [FILE_NAME], "readers leave nothing behind"
 
 
-def test_a_second_writer_is_told_who_is_first(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match=f"{FILE_NAME} is being written by this process"):
-        Store(tmp_path)
+def test_two_writers_of_one_process_share_a_store(store: Store, tmp_path: Path) -> None:
     store.add([record(1, 0.1)])
-
-
-def test_a_writer_in_another_process_until_it_is_killed(tmp_path: Path) -> None:
-    code = "s = Store(Path(sys.argv[1])); s.start_run({}, {})\n"
-    code += "s.add([record(i, .1, run_id=1, created=i * 1e9) for i in (1, 3, 2)])\n"
-    code += "print('up', flush=True)\n"
-    with killed(child(code + "time.sleep(60)", tmp_path)) as writer:
-        assert line(writer) == "up"
-        with pytest.raises(SetupError, match=f"{FILE_NAME} is being written by process") as error:
-            Store(tmp_path)
-        assert f"process {writer.pid};" in str(error.value)
-        with Store(tmp_path, readonly=True) as reader:
-            assert [run.status for run in reader.runs()] == ["running"]
-        writer.kill()
-        writer.wait()
-        with Store(tmp_path) as successor:
-            (run,) = successor.runs()
-            assert (run.status, run.finished) == ("interrupted", 3e9)
-            assert numbers(successor.all(KEY)) == [1, 3, 2]
+    with Store(tmp_path) as other:
+        other.add([record(2, 0.2)])
+        assert numbers(store.all(KEY)) == [1, 2]
+    store.add([record(3, 0.3)])
+    assert is_writing(tmp_path / FILE_NAME, os.getpid()), "closing one leaves the other's mark"
+    store.close()
+    assert not is_writing(tmp_path / FILE_NAME, os.getpid())
     assert os.listdir(tmp_path) == [FILE_NAME]
+
+
+def test_writers_of_several_processes_share_a_store_until_they_are_killed(tmp_path: Path) -> None:
+    code = "s = Store(Path(sys.argv[1])); n = int(sys.argv[2]); run = s.start_run({}, {})\n"
+    code += "s.add([record(n * 10 + i, .1, run_id=run, created=i * 1e9) for i in (1, 3, 2)])\n"
+    code += "print('up', flush=True)\n"
+    first = child(code + "time.sleep(60)", tmp_path, 1)
+    second = child(code + "time.sleep(60)", tmp_path, 2)
+    with killed(first), killed(second):
+        assert line(first) == line(second) == "up"
+        with Store(tmp_path) as third:
+            assert [run.status for run in third.runs()] == ["running", "running"]
+            assert len(third.all(KEY)) == 6
+            with pytest.raises(SetupError, match=r"is being written by process .*; prune when"):
+                third.prune(keep=1)
+        first.kill()
+        first.wait()
+        with Store(tmp_path) as successor:
+            done = {run.machine["pid"]: (run.status, run.finished) for run in successor.runs()}
+            assert done[first.pid] == ("interrupted", 3e9)
+            assert done[second.pid] == ("running", None)
+        second.kill()
+        second.wait()
+        with Store(tmp_path) as successor:
+            assert {run.status for run in successor.runs()} == {"interrupted"}
+            assert successor.prune(keep=1) > 0
+    assert os.listdir(tmp_path) == [FILE_NAME]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_that_is_no_file_is_refused_and_left_alone(kind: str, tmp_path: Path) -> None:
+    """A symbolic link would have its target truncated, a pipe would hang."""
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    lock = tmp_path / "db" / f"{FILE_NAME}.writer"
+    lock.parent.mkdir()
+    if kind == "link":
+        lock.symlink_to(target)
+    else:
+        os.mkfifo(lock)
+    with pytest.raises(SetupError, match="cannot lock"):
+        Store(tmp_path / "db")
+    assert target.read_text() == "precious"
 
 
 def test_forked_workers_neither_hold_nor_release_the_lock(tmp_path: Path) -> None:
@@ -118,11 +148,11 @@ os.waitpid(pid, 0); print('up', flush=True); time.sleep(60)
         assert line(writer)
         assert line(writer) == "up"
         try:
-            with pytest.raises(SetupError, match=f"process {writer.pid};"):
-                Store(tmp_path)
+            assert is_writing(tmp_path / FILE_NAME, writer.pid)
+            assert not is_writing(tmp_path / FILE_NAME, worker)
             writer.kill()
             writer.wait()
-            Store(tmp_path).close()
+            assert not is_writing(tmp_path / FILE_NAME, writer.pid)
             os.kill(worker, 0)  # it was alive all the time
         finally:
             os.kill(worker, signal.SIGKILL)

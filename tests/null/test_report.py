@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -365,3 +366,13 @@ def test_a_library_of_another_model(db: Path, tmp_path: Path) -> None:
     write(tmp_path / "lib" / "manifest.json", {"model": {"name": "vgg", "hash": "?"}})
     with pytest.raises(UserError, match="no run of vgg: it has 1"):
         run(db, tmp_path / "lib")
+
+
+def test_without_matplotlib_the_way_to_get_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_aware_tune.report.drawing import to_png
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SetupError, match=r"figures need matplotlib.*gpu-aware-tune\[report\]"):
+        to_png([], tmp_path / "figure.png")

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from gpu_aware_tune.errors import SetupError, UserError
-from gpu_aware_tune.run.jobs import make_jobs
+from gpu_aware_tune.run.checks import check_files
+from gpu_aware_tune.run.jobs import divide, make_jobs
 from gpu_aware_tune.settings import (
     DEFAULT,
     EFFORTS,
     FULL,
-    KNEE,
     QUICK,
     Settings,
-    check_files,
+    ShareRule,
     make_settings,
     parse_duration,
     parse_input,
@@ -32,6 +32,10 @@ def test_a_preset_shows_the_numbers_of_its_effort(preset: Settings) -> None:
     effort = EFFORTS[preset.effort]
     for field in dataclasses.fields(effort):
         assert getattr(preset, field.name) == getattr(effort, field.name)
+
+
+def check(model: Path, settings: Settings) -> None:
+    check_files(divide([model], settings).goals[0], settings)
 
 
 def test_more_effort_never_means_less_of_anything() -> None:
@@ -64,8 +68,8 @@ def test_settings_are_json_and_hold_every_field() -> None:
 
 def test_paths_of_a_run() -> None:
     assert DEFAULT.records_path == Path("tuning_logs/records.sqlite")
-    assert DEFAULT.output_folder(Path("some/where/net.onnx")) == Path("net.tuned")
-    assert make_settings(output="there").output_folder(Path("net.onnx")) == Path("there")
+    assert make_jobs(["some/where/net.onnx"]).goals[0].output == Path("net.tuned")
+    assert make_jobs(["net.onnx"], output="there").goals[0].output == Path("there")
 
 
 @pytest.mark.parametrize(
@@ -161,9 +165,9 @@ def test_files_are_checked_without_leaving_anything_behind(tmp_path: Path) -> No
     for spoil in (model.mkdir, model.rmdir, model.touch):
         spoil()
         with pytest.raises(UserError, match=r"net\.onnx"):
-            check_files(model, settings)
+            check(model, settings)
     model.write_bytes(b"x")
-    check_files(model, settings)
+    check(model, settings)
     assert list(tmp_path.iterdir()) == [model]
 
 
@@ -174,25 +178,25 @@ def test_a_folder_that_cannot_be_written_is_a_setup_error(tmp_path: Path, field:
     good = {"output": str(tmp_path / "out"), "db": str(tmp_path / "db")}
     for folder in (model / "inside", Path("/proc/inside")):
         with pytest.raises(SetupError, match=str(folder)):
-            check_files(model, make_settings(**{**good, field: str(folder)}))
+            check(model, make_settings(**{**good, field: str(folder)}))
 
 
 def test_one_model_has_all_the_shares_and_each_once() -> None:
-    assert make_jobs(["a.onnx"], gpu_pct="30,50,30")[0][1].gpu_pct == (30, 50)
-    assert make_jobs(["a.onnx"])[0][1].gpu_pct == (100,)
+    assert make_jobs(["a.onnx"], gpu_pct="30,50,30").goals[0].percents == (30, 50)
+    assert make_jobs(["a.onnx"]).goals[0].percents == (100,)
 
 
 def test_several_models_have_a_share_and_a_folder_each() -> None:
     models = ["x/a.onnx", "b.onnx", "c.onnx"]
     jobs = make_jobs(models, gpu_pct="30,30,40", output="out")
-    assert [settings.gpu_pct for _, settings in jobs] == [(30,), (30,), (40,)]
-    assert [str(settings.output) for _, settings in jobs] == [
+    assert [goal.percents for goal in jobs.goals] == [(30,), (30,), (40,)]
+    assert [str(goal.output) for goal in jobs.goals] == [
         "out/a.tuned",
         "out/b.tuned",
         "out/c.tuned",
     ]
-    assert [settings.gpu_pct for _, settings in make_jobs(models)] == [(33,)] * 3
-    assert [settings.gpu_pct for _, settings in make_jobs(models, gpu_pct=100)] == [(100,)] * 3
+    assert [goal.percents for goal in make_jobs(models).goals] == [(33,)] * 3
+    assert [goal.percents for goal in make_jobs(models, gpu_pct=100).goals] == [(100,)] * 3
 
 
 @pytest.mark.parametrize(
@@ -217,15 +221,15 @@ def test_a_dry_run_looks_at_the_model_and_writes_nothing(tmp_path: Path) -> None
     model = tmp_path / "net.onnx"
     settings = make_settings(output="/proc/out", db=str(tmp_path), dry_run=True)
     with pytest.raises(UserError, match=r"net\.onnx"):
-        check_files(model, settings)
+        check(model, settings)
     model.write_bytes(b"x")
     tmp_path.chmod(0o555)
     before = tmp_path.stat().st_mtime_ns
-    check_files(model, settings)
+    check(model, settings)
     assert tmp_path.stat().st_mtime_ns == before, "not even for a moment"
 
 
 def test_auto_is_the_knee_of_the_models_own_curve() -> None:
-    assert make_settings(gpu_pct="auto").share == KNEE
+    assert make_settings(gpu_pct="auto").share == ShareRule.KNEE
     with pytest.raises(UserError, match="--gpu-pct auto measures"):
         make_jobs(["a.onnx"], gpu_pct="auto", dry_run=True)

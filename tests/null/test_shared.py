@@ -20,7 +20,7 @@ from mock_gpu.devices import null_device
 from gpu_aware_tune.codegen.build_pool import BuildPool, Built
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure import SEARCH, Contest, Job, SharedMeasurer, SharedWorker, Slice, worker
-from gpu_aware_tune.measure.measurement import Measurement
+from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.measure.worker import Reply
 from gpu_aware_tune.partition import MpsPartition, NullPartition, Partition, Share, open_slices
 from gpu_aware_tune.partition.mps import MpsDaemon
@@ -48,7 +48,7 @@ class Script:
     def _one(self, path: str) -> Measurement:
         verb, _, seconds = path.rpartition("/")[2].partition("-")[0].partition(":")
         if verb == "fault":
-            return Measurement.failed("run", "an illegal access")
+            return Measurement.failed(FailureKind.RUN, "an illegal access")
         if verb == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         eaten = b"x" * (200 * MIB) if verb == "eat" else b""
@@ -63,8 +63,8 @@ class ForkingHost(WorkerHost):
         self.scratch = folder
         self.pids: list[int] = []
 
-    def spawn(self, entry: str, *args: Any, env: Mapping[str, str] | None = None) -> Worker:
-        assert entry == "gpu_aware_tune.measure.worker:serve_slices"
+    def spawn(self, entry: Any, *args: Any, env: Mapping[str, str] | None = None) -> Worker:
+        assert entry is worker.serve_slices
         assert env, "the partitions' environment"
         mine, theirs = socket.socketpair()
         pid = os.fork()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
+from gpu_aware_tune.codegen.build_pool import serve
 from gpu_aware_tune.codegen.cuda_toolchain import find_toolchain
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.workers import WorkerHost, pool
@@ -60,7 +61,7 @@ def test_a_worker_host_does_not_start_cuda_through_torch(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("TVM_FFI_DISABLE_TORCH_C_DLPACK", raising=False)
     with WorkerHost() as host:
-        worker = host.spawn("gpu_aware_tune.codegen.build_pool:serve", {"kind": "llvm"})
+        worker = host.spawn(serve, {"kind": "llvm"})
         worker.kill()
     assert not asked.exists()
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import tvm
-from cubin import machine_code
 from tvm import te
 
+from benchmarks.cubin import machine_code
 from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.codegen.cuda_source import lean_source
 from gpu_aware_tune.errors import SetupError, last_line

@@ -14,9 +14,9 @@ import pytest
 import tvm
 import tvm_ffi
 from click.testing import CliRunner
-from draws import random_schedules
 from tvm import relax
 
+from benchmarks.draws import random_schedules
 from gpu_aware_tune.cli.records import records as records_command
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
 from gpu_aware_tune.kernels.traces import (

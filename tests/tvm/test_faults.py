@@ -95,11 +95,13 @@ def test_workers_and_scratch_go_when_the_parent_is_killed(tmp_path: Path) -> Non
     """
     script = tmp_path / "parent.py"
     script.write_text(
-        "import os, signal, time\n"
+        "import os, signal, sys, time\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from test_faults_loop import loop\n"
         "from gpu_aware_tune.workers import WorkerHost\n"
         "host = WorkerHost()\n"
-        "wait = host.spawn('time:sleep')\n"  # fails at once: sleep takes no connection
-        "loops = [host.spawn('test_faults_loop:loop') for _ in range(2)]\n"
+        "wait = host.spawn(time.sleep)\n"  # fails at once: sleep takes no connection
+        "loops = [host.spawn(loop) for _ in range(2)]\n"
         "assert os.getpgid(loops[1].pid) == loops[1].pid\n"
         "loops[0].pause()\n"
         "os.kill(host._process.pid, signal.SIGHUP)\n"

@@ -12,11 +12,13 @@ import onnx
 import pytest
 import tvm
 from onnx import TensorProto, helper, numpy_helper
+from tiny_library import compared as compared_with_onnxruntime
 from tiny_library import default_traces, target
 from tvm.s_tir import Schedule
 
 from gpu_aware_tune.codegen.compile import compile_model
-from gpu_aware_tune.finalize.verify import VerifyReport, verify_kernel, verify_library
+from gpu_aware_tune.finalize.kernel_check import verify_kernel
+from gpu_aware_tune.finalize.verify import VerifyReport
 from gpu_aware_tune.kernels.schedules import channels, default_schedules
 from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, is_reduction
 from gpu_aware_tune.kernels.schedules.cpu import cpu_schedules, machine_of
@@ -77,7 +79,7 @@ def compared(model: Model, traces: dict[str, str], folder: Path) -> VerifyReport
     """What a library of this machine's computes, beside ONNX Runtime."""
     library = folder / "library.so"
     compile_model(model, target(), traces).export_library(str(library))
-    return verify_library(model, library, seed=2)
+    return compared_with_onnxruntime(model, library, seed=2)
 
 
 def shapes(model: Model, name: str) -> list[tuple[int, ...]]:

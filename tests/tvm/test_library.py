@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import resource
@@ -12,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import onnxruntime
 import pytest
 import tvm
 import tvm_ffi
-from tiny_library import default_traces, target, target_json, write_library, write_onnx
+from tiny_library import compared, default_traces, target, target_json, write_library, write_onnx
 
 from gpu_aware_tune import library as library_package
 from gpu_aware_tune.codegen.compile import (
@@ -32,8 +31,8 @@ from gpu_aware_tune.codegen.compile import (
     schedule_module,
 )
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
-from gpu_aware_tune.finalize import verify as verify_module
-from gpu_aware_tune.finalize.verify import difference, kernel_inputs, verify_kernel, verify_library
+from gpu_aware_tune.finalize import kernel_check
+from gpu_aware_tune.finalize.kernel_check import difference, kernel_inputs, verify_kernel
 from gpu_aware_tune.kernels.traces import TraceError, apply_trace, trace_to_json
 from gpu_aware_tune.library import (
     Library,
@@ -202,7 +201,7 @@ def test_a_float16_kernel_may_differ_by_rounding_but_not_by_a_term() -> None:
     assert 0 < reordered.max_error < reordered.allowed / 4, "room, for tensor cores round otherwise"
 
     a, b, c = kernel_inputs(module, 0)
-    wanted = verify_module._run(module, target(), tvm.cpu(), [a, b, c])[2]
+    wanted = kernel_check._run(module, target(), tvm.cpu(), [a, b, c])[2]
     missing = wanted - np.outer(a[:, 0], b[0])
     assert difference(missing, wanted) > reordered.allowed, "one term of 64 is left out"
 
@@ -212,30 +211,6 @@ def test_a_float16_kernel_may_differ_by_rounding_but_not_by_a_term() -> None:
     wrong = verify_kernel(module, trace_to_json(truncated.trace), target(), seed=0)
     assert not wrong.ok
     assert wrong.max_error > wrong.allowed == reordered.allowed
-
-
-def test_a_float16_library_may_be_off_by_more_than_a_float32_one(tmp_path: Path) -> None:
-    path = write_onnx(tmp_path / "net.onnx")
-    for dtype, allowed in (("float32", 5e-4), ("float16", 5e-2)):
-        model = load_model(path, target(), dtype=dtype)
-        right = plain_outputs(model)
-
-        def off_by(
-            part: float, right: dict[str, np.ndarray] = right
-        ) -> Callable[[object], dict[str, np.ndarray]]:
-            return lambda _: {name: array * (1 + part) for name, array in right.items()}
-
-        good = verify_library(model, off_by(0.5 * allowed), seed=3)
-        assert good.ok and good.allowed == allowed
-        bad = verify_library(model, off_by(1.5 * allowed), seed=3)
-        assert not bad.ok and bad.max_error == pytest.approx(1.5 * allowed, rel=0.2)
-
-
-def plain_outputs(model: Model) -> dict[str, np.ndarray]:
-    """A model's outputs for the inputs that verification with seed 3 uses."""
-    outputs = verify_module._plain_outputs(model, random_inputs(model.inputs, 3))
-    assert not isinstance(outputs, str)
-    return {spec.name: array for spec, array in zip(model.outputs, outputs, strict=True)}
 
 
 def test_difference_sees_shapes_nan_and_single_wrong_elements() -> None:
@@ -266,24 +241,22 @@ def test_indices_stay_inside_what_they_index() -> None:
     assert set(np.unique(kernel_inputs(one, 0)[1])) == {0}
 
 
-def test_a_library_is_compared_with_plain_loops_and_onnxruntime(tiny: tuple[Model, Path]) -> None:
+def test_a_library_is_compared_with_onnxruntime(tiny: tuple[Model, Path]) -> None:
     model, folder = tiny
-    for subject in (load(folder), folder / "lib-2.so"):
-        report = verify_library(model, subject, seed=3)
-        assert report.ok
-        assert set(report.errors) == {"plain loops", "ONNX Runtime"}
-        assert report.max_error < 1e-5
-
     loaded = load(folder)
+    for subject in (loaded, folder / "lib-2.so"):
+        report = compared(model, subject, seed=3)
+        assert report.ok and report.max_error < 1e-5
+        assert len(report.draws) == 7
 
     def broken(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = loaded(inputs)
         outputs["scores"][0, 3] *= 1.01
         return outputs
 
-    report = verify_library(model, broken, seed=3)
+    report = compared(model, broken, seed=3)
     assert not report.ok
-    assert report.max_error > report.allowed
+    assert report.max_error > next(o.allowed for o in report.outputs if o.name == "scores")
 
 
 # -- export ----------------------------------------------------------------------------------------
@@ -778,23 +751,3 @@ def test_bare_tvm_runs_the_library_as_the_docstring_says(tiny: tuple[Model, Path
     )
     assert done.returncode == 0, done.stderr
     assert "[[1. 1. 1. 1. 1. 1. 1. " in done.stdout  # an image of zeros leaves the bias
-
-
-def test_verification_names_what_is_missing(
-    tiny: tuple[Model, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, folder = tiny
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    report = verify_library(model, folder / "lib-2.so", seed=0)
-    assert report.ok
-    assert "ONNX Runtime is not installed" in report.text
-    monkeypatch.undo()
-    damaged = dataclasses.replace(model, prepared=b"nothing")
-    assert "cannot run it" in verify_library(damaged, folder / "lib-2.so", seed=0).text
-    monkeypatch.setattr(verify_module, "compile_model", _refuse)
-    with pytest.raises(TuneError, match="cannot be verified: the plain loops"):
-        verify_library(damaged, folder / "lib-2.so", seed=0)
-
-
-def _refuse(*_args: object) -> None:
-    raise ValueError("no")

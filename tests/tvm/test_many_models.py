@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
+from conftest import ROOT
 from small_network import write_network
 
 from gpu_aware_tune import load
-from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, Trial
+from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, Trial, result_of
 from gpu_aware_tune.partition import CoresPartition, usable_cores
 from gpu_aware_tune.records.store import Store
 from gpu_aware_tune.run.jobs import make_jobs
-from gpu_aware_tune.run.session import Run
+from gpu_aware_tune.run.models import import_models, recall_models
+from gpu_aware_tune.run.search_stage import start_workers
+from gpu_aware_tune.run.session import Session
 from gpu_aware_tune.search.candidates import Candidate
 from gpu_aware_tune.tuning import tune_jobs
 
@@ -120,17 +126,47 @@ def test_models_on_shares_that_overlap_take_turns(tmp_path: Path) -> None:
 
 
 def test_the_same_machine_code_is_measured_once(tmp_path: Path) -> None:
-    jobs = make_jobs([network(tmp_path / "a.onnx", 10)], target="llvm", db=tmp_path / "db")
-    with Run(jobs) as run:
-        for stage in (run.open_device, run.load_models, run.open_records, run.start_workers):
-            list(stage())
-        task = run.tasks[0].hash
-        traces = run.search._defaults[task][:2]
+    job = make_jobs([network(tmp_path / "a.onnx", 10)], target="llvm", db=tmp_path / "db")
+    with Session(job.settings) as session:
+        list(session.find_device(job.goals))
+        models = result_of(import_models(session, job.goals))
+        models, work, _ = result_of(recall_models(session, models))
+        workers = result_of(start_workers(session, models, work))
+        task = work.tasks[0].hash
+        traces = workers.baselines[task][:2]
         wanted = [Candidate(task, trace, "default") for trace in (*traces, *traces, traces[0])]
-        outcomes = list(run.pools.pipeline.run(wanted))
+        outcomes = list(workers.pipeline.run(wanted))
     assert len(outcomes) == 5
     measured: dict[str | None, set[int]] = {}
     for outcome in outcomes:
         measured.setdefault(outcome.candidate.trace, set()).add(id(outcome.measurements))
     assert len(measured) == 2
     assert all(len(ones) == 1 for ones in measured.values()), "one measurement for each code"
+
+
+def test_two_runs_at_once_share_a_store_and_learn_from_each_other(tmp_path: Path) -> None:
+    """Two processes, one default store, the same model on the same share."""
+    model = network(tmp_path / "net.onnx", 10)
+    command = [sys.executable, str(ROOT / "cli.py"), str(model), "--target", "llvm", "--json"]
+    command += ["--trials", "24", "--effort", "quick", "--db", str(tmp_path / "db")]
+    runs = [
+        subprocess.Popen(
+            [*command, "-o", str(tmp_path / f"{name}.tuned"), "--seed", str(seed)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, seed in (("one", 0), ("other", 0))
+    ]
+    outcomes = []
+    for process in runs:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        outcomes.append(json.loads(out))
+    with Store(tmp_path / "db", readonly=True) as store:
+        assert [run.status for run in store.runs()] == ["finished", "finished"]
+        searched = [r for r in store.records() if r.origin == "search"]
+        by_run = {run.id: sum(r.run_id == run.id for r in searched) for run in store.runs()}
+    assert all(outcome["shares"][0]["verified"] for outcome in outcomes)
+    # The same seed draws the same candidates: what one has measured the other leaves out.
+    assert sum(by_run.values()) > 24, by_run

@@ -10,13 +10,13 @@ import onnx
 import pytest
 import tvm
 from onnx import TensorProto, helper, numpy_helper
-from tiny_library import default_traces, target
+from tiny_library import compared, default_traces, target
 from tvm import relax
 from tvm.relax import op
 from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
 
 from gpu_aware_tune.codegen.compile import compile_model
-from gpu_aware_tune.finalize.verify import difference, kernel_inputs, verify_kernel, verify_library
+from gpu_aware_tune.finalize.kernel_check import difference, kernel_inputs, verify_kernel
 from gpu_aware_tune.kernels.packing import (
     LAYOUT_FREE,
     PACK,
@@ -219,7 +219,7 @@ def test_tvms_search_packs_marked_weights_and_the_numbers_stay_right(convs: Mode
     assert sampled
     assert all(verify_kernel(task.module, trace, target(), seed=0).ok for trace in sampled)
     traces = {**default_traces(convs), task.hash: sampled[0]}
-    assert verify_library(convs, _Loaded(convs, traces), seed=0).ok
+    assert compared(convs, _Loaded(convs, traces), seed=0).ok
 
 
 class _Loaded:
@@ -245,7 +245,7 @@ def test_a_library_packs_once_and_main_takes_the_packed_weights(convs: Model) ->
     traces = packing_traces(convs, skip=0)
     assert len(traces) >= 2
     loaded = _Loaded(convs, traces)
-    assert verify_library(convs, loaded, seed=0).ok
+    assert compared(convs, loaded, seed=0).ok
     changed = [tuple(weight.shape) for weight in loaded.weights]
     assert sum(len(shape) > 4 for shape in changed) == len(traces)
     inputs = random_inputs(convs.inputs, 0)
@@ -271,7 +271,7 @@ def test_libraries_with_other_layouts_share_one_weights_file(convs: Model, tmp_p
         program = open_vm(path, tmp_path / "weights.bin")
         results.append(program(program.place(list(inputs.values()))))
         layouts.append([tuple(weight.shape) for weight in program._weights])
-        assert verify_library(convs, path, seed=0).ok
+        assert compared(convs, path, seed=0).ok
     assert layouts[0] != layouts[1] != layouts[3]
     for result in results[1:]:
         for got, wanted in zip(result, results[0], strict=True):
@@ -322,4 +322,4 @@ def test_the_weights_of_branches_are_packed_at_load_too(tmp_path: Path) -> None:
     save_weights(model.weights, tmp_path / "weights.bin")
     program = open_vm(tmp_path / "lib.so", tmp_path / "weights.bin")
     assert [len(weight.shape) for weight in program._weights] == [5, 5]
-    assert verify_library(model, tmp_path / "lib.so", seed=0).ok
+    assert compared(model, tmp_path / "lib.so", seed=0).ok

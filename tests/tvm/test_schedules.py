@@ -15,7 +15,7 @@ from tvm import relax
 from tvm.relax import op
 from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
 
-from gpu_aware_tune.finalize.verify import kernel_inputs, verify_kernel
+from gpu_aware_tune.finalize.kernel_check import kernel_inputs, verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING, mark_weights, without_packing
 from gpu_aware_tune.kernels.schedules import default_schedules
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of

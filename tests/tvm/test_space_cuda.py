@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 import tvm
-from draws import random_schedules
 from mock_gpu.devices import fake_gpu
 from tf32_kernels import matmul, module_of
 from tvm import te
 
+from benchmarks.draws import random_schedules
 from gpu_aware_tune.kernels.space import make_space, whole_waves
 
 SMS = 40

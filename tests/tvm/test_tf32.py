@@ -35,7 +35,8 @@ from gpu_aware_tune.codegen import cuda_toolchain  # noqa: E402
 from gpu_aware_tune.codegen.compile import compile_model  # noqa: E402
 from gpu_aware_tune.codegen.cuda_source import lean_source, with_tf32_tiles  # noqa: E402
 from gpu_aware_tune.errors import SetupError, UserError  # noqa: E402
-from gpu_aware_tune.finalize.verify import _TF32, _allowed_of_model  # noqa: E402
+from gpu_aware_tune.finalize.kernel_check import _TF32  # noqa: E402
+from gpu_aware_tune.finalize.verify import base_error, computed_in  # noqa: E402
 from gpu_aware_tune.kernels.space import make_space  # noqa: E402
 from gpu_aware_tune.kernels.tf32 import TF32_INTRINSICS, is_marked, mark_products  # noqa: E402
 from gpu_aware_tune.kernels.traces import (  # noqa: E402
@@ -154,10 +155,10 @@ def test_a_model_s_products_are_marked_and_nothing_else(tmp_path: Path) -> None:
     marked = {t.name: is_marked(t.module["main"]) for t in extract(model, CUDA)}
     products = {name: "conv" in name or "matmul" in name for name in marked}
     assert marked == products and any(marked.values()) and not all(marked.values())
-    assert _allowed_of_model(model) == 1e-2
+    assert base_error(model, computed_in(model)) == 1e-2
     without = load_model(path, CUDA)
     assert not any(is_marked(t.module["main"]) for t in extract(without, CUDA))
-    assert _allowed_of_model(without) == 5e-4
+    assert base_error(without, computed_in(without)) == 1e-4
     assert model.hash == without.hash
 
 

@@ -236,7 +236,7 @@ def test_untuned_kernels_are_kept_where_the_whole_model_is_faster_with_them(
     def slow_when_tuned(*args: object) -> dict[str, float]:
         return {"tuned": 2e-3, "untuned": 1e-3}
 
-    monkeypatch.setattr("gpu_aware_tune.run.model_run.time_on", slow_when_tuned)
+    monkeypatch.setattr("gpu_aware_tune.run.libraries.time_on", slow_when_tuned)
     events = run(network, settings(tmp_path, trials=8))
     done = last(events)
     assert done.shares[0].tuned_s == done.shares[0].untuned_s == 1e-3
@@ -255,3 +255,17 @@ def test_auto_tunes_for_the_knee_of_the_untuned_models_curve(network: Path, tmp_
     done = last(events)
     assert len(done.shares) == 1 and done.shares[0].share in why
     assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_dry_run_from_python_measures_and_writes_nothing(network: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    made = gpu_aware_tune.tune(
+        network, target="llvm", output=output, db=tmp_path / "db", dry_run=True
+    )
+    assert made is None
+    assert not output.exists() and not (tmp_path / "db").exists()
+
+
+def test_a_wrong_keyword_is_named_by_python_itself(network: Path) -> None:
+    with pytest.raises(TypeError, match="gpu_part"):
+        gpu_aware_tune.tune(network, gpu_part=30)  # type: ignore[call-arg]

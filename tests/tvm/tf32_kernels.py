@@ -24,12 +24,12 @@ if __name__ == "__main__":
 load_tvm()
 
 import tvm  # noqa: E402
-from draws import random_schedules  # noqa: E402
 from mock_gpu.devices import fake_gpu  # noqa: E402
 from tvm import te, topi  # noqa: E402
 from tvm.s_tir.schedule import Schedule  # noqa: E402
 
-from gpu_aware_tune.finalize.verify import difference, kernel_inputs  # noqa: E402
+from benchmarks.draws import random_schedules  # noqa: E402
+from gpu_aware_tune.finalize.kernel_check import difference, kernel_inputs  # noqa: E402
 from gpu_aware_tune.kernels.space import make_space  # noqa: E402
 from gpu_aware_tune.kernels.tf32 import MARK, TF32_INTRINSICS  # noqa: E402
 from gpu_aware_tune.kernels.traces import trace_to_json  # noqa: E402

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,9 +13,11 @@ import tvm
 from onnx import TensorProto, helper, numpy_helper
 
 from gpu_aware_tune.codegen.compile import compile_model
+from gpu_aware_tune.finalize.oracle import make_reference
+from gpu_aware_tune.finalize.verify import VerifyReport, base_error, compare, computed_in
 from gpu_aware_tune.kernels.schedules import default_schedules
 from gpu_aware_tune.kernels.traces import trace_to_json
-from gpu_aware_tune.library import export, link
+from gpu_aware_tune.library import export, link, open_vm, save_weights
 from gpu_aware_tune.model.importer import Model, load_model
 from gpu_aware_tune.model.tasks import extract
 
@@ -88,3 +93,30 @@ def write_library(folder: Path, alike: bool = False, batch: int = 1) -> tuple[Mo
     }
     libraries = {1: paths[2], 2: paths[2]} if alike else paths
     return model, export(folder / "tiny.tuned", model, libraries, manifest)
+
+
+Subject = Path | Callable[[Any], Mapping[str, np.ndarray]]
+
+
+def compared(model: Model, library: Subject, seed: int = 0) -> VerifyReport:
+    """A library, as a file or as something that is called, against ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model.prepared)
+        reference = make_reference(path, {}, seed, None, None)
+        call = _loaded(model, library, Path(folder)) if isinstance(library, Path) else library
+        draws = [reference.plan.arrays(draw.kind) for draw in reference.draws]
+        outputs = [list(call(arrays).values()) for arrays in draws]
+    return compare(reference, outputs, base_error(model, computed_in(model)))
+
+
+def _loaded(model: Model, library: Path, folder: Path) -> Any:
+    weights = folder / "weights.bin"
+    save_weights(model.weights, weights)
+    program = open_vm(library, weights)
+
+    def call(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = program(program.place([arrays[spec.name] for spec in model.inputs]))
+        return {spec.name: array for spec, array in zip(model.outputs, outputs, strict=True)}
+
+    return call

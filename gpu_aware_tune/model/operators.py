@@ -1,0 +1,115 @@
+"""Importer converters of our own, where TVM's lose precision.
+
+A converter takes a relax block builder, the inputs (None where one is left out) and the attributes
+of a node, and returns a relax expression, or None to leave the node to TVM's importer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+HALF = ("float16", "bfloat16")
+Converter = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
+
+
+def _dtype(value: Any) -> str:
+    return str(value.ty.dtype) if hasattr(value.ty, "dtype") else ""
+
+
+def _matmul(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    """Half-precision MatMul with float32 accumulators, which tensor cores have too."""
+    from tvm import relax
+
+    dtype = _dtype(inputs[0])
+    if dtype not in HALF:
+        return None
+    product = builder.normalize(relax.op.matmul(inputs[0], inputs[1], out_dtype="float32"))
+    return relax.op.astype(product, dtype)
+
+
+def _gemm(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    """Half-precision Gemm; scaled and added to in float32 as well."""
+    from tvm import relax
+
+    dtype = _dtype(inputs[0])
+    if dtype not in HALF:
+        return None
+    a, b = (
+        relax.op.permute_dims(value, [1, 0]) if attributes.get(flag, 0) else value
+        for value, flag in zip(inputs[:2], ("transA", "transB"), strict=True)
+    )
+    result = relax.op.matmul(a, b, out_dtype="float32")
+    alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+    if alpha != 1.0:
+        result = relax.op.multiply(result, relax.const(alpha, "float32"))
+    if len(inputs) > 2 and inputs[2] is not None:
+        bias = relax.op.astype(inputs[2], "float32")
+        if beta != 1.0:
+            bias = relax.op.multiply(bias, relax.const(beta, "float32"))
+        result = relax.op.add(result, bias)
+    return relax.op.astype(builder.normalize(result), dtype)
+
+
+def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    from tvm import relax
+
+    nn = relax.op.nn
+    layouts = {1: ("NCW", "OIW"), 2: ("NCHW", "OIHW"), 3: ("NCDHW", "OIDHW")}
+    operators = {1: nn.conv1d, 2: nn.conv2d, 3: nn.conv3d}
+    return _convolved(builder, inputs, attributes, operators, layouts, {})
+
+
+def _conv_transpose(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    from tvm import relax
+
+    nn = relax.op.nn
+    layouts = {1: ("NCW", "IOW"), 2: ("NCHW", "IOHW"), 3: ("NCDHW", "IODHW")}
+    operators = {1: nn.conv1d_transpose, 2: nn.conv2d_transpose, 3: nn.conv3d_transpose}
+    rank = len(inputs[1].ty.shape) - 2
+    extra = {"output_padding": attributes.get("output_padding", [0] * rank)}
+    return _convolved(builder, inputs, attributes, operators, layouts, extra)
+
+
+def _convolved(
+    builder: Any,
+    inputs: Sequence[Any],
+    attributes: Mapping[str, Any],
+    operators: Mapping[int, Callable[..., Any]],
+    layouts: Mapping[int, tuple[str, str]],
+    extra: Mapping[str, Any],
+) -> Any:
+    """Half-precision convolutions with float32 accumulators, the bias added in float32."""
+    from tvm import relax
+
+    dtype = _dtype(inputs[0])
+    rank = len(inputs[1].ty.shape) - 2
+    if dtype not in HALF or rank not in operators:
+        return None
+    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b""):
+        return None  # made explicit before, where the shapes are known
+    data_layout, kernel_layout = layouts[rank]
+    result = operators[rank](
+        inputs[0],
+        inputs[1],
+        strides=attributes.get("strides", [1] * rank),
+        padding=attributes.get("pads", [0] * (2 * rank)),
+        dilation=attributes.get("dilations", [1] * rank),
+        groups=attributes.get("group", 1),
+        data_layout=data_layout,
+        kernel_layout=kernel_layout,
+        out_dtype="float32",
+        **extra,
+    )
+    if len(inputs) > 2 and inputs[2] is not None:
+        bias = relax.op.reshape(inputs[2], [1, -1] + [1] * rank)
+        result = relax.op.add(builder.normalize(result), relax.op.astype(bias, "float32"))
+    return relax.op.astype(builder.normalize(result), dtype)
+
+
+CONVERTERS: dict[str, Converter] = {
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+}
