@@ -1,6 +1,6 @@
 """How far two rankings of candidates agree, and what other ways to measure would have given.
 
-`benchmarks/measuring.py` measures; this is the arithmetic behind its tables.
+`benchmarks.measuring` measures; this is the arithmetic behind its tables.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def resolvable(ys: Sequence[float], error: float) -> tuple[np.ndarray, np.ndarra
     return first[kept], second[kept]
 
 
-def retest_error(once: Sequence[float], again: Sequence[float]) -> float:
+def retest_error(once: Sequence[float] | np.ndarray, again: Sequence[float] | np.ndarray) -> float:
     """Return what nine of ten repetitions of a measurement stay within, as a logarithm."""
     return float(np.percentile(np.abs(np.log(np.asarray(again) / np.asarray(once))), 90))
 

@@ -34,8 +34,9 @@ from gpu_aware_tune.cluster.messages import (
     ToNode,
     Work,
 )
-from gpu_aware_tune.codegen import build_pool, cuda_toolchain
+from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.codegen.build_pool import Built, remove
+from gpu_aware_tune.codegen.linking import find_linker
 from gpu_aware_tune.errors import SetupError, TuneError
 from gpu_aware_tune.partition import find_device
 from gpu_aware_tune.partition.topology import allowed_cpus, physical_cores
@@ -299,7 +300,7 @@ def _check_tools(setup: NodeSetup) -> None:
         )
         raise SetupError(f"it has {ours}, the run {theirs}: install the same versions")
     # Without a linker every candidate would fail, and at once.
-    (cuda_toolchain if setup.pools.device.kind == "cuda" else build_pool).linker()
+    find_linker(packs=setup.pools.device.kind == "cuda")
 
 
 def _keep_to(part: tuple[int, int]) -> None:

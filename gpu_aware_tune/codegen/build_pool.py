@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import select
-import shutil
 import statistics
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpu_aware_tune.errors import SetupError, last_line
+from gpu_aware_tune.codegen.linking import run_linker
+from gpu_aware_tune.errors import last_line
 from gpu_aware_tune.measure.measurement import Failure, FailureKind
 from gpu_aware_tune.workers import Worker, WorkerHost
 
@@ -289,29 +288,8 @@ def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> N
         return
     object_path = path.with_suffix(".o")
     built.write_to_file(str(object_path), "o")
-    link(object_path, path)
+    run_linker("-shared", "-o", str(path), str(object_path))
     object_path.unlink()
-
-
-def link(object_path: Path, path: Path) -> None:
-    """Link one object file into a shared library with the fastest linker driver at hand."""
-    command = [*linker(), "-shared", "-o", str(path), str(object_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[:300]}")
-
-
-def linker() -> list[str]:
-    """`ld` itself (4 ms), else the C compiler in front of it (20 ms); a `SetupError` without any."""
-    for name, *flags in (
-        ("ld",),
-        ("cc", "-nostdlib"),
-        ("gcc", "-nostdlib"),
-        ("clang", "-nostdlib"),
-    ):
-        if shutil.which(name):
-            return [name, *flags]
-    raise SetupError("no linker found (looked for ld, cc, gcc, clang): install gcc")
 
 
 def remove(path: str) -> None:

@@ -30,6 +30,7 @@ from gpu_aware_tune.library.manifest import (
 from gpu_aware_tune.library.places import places_for
 from gpu_aware_tune.library.program import Program, Weights, open_vm
 from gpu_aware_tune.library.threads import CoreThread, PartitionThread
+from gpu_aware_tune.measure.timing import quantile
 from gpu_aware_tune.model.importer import TensorSpec, random_inputs
 
 Result = TypeVar("Result")
@@ -49,11 +50,9 @@ class LatencyStats:
     @staticmethod
     def of(seconds: list[float]) -> LatencyStats:
         """Sum up the seconds of single runs."""
-        ms = np.asarray(seconds) * 1e3
-        p10, p90 = (float(value) for value in np.percentile(ms, (10, 90)))
-        return LatencyStats(
-            statistics.median(ms.tolist()), p10, p90, float(ms.min()), float(ms.mean()), len(ms)
-        )
+        ms = [1e3 * each for each in seconds]
+        p10, p90 = (quantile(ms, part) for part in (0.1, 0.9))
+        return LatencyStats(statistics.median(ms), p10, p90, min(ms), statistics.fmean(ms), len(ms))
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import tvm
-
 from gpu_aware_tune.errors import TuneError, UserError
 from gpu_aware_tune.partition import Partition
+from gpu_aware_tune.partition.cores import set_pool
 from gpu_aware_tune.partition.topology import usable_cores
-
-_ONE_CORE_PER_THREAD = -2  # TVM's threading::ThreadGroup::kSpecifyOneCorePerThread
 
 # TVM has one pool of GPU memory for a process: what a library has freed goes to whoever asks next,
 # also while kernels on the first one's stream still use it. So only one partition is at work.
@@ -116,9 +113,7 @@ class CoreThread(LibraryThread):
 
     def _enter(self) -> None:
         """Make TVM's pool for this thread, and give each of its threads a core."""
-        names = [str(core) for core in self.cores]
-        configure = tvm.get_global_func("runtime.config_threadpool")
-        configure(_ONE_CORE_PER_THREAD, len(names), names)
+        set_pool(self.cores)
         os.sched_setaffinity(0, {self.cores[0]})  # of this thread only; TVM leaves it unbound
 
 

@@ -25,7 +25,7 @@ from gpu_aware_tune.partition.mps import MpsPartition
 from gpu_aware_tune.partition.null import NullPartition
 from gpu_aware_tune.partition.nvml import Nvml, Snapshot, disturbances, own_processes
 from gpu_aware_tune.partition.shares import Share
-from gpu_aware_tune.partition.topology import spare_cpus, usable_cores
+from gpu_aware_tune.partition.topology import cpu_quota, usable_cores
 
 __all__ = [
     "BACKENDS",
@@ -45,6 +45,7 @@ __all__ = [
     "Snapshot",
     "check_apart",
     "choose_backend",
+    "cpu_quota",
     "disturbances",
     "find_device",
     "host_mcpu",
@@ -55,6 +56,5 @@ __all__ = [
     "partition_for",
     "probe_backends",
     "share_of",
-    "spare_cpus",
     "usable_cores",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import threading
@@ -181,7 +182,8 @@ def interference(lab: Any) -> dict[str, Any]:
             idle_s = statistics.median(victim.timed(own, rounds, 5))
             for other in LOADS:
                 before = nvml.glance()
-                beside_s = _beside(neighbour, other, lambda o=own, r=rounds: victim.timed(o, r, 5))
+                timed = functools.partial(victim.timed, own, rounds, 5)
+                beside_s = _beside(neighbour, other, timed)
                 flags.update(disturbances(before, nvml.glance()))
                 slower.setdefault(own, {})[other] = beside_s / idle_s
         snapshot = nvml.snapshot()

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.children import ROOT, told
+from benchmarks.environment import ROOT
+from benchmarks.scaffold import told
 from gpu_aware_tune.partition import FullPartition, Share, find_device
 from gpu_aware_tune.partition import probe as sm_probe
 from gpu_aware_tune.partition.driver import call

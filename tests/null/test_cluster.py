@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -208,6 +208,7 @@ def test_only_one_draft_at_a_time_is_asked_of_a_searcher() -> None:
     next(stream)
     under_way = [message for message in one.inbox if isinstance(message, Ask)]
     assert len({int(ask.task) % 2 for ask in under_way}) == len(under_way)
+    assert isinstance(stream, Generator)
     stream.close()
     members.flush()
     assert isinstance(one.heard[-1], End)

@@ -36,7 +36,7 @@ def test_padding_is_stated(op_type: str, auto_pad: str) -> None:
 def test_dilated_pools_are_padded_as_in_onnxruntime(op_type: str) -> None:
     for length, auto_pad in itertools.product(LENGTHS, ["SAME_LOWER", "SAME_UPPER"]):
         feeds = {"x": numbers(1, 2, length, 6)}
-        attributes = {"strides": [2, 1], "dilations": [1, 2], "auto_pad": auto_pad}
+        attributes: dict[str, Any] = {"strides": [2, 1], "dilations": [1, 2], "auto_pad": auto_pad}
         for ceil_mode in (0, 1):
             model = node_model(
                 op_type,
@@ -55,7 +55,7 @@ def test_dilated_pools_are_padded_as_in_onnxruntime(op_type: str) -> None:
 def test_powers_are_summed_over_whole_windows(p: int, ceil_mode: int) -> None:
     for length, (kernel, stride), pads in itertools.product(LENGTHS, WINDOWS, [0, 1]):
         feeds = {"x": numbers(1, 2, length, 6)}
-        attributes = {"kernel_shape": [kernel, 3], "strides": [stride, 2], "p": p}
+        attributes: dict[str, Any] = {"kernel_shape": [kernel, 3], "strides": [stride, 2], "p": p}
         model = node_model(
             "LpPool",
             feeds,

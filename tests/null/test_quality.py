@@ -8,7 +8,7 @@ from mock_gpu.in_process import MockGpu
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure import SEARCH
-from gpu_aware_tune.measure.measurer import reopen
+from gpu_aware_tune.measure.base import reopen
 from gpu_aware_tune.measure.quality import Watch
 from gpu_aware_tune.partition import FullPartition, NullPartition, Nvml, Share, Snapshot, nvml
 

@@ -11,7 +11,9 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -43,7 +45,7 @@ from gpu_aware_tune.library import (
 )
 from gpu_aware_tune.library import loaded as loaded_module
 from gpu_aware_tune.library.folder import _exchange
-from gpu_aware_tune.library.loaded import nearest
+from gpu_aware_tune.library.manifest import nearest
 from gpu_aware_tune.library.threads import CoreThread
 from gpu_aware_tune.model.importer import Model, load_model, random_inputs
 from gpu_aware_tune.model.tasks import extract
@@ -247,7 +249,7 @@ def test_a_library_is_compared_with_onnxruntime(tiny: tuple[Model, Path]) -> Non
         assert report.ok and report.max_error < 1e-5
         assert len(report.draws) == 7
 
-    def broken(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def broken(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = loaded(inputs)
         outputs["scores"][0, 3] *= 1.01
         return outputs
@@ -464,7 +466,7 @@ def _counting() -> tvm.IRModule:
     from tvm.script import tirx as T
 
     @T.prim_func(s_tir=True)
-    def main(out: T.Buffer((64,), "int32")) -> None:
+    def main(out: T.Buffer((64,), "int32")) -> None:  # type: ignore[valid-type]
         for i in T.parallel(64):
             with T.sblock("note"):
                 place = T.axis.spatial(64, i)
@@ -620,9 +622,9 @@ def test_what_is_preloaded_is_not_opened_again(
     tiny: tuple[Model, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    real = loaded_module.open_vm
+    real = open_vm
 
-    def counting(path: Path, weights: object, entry: str) -> Program:
+    def counting(path: Path, weights: Any, entry: str) -> Program:
         opened.append(path.name)
         return real(path, weights, entry=entry)
 

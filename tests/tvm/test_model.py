@@ -14,17 +14,14 @@ import onnx
 import onnxruntime
 import pytest
 import tvm
+from conftest import ROOT
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
+from benchmarks.light_models import seeded
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.model.importer import Model, TensorSpec, load_model, random_inputs
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.light_models import seeded  # noqa: E402
 
 F32 = TensorProto.FLOAT
 LLVM = tvm.target.Target("llvm")

@@ -20,7 +20,7 @@ IMAGE = {"x": numbers(1, 3, 7, 6)}
 def test_old_resizes_are_asymmetric(opset: int, op_type: str, mode: str) -> None:
     for factors in ([2.0, 3.0], [2.0, 1.5]):
         scales = [1.0, 1.0, *factors]
-        attributes = {"scales": scales} if opset == 7 else {}
+        attributes: dict[str, Any] = {"scales": scales} if opset == 7 else {}
         constants = {} if opset == 7 else {"s": np.array(scales, np.float32)}
         model = node_model(op_type, IMAGE, constants, [("y", F32)], opset, mode=mode, **attributes)
         assert_correct(model, IMAGE)

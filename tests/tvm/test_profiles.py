@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import RunTune
@@ -21,7 +22,7 @@ from gpu_aware_tune.profiling.profiles import Curve, grid, profile, profile_untu
 from gpu_aware_tune.workers import WorkerHost
 
 CORES = len(usable_cores())
-QUICK = {"seconds": 0.02, "rounds": 2}
+QUICK: dict[str, Any] = {"seconds": 0.02, "rounds": 2}
 two_cores = pytest.mark.skipif(CORES < 2, reason="shares of a CPU need two cores")
 
 
