@@ -262,6 +262,7 @@ def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     from tvm.ir.transform import Sequential
 
     from gpu_aware_tune.model.constants import fold_constants
+    from gpu_aware_tune.model.legalize import LEGALIZERS
 
     fold = tvm.transform.module_pass(
         lambda module, _context: fold_constants(module), opt_level=0, name="FoldInNumPy"

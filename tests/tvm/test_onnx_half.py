@@ -131,7 +131,6 @@ def test_a_converted_model_sums_in_float32_and_keeps_large_weights() -> None:
 def test_sums_in_float32_still_use_tensor_cores() -> None:
     """All of a few random schedules for them compile, not only those that share no memory."""
     from benchmarks.draws import random_schedules
-
     from gpu_aware_tune.model.tasks import extract
 
     target = tvm.target.Target(fake_gpu().target(40))
