@@ -64,13 +64,13 @@ def test_powers_of_integers_are_exact(exponent: Any, dtype: str) -> None:
 
 def test_powers_of_mixed_types_have_the_type_of_the_base() -> None:
     cases = [
-        (np.int32([2, 3, 9]), np.float32([2, 0.5, 1.5]), TensorProto.INT32),
-        (np.int64([3, 7, 2**31]), np.float32(2), TensorProto.INT64),
-        (np.float32([1.5, 2, 3]), np.int64([1, 2, 3]), F32),
-        (np.int64([2, 3]), np.int32([40, 3]), I64),
+        (np.array([2, 3, 9], "int32"), np.array([2, 0.5, 1.5], "float32"), TensorProto.INT32),
+        (np.array([3, 7, 2**31], "int64"), np.float32(2), TensorProto.INT64),
+        (np.array([1.5, 2, 3], "float32"), np.array([1, 2, 3], "int64"), F32),
+        (np.array([2, 3], "int64"), np.array([40, 3], "int32"), I64),
     ]
     for base, exponent, dtype in cases:
-        feeds = {"x": base, "e": np.asarray(exponent)}
+        feeds = {"x": np.asarray(base), "e": np.asarray(exponent)}
         assert_correct(node_model("Pow", feeds, {}, [("y", dtype)], 15), feeds)
 
 
