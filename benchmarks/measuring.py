@@ -45,7 +45,7 @@ from benchmarks.ranking import (
     retest_error,
 )
 from benchmarks.scaffold import parser
-from gpu_aware_tune.measure import RETIME, SEARCH, Contest, Effort, Job, Measurer
+from gpu_aware_tune.measure import RETIME, SEARCH, ComparisonJob, Effort, Job, Measurer
 
 RESULTS_FILE = RESULTS / "measuring.json"
 FOREVER = float("inf")
@@ -251,8 +251,8 @@ class Bench:
         truth = [(2 * a + b) / 3 for a, b in zip(long, column["later"], strict=True)]
         finalists = sorted(range(len(visits)), key=column["fast"].__getitem__)[:TOP]
         paths = column["path"]
-        contest = Contest(tuple(paths[i] for i in finalists), task.args, task.hash, RETIME)
-        compared = zip(finalists, self._measurer.compare(contest), strict=True)
+        comparison = ComparisonJob(tuple(paths[i] for i in finalists), task.args, task.hash, RETIME)
+        compared = zip(finalists, self._measurer.compare(comparison), strict=True)
         retimed = {i: result.seconds or FOREVER for i, result in compared}
         picked = min(finalists, key=retimed.__getitem__)
         sentinels = [*column["sentinel"], *column["sentinel_later"]]

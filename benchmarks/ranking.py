@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from gpu_aware_tune.measure import SEARCH, Effort
-from gpu_aware_tune.measure.timing import lowest_tenth, measure
+from gpu_aware_tune.measure.timing import measure, percentile_10
 
 # What a candidate's repeats are summed up to. The lowest tenth is what the search takes.
 STATISTICS: Mapping[str, Callable[[Sequence[float]], float]] = {
-    "lowest tenth": lowest_tenth,
+    "lowest tenth": percentile_10,
     "lower quartile": lambda samples: float(np.percentile(samples, 25)),
     "minimum": min,
     "median": statistics.median,

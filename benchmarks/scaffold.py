@@ -196,7 +196,7 @@ class GpuBenchmark:
 @contextlib.contextmanager
 def gpu_benchmark(name: str, args: argparse.Namespace) -> Iterator[GpuBenchmark]:
     """Begin a GPU benchmark; without a GPU, and `--null`, one line says so and the script ends."""
-    from gpu_aware_tune.partition.gpus import query_gpus
+    from gpu_aware_tune.partition.gpu_query import query_gpus
 
     found, reason = query_gpus()
     if not args.null and not found:

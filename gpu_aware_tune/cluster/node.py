@@ -17,7 +17,7 @@ from gpu_aware_tune.cluster.messages import (
     Ask,
     Batch,
     Begin,
-    Draft,
+    DraftRequest,
     End,
     FromNode,
     Gone,
@@ -170,7 +170,7 @@ class _Run:
         demand = Demand(
             next_task=self._next_task,
             accept=self._drafted,
-            exhausted=lambda task: tell(Draft(run, task, ())),
+            exhausted=lambda task: tell(DraftRequest(run, task, ())),
             lost=lambda task, text: tell(SearchLost(run, task, text)),
             best_s=lambda task: self._best_s.get(task, {}),
             more=self._more,
@@ -235,7 +235,7 @@ class _Run:
         return None
 
     def _drafted(self, task: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        self._node.tell(Draft(self._begin.run, task, tuple(candidates)))
+        self._node.tell(DraftRequest(self._begin.run, task, tuple(candidates)))
         return ()  # they come back as work, here or elsewhere
 
     def _report(self) -> None:

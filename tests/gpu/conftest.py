@@ -11,7 +11,7 @@ import pytest
 from benchmarks.environment import NO_GPU, RESULTS
 from gpu_aware_tune.codegen.cuda_toolchain import preload_runtime, runtime_environment
 from gpu_aware_tune.partition import Device, find_device
-from gpu_aware_tune.partition.gpus import query_gpus
+from gpu_aware_tune.partition.gpu_query import query_gpus
 from gpu_aware_tune.workers import WorkerHost
 
 preload_runtime()  # before a test imports TVM

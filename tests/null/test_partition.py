@@ -30,13 +30,13 @@ from gpu_aware_tune.partition import (
     Partition,
     Share,
     backends,
-    check_apart,
+    check_disjoint,
     choose_backend,
     cores,
     device,
     driver,
     find_device,
-    gpus,
+    gpu_query,
     green,
     instance_units,
     mig,
@@ -49,7 +49,7 @@ from gpu_aware_tune.partition import (
     topology,
 )
 from gpu_aware_tune.partition.driver import DriverError, call
-from gpu_aware_tune.partition.gpus import GpuFacts
+from gpu_aware_tune.partition.gpu_query import GpuFacts
 from gpu_aware_tune.partition.shares import mps_percentage
 
 ALL = ("cores", "null", "full", "green", "mps", "mig")
@@ -396,11 +396,11 @@ def test_asking_for_gpus_leaves_this_process_free_of_cuda() -> None:
 
 
 def test_the_answer_of_the_child_is_read_back(gpu_here: MockGpu) -> None:
-    facts = gpus.answer()["gpus"]
-    assert GpuFacts(**facts[0]) == gpus.read_gpus(gpu_here.driver)[0]
+    facts = gpu_query.answer()["gpus"]
+    assert GpuFacts(**facts[0]) == gpu_query.read_gpus(gpu_here.driver)[0]
     assert facts[0]["green"]
     gpu_here.set(fail="cuInit=807")
-    assert "807" in gpus.answer()["reason"]
+    assert "807" in gpu_query.answer()["reason"]
 
 
 @pytest.mark.parametrize(
@@ -901,7 +901,7 @@ def test_slices_of_green_contexts_are_groups_of_one_split(gpu_here: MockGpu) -> 
     assert narrow < middle < wide, "shares in a slice overlap"
     assert len(wide | second | third) == 112, "slices do not"
     assert gpu_here.calls("cuDevSmResourceSplitByCount") == 1, "one split, or they overlap"
-    assert check_apart(opened)
+    assert check_disjoint(opened)
     for own in opened:
         for part in own:
             assert part.slices_share_worker
@@ -913,7 +913,7 @@ def test_slices_that_ran_on_the_same_sm_are_refused(gpu_here: MockGpu) -> None:
     gpu_here.set(probe="16:16")
     opened = green_slices([[30], [13]])
     with pytest.raises(SetupError, match=r"both run on SM 16 and 15 more: slices must not overlap"):
-        check_apart(opened)
+        check_disjoint(opened)
 
 
 def test_slices_need_room(gpu_here: MockGpu) -> None:

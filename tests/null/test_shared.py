@@ -19,7 +19,15 @@ from mock_gpu.devices import null_device
 
 from gpu_aware_tune.codegen.build_pool import BuildPool, Built
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.measure import SEARCH, Contest, Job, SharedMeasurer, SharedWorker, Slice, worker
+from gpu_aware_tune.measure import (
+    SEARCH,
+    ComparisonJob,
+    Job,
+    SharedMeasurer,
+    SharedWorker,
+    Slice,
+    worker,
+)
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.measure.worker import Reply
 from gpu_aware_tune.partition import MpsPartition, NullPartition, Partition, Share, open_slices
@@ -40,8 +48,8 @@ class Script:
     def __init__(self, partition: Partition) -> None:
         self._units = partition.share.units
 
-    def answer(self, job: Job | Contest) -> Reply:
-        if isinstance(job, Contest):
+    def answer(self, job: Job | ComparisonJob) -> Reply:
+        if isinstance(job, ComparisonJob):
             return Reply(tuple(self._one(path) for path in job.paths))
         return Reply((self._one(job.path),), "fault" in job.path)
 
@@ -101,7 +109,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ForkingHos
         partition.verify()
         yield Script(partition)
 
-    monkeypatch.setattr(worker, "_station", station)
+    monkeypatch.setattr(worker, "_measuring", station)
     made = ForkingHost(tmp_path)
     yield made
     assert made.leftovers() == []
@@ -281,9 +289,9 @@ def test_what_is_given_up_takes_nothing_with_it(start: Start, host: ForkingHost)
 
 def test_candidates_meet_in_turns(start: Start) -> None:
     first, _ = flat(start([4], [3]))
-    contest = Contest(("slow:0.6", "slow:0.6", "ok"), (), "1", SEARCH)
-    assert first.compare(contest) == (Measurement(4.0),) * 3, "the limit is one candidate's"
-    failed = first.compare(Contest(("ok", "crash"), (), "1", SEARCH))
+    comparison = ComparisonJob(("slow:0.6", "slow:0.6", "ok"), (), "1", SEARCH)
+    assert first.compare(comparison) == (Measurement(4.0),) * 3, "the limit is one candidate's"
+    failed = first.compare(ComparisonJob(("ok", "crash"), (), "1", SEARCH))
     assert kinds(failed) == ["crash", "crash"]
 
 

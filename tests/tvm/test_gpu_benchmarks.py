@@ -25,7 +25,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.models import MODELS, bert_encoder, write_model
 from gpu_aware_tune.partition import usable_cores
-from gpu_aware_tune.partition.gpus import query_gpus
+from gpu_aware_tune.partition.gpu_query import query_gpus
 
 no_gpu = pytest.mark.skipif(bool(query_gpus()[0]), reason="a GPU is here")
 

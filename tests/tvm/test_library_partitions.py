@@ -24,7 +24,7 @@ from gpu_aware_tune.library import Program, load, places, program
 from gpu_aware_tune.library.threads import PartitionThread
 from gpu_aware_tune.model.importer import random_inputs
 from gpu_aware_tune.partition import NullPartition, Share, attach, partition_for
-from gpu_aware_tune.partition.gpu import GpuPartition
+from gpu_aware_tune.partition.gpu_partition import GpuPartition
 
 GPU = "cuda/NVIDIA H200/sm_90a"
 
