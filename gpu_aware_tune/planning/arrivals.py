@@ -129,7 +129,9 @@ def _read_trace(path: Path) -> tuple[float, ...]:
         lines = path.read_text().split()
         times = np.sort(np.asarray([float(line) for line in lines]))
     except (OSError, ValueError) as error:
-        raise UserError(f"--arrivals {path}: no list of times ({error}): one number a line") from error
+        raise UserError(
+            f"--arrivals {path}: no list of times ({error}): one number a line"
+        ) from error
     if len(times) < 2 or not np.isfinite(times).all() or times[0] == times[-1]:
         raise UserError(f"--arrivals {path}: a trace needs at least two different times")
     return tuple((times - times[0]).tolist())

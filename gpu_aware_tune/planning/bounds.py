@@ -117,9 +117,7 @@ def _solve(
     return tuple(float(value) for value in got), float(-answer.fun)
 
 
-def _configuration(
-    speeds: Floats, widths: Sequence[int], prices: Floats
-) -> tuple[float, Floats]:
+def _configuration(speeds: Floats, widths: Sequence[int], prices: Floats) -> tuple[float, Floats]:
     """The configuration that is worth most, by dynamic programming over units."""
     value = speeds * prices[:, None]
     best_model = value.argmax(axis=0)

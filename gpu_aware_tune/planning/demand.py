@@ -33,7 +33,9 @@ class Demand:
     cv: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.model, "rate", self.rate_per_s, self.rate_per_s > 0, "requests a second above 0")
+        _check(
+            self.model, "rate", self.rate_per_s, self.rate_per_s > 0, "requests a second above 0"
+        )
         _check(self.model, "slo", self.slo_s, self.slo_s > 0, "a latency above 0, such as 50ms")
         inside = 50 < self.percentile < 100
         _check(self.model, "percentile", self.percentile, inside, "a number between 50 and 100")

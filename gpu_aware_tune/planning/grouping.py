@@ -1,13 +1,8 @@
-"""Which models share lanes: the partition into lane groups that needs the fewest units.
-
-Exact for a few models by dynamic programming over subsets; for more, groups are merged greedily and
-then improved by moving one model at a time.
-"""
+"""Which models share lanes: partitions into lane groups, and a quick way to a good one."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +10,6 @@ import numpy as np
 from gpu_aware_tune.planning.curve import Floats
 from gpu_aware_tune.planning.lanes import ROUNDING, Occupancy
 
-EXACT_MODELS = 8
 _MOVES = 40  # improving moves of the heuristic; it stops long before
 
 Partition = tuple[tuple[int, ...], ...]
@@ -29,45 +23,6 @@ class Grouping:
     units: float
 
 
-Grouper = Callable[[Occupancy], Grouping]
-
-
-def best_grouping(load: Occupancy) -> Grouping:
-    """The best partition where that is cheap, else a good one."""
-    return exact_grouping(load) if len(load.busy) <= EXACT_MODELS else greedy_grouping(load)
-
-
-def exact_grouping(load: Occupancy) -> Grouping:
-    """The partition that needs the fewest units, by dynamic programming over subsets."""
-    count = len(load.busy)
-    needs = _subset_units(load).tolist()
-    best = [0.0] + [math.inf] * ((1 << count) - 1)
-    choice = [0] * (1 << count)
-    for mask in range(1, 1 << count):
-        low = mask & -mask
-        rest = part = mask ^ low
-        while True:  # every subset of `mask` that holds its lowest model
-            units = needs[part | low] + best[rest ^ part]
-            if units < best[mask]:
-                best[mask], choice[mask] = units, part | low
-            if not part:
-                break
-            part = (part - 1) & rest
-    full = (1 << count) - 1
-    if not math.isfinite(best[full]):
-        return Grouping(tuple((model,) for model in range(count)), math.inf)
-    groups, left = [], full
-    while left:
-        groups.append(tuple(model for model in range(count) if choice[left] >> model & 1))
-        left ^= choice[left]
-    return Grouping(tuple(groups), best[full])
-
-
-def greedy_grouping(load: Occupancy) -> Grouping:
-    """A good partition: the merges that save most units, then moves of single models."""
-    return improved(load, merged(load).partition)
-
-
 def merged(load: Occupancy) -> Grouping:
     """A partition by merging two groups at a time, always those that save most units."""
     partition = tuple(tuple(sorted(group)) for group in _merge(load))
@@ -79,16 +34,8 @@ def units_of(load: Occupancy, partition: Partition) -> float:
     return sum(load.units_of(group) for group in partition)
 
 
-def _subset_units(load: Occupancy) -> Floats:
-    """Units of every subset of the models, by its bits."""
-    sums = np.zeros((1, *load.busy.shape[1:]))
-    for busy in load.busy:
-        sums = np.concatenate([sums, sums + busy])
-    return load.units(sums)
-
-
 def _merge(load: Occupancy) -> list[tuple[int, ...]]:
-    groups = [(model,) for model in range(len(load.busy))]
+    groups: list[tuple[int, ...]] = [(model,) for model in range(len(load.busy))]
     busy = load.busy.copy()
     units = load.units(busy)
     count = len(groups)

@@ -14,6 +14,7 @@ it for one model alone, and narrow lanes do more work per unit.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,12 @@ class Occupancy:
         fits = self.periods[None] + self.run_s <= self._slo[:, None, None] + ROUNDING
         self.busy: Floats = np.full(self.run_s.shape, np.inf)
         np.divide(self.run_s, self.periods[None], out=self.busy, where=fits)
+
+    def part(self, models: Sequence[int]) -> Occupancy:
+        """The same of some models alone, at the same periods."""
+        part = copy.copy(self)
+        part.busy, part.batches = self.busy[list(models)], self.batches[list(models)]
+        return part
 
     def units(self, busy: Floats) -> Floats:
         """The fewest units for the sums of `busy` over groups; infinite where nothing fits."""

@@ -10,15 +10,16 @@ from typing import Protocol
 import numpy as np
 
 from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.planning.branching import Grouper, best_grouping
 from gpu_aware_tune.planning.curve import MARGIN, Batching, CurvePoint, latency_table
 from gpu_aware_tune.planning.demand import Demand
 from gpu_aware_tune.planning.device import PlanDevice
 from gpu_aware_tune.planning.explain import explain
-from gpu_aware_tune.planning.grouping import Grouper, Grouping, best_grouping
+from gpu_aware_tune.planning.grouping import Grouping
 from gpu_aware_tune.planning.interference import Interference
 from gpu_aware_tune.planning.lanes import LaneGroup, Occupancy, Workload
 from gpu_aware_tune.planning.schedule import Lane, ModelPlan, Objective, Plan, Slot
-from gpu_aware_tune.planning.search import cheapest_cost, largest_scale, scale_at
+from gpu_aware_tune.planning.search import cheapest_cost, headroom_limit, largest_scale, scale_at
 
 _LEAST_PART = 0.02  # of a rate: less is not worth its slots
 _PART_STEPS = 6
@@ -45,6 +46,7 @@ def plan(
     margin: float = MARGIN,
     batching: Batching = Batching.AFFINE,
     interference: Interference | None = None,
+    why: bool = True,
 ) -> Plan:
     """Plan which model runs on which lanes, when, and in which batches.
 
@@ -56,6 +58,7 @@ def plan(
         margin: the planning latency is so many times the measured p90.
         batching: what a batch size that was not measured takes.
         interference: how much lanes slow each other down; not at all by default.
+        why: look for the reason where the demands do not fit; that takes longer than the plan.
 
     Returns:
         The plan; where not every demand fits it serves less and says why.
@@ -64,7 +67,7 @@ def plan(
         UserError: a curve is missing, or an SLO cannot be met at all.
     """
     work = workload(device, demands, curves, margin, batching, interference)
-    return plan_workload(work, objective, margin)
+    return plan_workload(work, objective, margin, why=why)
 
 
 def workload(
@@ -92,9 +95,7 @@ def workload(
             raise UserError(f"there is no curve of {name} (curves: {known}): profile it")
         factor = margin * disturbed.worst(name, names if len(names) > 1 else ())
         points = by_name[name].points
-        tables.append(
-            latency_table(name, points, device.widths, margin=factor, batching=batching)
-        )
+        tables.append(latency_table(name, points, device.widths, margin=factor, batching=batching))
     work = Workload(device, tuple(demands), tuple(tables))
     _check_possible(work, by_name)
     return work
@@ -104,31 +105,39 @@ def plan_workload(
     work: Workload,
     objective: Objective = Objective.HEADROOM,
     margin: float = MARGIN,
-    grouper: Grouper | None = None,
+    grouper: Grouper = best_grouping,
+    why: bool = True,
 ) -> Plan:
     """Plan a workload; see `plan`."""
     step, grouping = largest_scale(work, grouper)
-    headroom, group = scale_at(step), grouper or best_grouping
+    headroom = scale_at(step)
     served = work
     if objective is Objective.UNITS and headroom >= 1:
         load = Occupancy(work)
-        grouping = group(load)
+        grouping = grouper(load, 0.0)
     elif objective is Objective.GOODPUT and headroom < 1:
-        served, load, grouping = _most_goodput(work, group)
+        served, load, grouping = _most_goodput(work, grouper)
     else:
         load = Occupancy(work, headroom)
     found = [made for models in grouping.partition if (made := load.group(models)) is not None]
     result = Plan(
         device=work.device,
         lanes=_lanes(served, found),
-        models=_models(work, served, found, min(1.0, headroom) if served is work else 1.0),
+        models=_models(
+            work,
+            served,
+            found,
+            part=min(1.0, headroom) if served is work else 1.0,
+            saving=objective is Objective.UNITS,
+        ),
         headroom=headroom,
+        headroom_limit=headroom_limit(work),
         objective=objective,
         margin=margin,
     )
-    if result.fits:
+    if result.fits or not why:
         return result
-    reason, helps = explain(work, group)
+    reason, helps = explain(work, grouper)
     return dataclasses.replace(result, reason=reason, helps=helps)
 
 
@@ -166,7 +175,7 @@ def _most_goodput(work: Workload, grouper: Grouper) -> tuple[Workload, Occupancy
         ]
         part_work = dataclasses.replace(work, demands=tuple(demands))
         load = Occupancy(part_work)
-        return part_work, load, grouper(load)
+        return part_work, load, grouper(load, work.device.units)
 
     best = attempt(order[0], rates[order[0]] / work.demands[order[0]].rate_per_s)
     for model in order:
@@ -190,9 +199,10 @@ def _lanes(work: Workload, groups: Sequence[LaneGroup]) -> tuple[Lane, ...]:
     for number, group in enumerate(groups):
         row = work.device.widths.index(group.width)
         cycle_s = group.lanes * group.period_s
-        order = sorted(zip(group.models, group.batches, strict=True), key=lambda item: (
-            work.demands[item[0]].slo_s, item[0]
-        ))
+        order = sorted(
+            zip(group.models, group.batches, strict=True),
+            key=lambda item: (work.demands[item[0]].slo_s, item[0]),
+        )
         for place in range(group.lanes):
             start_s, slots = place * group.period_s, []
             for model, batch in order:
@@ -208,12 +218,12 @@ def _lanes(work: Workload, groups: Sequence[LaneGroup]) -> tuple[Lane, ...]:
 
 
 def _models(
-    work: Workload, served: Workload, groups: Sequence[LaneGroup], part: float
+    work: Workload, served: Workload, groups: Sequence[LaneGroup], part: float, saving: bool
 ) -> tuple[ModelPlan, ...]:
     found: dict[int, ModelPlan] = {}
     for number, group in enumerate(groups):
         row = work.device.widths.index(group.width)
-        lowest = _lowest_scale(served, group)
+        lowest = _lowest_scale(served, group) if saving else 0.0
         for model, batch in zip(group.models, group.batches, strict=True):
             demand = work.demands[model]
             found[model] = ModelPlan(

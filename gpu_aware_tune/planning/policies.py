@@ -10,13 +10,13 @@ from gpu_aware_tune.planning.policy import Policy
 from gpu_aware_tune.planning.pool_policies import DStackPolicy, MaxMinPolicy, MaxThroughputPolicy
 from gpu_aware_tune.planning.reserving import ReservationPolicy
 from gpu_aware_tune.planning.schedule import Plan
-from gpu_aware_tune.planning.static_policies import EqualSharesPolicy, GslicePolicy, TemporalPolicy
+from gpu_aware_tune.planning.static_policies import TemporalPolicy, equal_shares, gslice
 
 BASELINES: dict[str, Callable[[Workload], Policy]] = {
     "temporal-fifo": TemporalPolicy,
     "temporal-rr": lambda work: TemporalPolicy(work, round_robin=True),
-    "equal-shares": EqualSharesPolicy,
-    "gslice": GslicePolicy,
+    "equal-shares": equal_shares,
+    "gslice": gslice,
     "d-stack": DStackPolicy,
     "max-min": MaxMinPolicy,
     "max-throughput": MaxThroughputPolicy,

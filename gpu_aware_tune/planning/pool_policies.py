@@ -15,7 +15,7 @@ import numpy as np
 from gpu_aware_tune.planning.curve import LatencyTable
 from gpu_aware_tune.planning.demand import Demand
 from gpu_aware_tune.planning.lanes import Workload
-from gpu_aware_tune.planning.policy import SLACK, Decision, Queues, RunTimes, Start, State
+from gpu_aware_tune.planning.policy import SLACK, Decision, Queues, RunTimes, State
 from gpu_aware_tune.planning.static_policies import FIXED_BATCH, start_batch
 
 _SESSIONS = 10  # how far back D-STACK's score board looks
@@ -84,9 +84,7 @@ class PoolPolicy:
         """The models with waiting requests, first the one to start first."""
         raise NotImplementedError
 
-    def may_start(
-        self, queues: Queues, state: State, free: int, model: int, now_s: float
-    ) -> bool:
+    def may_start(self, queues: Queues, state: State, free: int, model: int, now_s: float) -> bool:
         """Whether a model that is next in order may start; so far so many units are free."""
         return True
 
@@ -172,9 +170,7 @@ class DStackPolicy(PoolPolicy):
         due = self._reserved_s[model] <= now_s
         return (-math.inf, queues.deadline(model)) if due else (self._ran_s[model], model)
 
-    def may_start(
-        self, queues: Queues, state: State, free: int, model: int, now_s: float
-    ) -> bool:
+    def may_start(self, queues: Queues, state: State, free: int, model: int, now_s: float) -> bool:
         """A reserved run may; another one must leave enough units to those that come before its end."""
         if self._reserved_s[model] <= now_s:
             return True
@@ -182,7 +178,8 @@ class DStackPolicy(PoolPolicy):
         end_s = now_s + self._run_s[model]
         taken = 0
         for reserved_s, other in sorted((time, m) for m, time in enumerate(self._reserved_s)):
-            if reserved_s >= end_s or other == model:
+            idle = reserved_s <= now_s and not queues.waiting[other]  # its run is not needed
+            if reserved_s >= end_s or other == model or idle:
                 continue
             ended = sum(run.units for run in state.running if run.end_s <= reserved_s)
             taken += self._runs[other][0]

@@ -140,9 +140,7 @@ class ReservationPolicy:
         if queues.waiting[model] >= slot.batch:
             queues.refuse_before(model, now_s + slot.run_s, keep=slot.batch)
         within_s = queues.deadline(model) - now_s
-        batch = min(
-            self._size(queues, model), self._times.largest_batch(model, width, within_s)
-        )
+        batch = min(self._size(queues, model), self._times.largest_batch(model, width, within_s))
         if not batch:
             return False
         end_s = now_s + self._times.run_s(model, width, batch)
@@ -181,7 +179,9 @@ class ReservationPolicy:
                 if own_due_s < math.inf:
                     latest.append((own_due_s, run_s))
                 continue
-            first_s = queues.deadline(other) if queues.waiting[other] else now_s + self._slo_s[other]
+            first_s = (
+                queues.deadline(other) if queues.waiting[other] else now_s + self._slo_s[other]
+            )
             latest.append((max(now_s, first_s - run_s), run_s))
         free = sorted(end_s if own == lane else free_s[own] for own in self._group_lanes[group])
         for start_s, run_s in sorted(latest):

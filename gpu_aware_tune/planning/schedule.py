@@ -78,7 +78,7 @@ class ModelPlan:
         batch: the most requests of one run.
         period_s: between two of its starts.
         run_s: planned seconds of one run.
-        lowest_per_s: below that rate fewer units would do.
+        lowest_per_s: below that rate fewer units would do; 0 where units are not to be saved.
     """
 
     model: str
@@ -118,6 +118,7 @@ class Plan:
         lanes: disjoint.
         models: in the order of the demands.
         headroom: the factor by which all rates can grow; below 1 they do not fit.
+        headroom_limit: what no schedule of these curves can pass; how good the plan is at least.
         objective: what was made the most of.
         margin: the planning latency is so many times the measured p90.
         reason: the one constraint that binds, where the demands do not fit.
@@ -128,6 +129,7 @@ class Plan:
     lanes: tuple[Lane, ...]
     models: tuple[ModelPlan, ...]
     headroom: float
+    headroom_limit: float
     objective: Objective
     margin: float
     reason: str | None = None
@@ -176,12 +178,15 @@ def plan_from_dict(facts: Any, source: str) -> Plan:
             for lane in facts["lanes"]
         )
         names = [item.name for item in dataclasses.fields(ModelPlan)]
-        models = tuple(ModelPlan(**{name: entry[name] for name in names}) for entry in facts["models"])
+        models = tuple(
+            ModelPlan(**{name: entry[name] for name in names}) for entry in facts["models"]
+        )
         plan = Plan(
             device=PlanDevice(**facts["device"]),
             lanes=lanes,
             models=models,
             headroom=float(facts["headroom"]),
+            headroom_limit=float(facts["headroom_limit"]),
             objective=Objective(facts["objective"]),
             margin=float(facts["margin"]),
             reason=facts.get("reason"),
@@ -213,7 +218,9 @@ def check_plan(plan: Plan, source: str) -> None:
                 raise UserError(f"{source}: two slots of the lane at {lane.first_unit} overlap")
             free_s = slot.start_s + slot.length_s
         if lane.slots and free_s - lane.slots[0].start_s > lane.cycle_s + 1e-6:
-            raise UserError(f"{source}: the slots of the lane at {lane.first_unit} exceed its cycle")
+            raise UserError(
+                f"{source}: the slots of the lane at {lane.first_unit} exceed its cycle"
+            )
     for model in plan.models:
         if not (math.isfinite(model.worst_case_s) and model.worst_case_s <= model.slo_s + 1e-6):
             raise UserError(f"{source}: {model.model} cannot meet its SLO")

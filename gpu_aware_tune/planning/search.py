@@ -7,17 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gpu_aware_tune.planning.branching import EXACT_MODELS, Grouper, best_grouping, refined
 from gpu_aware_tune.planning.curve import Floats
-from gpu_aware_tune.planning.grouping import (
-    EXACT_MODELS,
-    Grouper,
-    Grouping,
-    Partition,
-    exact_grouping,
-    greedy_grouping,
-    merged,
-    units_of,
-)
+from gpu_aware_tune.planning.grouping import Grouping, merged, units_of
 from gpu_aware_tune.planning.lanes import MOST_PERIODS, Occupancy, Workload
 
 RATIO = 1.001  # scales are powers of it, so that equal problems find equal scales
@@ -45,35 +37,46 @@ def cheapest_cost(work: Workload) -> Floats:
     return np.asarray(costs)
 
 
+def headroom_limit(work: Workload) -> float:
+    """A factor on all rates that no schedule can pass: every unit always busy at its best."""
+    rates = np.asarray([demand.rate_per_s for demand in work.demands])
+    return work.device.units / float((cheapest_cost(work) * rates).sum())
+
+
 def largest_scale(
-    work: Workload, grouper: Grouper | None = None, most_periods: int | None = MOST_PERIODS
+    work: Workload, grouper: Grouper = best_grouping, most_periods: int | None = MOST_PERIODS
 ) -> tuple[int, Grouping]:
     """The largest step whose scale fits the device, and the grouping there.
 
     Args:
         work: the workload.
-        grouper: finds groups for a given load; by default exact for few models, else greedy.
+        grouper: finds groups for a given load.
         most_periods: see `Occupancy`.
     """
-    rates = np.asarray([demand.rate_per_s for demand in work.demands])
-    limit = work.device.units / float((cheapest_cost(work) * rates).sum())
-    top = (math.floor(math.log(limit) / math.log(RATIO)) // _COARSE + 1) * _COARSE
-    if grouper is not None or len(work) <= EXACT_MODELS:
-        trial = _Trial(work, grouper or exact_grouping, most_periods)
+    top = (math.floor(math.log(headroom_limit(work)) / math.log(RATIO)) // _COARSE + 1) * _COARSE
+    trial = _Trial(work, grouper, most_periods)
+    if len(work) <= EXACT_MODELS or grouper is not best_grouping:
         best = _last(trial.fits, _last(trial.fits, top, _COARSE) + _COARSE, 1)
         return best, trial.found[best]
-    quick = _Trial(work, merged, _FEW_PERIODS)
-    start = _last(quick.fits, top, _COARSE)
-    trial = _Trial(work, greedy_grouping, most_periods)
-    low = _last(trial.fits, start + _COARSE, _COARSE)
-    while low >= start and trial.fits(low + _COARSE):
-        low += _COARSE
-    return _refine(trial, low)
+    return _many(work, top, most_periods)
 
 
-def largest_scale_of(work: Workload, partition: Partition) -> int:
-    """The largest step at which given groups fit the device."""
-    return largest_scale(work, lambda load: Grouping(partition, units_of(load, partition)))[0]
+def _many(work: Workload, top: int, most_periods: int | None) -> tuple[int, Grouping]:
+    """The same for many models: merge quickly, then try to pass what that reaches."""
+    units = work.device.units
+    quick = _Trial(work, lambda load, _: merged(load), _FEW_PERIODS)
+    coarse = _last(quick.fits, top, _COARSE, 8 * _COARSE)
+    partition = quick.found[coarse].partition
+    for jump in (4 * _COARSE, 2 * _COARSE, _COARSE):
+        load = Occupancy(work, scale_at(coarse + jump), most_periods)
+        found = refined(load, Grouping(partition, units_of(load, partition)), units)
+        if found.units <= units:
+            coarse, partition = coarse + jump, found.partition
+    fixed = _Trial(
+        work, lambda load, _: Grouping(partition, units_of(load, partition)), most_periods
+    )
+    best = _last(fixed.fits, coarse + _COARSE, 1)
+    return best, fixed.found[best]
 
 
 class _Trial:
@@ -85,27 +88,14 @@ class _Trial:
 
     def fits(self, step: int) -> bool:
         if step not in self.found:
-            self.found[step] = self.grouper(self.load(step))
+            load = Occupancy(self.work, scale_at(step), self.most_periods)
+            self.found[step] = self.grouper(load, self.work.device.units)
         return self.found[step].units <= self.work.device.units
 
-    def load(self, step: int) -> Occupancy:
-        return Occupancy(self.work, scale_at(step), self.most_periods)
 
-
-def _refine(trial: _Trial, coarse: int) -> tuple[int, Grouping]:
-    """Go on in single steps with the groups that were found."""
-    partition = trial.found[coarse].partition
-    fixed = _Trial(
-        trial.work, lambda load: Grouping(partition, units_of(load, partition)), trial.most_periods
-    )
-    fixed.found[coarse] = trial.found[coarse]
-    best = _last(fixed.fits, coarse + _COARSE, 1)
-    return best, fixed.found[best]
-
-
-def _last(fits: Callable[[int], bool], top: int, stride: int) -> int:
-    """The largest multiple of `stride` up to `top` that fits, looked for downwards from there."""
-    high, jump = top, stride
+def _last(fits: Callable[[int], bool], top: int, stride: int, jump: int | None = None) -> int:
+    """The largest multiple of `stride` below `top` that fits, looked for downwards from there."""
+    high, jump = top, jump or stride
     low = top - jump
     while not fits(low):
         high, jump = low, 2 * jump

@@ -145,7 +145,9 @@ class _Engine:
         place, count, wake_s = 0, len(times), math.inf
         while True:
             now_s = min(
-                times[place] if place < count else math.inf, ends[0][0] if ends else math.inf, wake_s
+                times[place] if place < count else math.inf,
+                ends[0][0] if ends else math.inf,
+                wake_s,
             )
             if now_s == math.inf:
                 break

@@ -7,8 +7,8 @@ endless queues a comparison by goodput would say nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
+from gpu_aware_tune.planning.curve import LatencyTable
 from gpu_aware_tune.planning.lanes import Workload
 from gpu_aware_tune.planning.policy import Decision, Queues, RunTimes, Start, State
 from gpu_aware_tune.profiling.knee import knee
@@ -52,70 +52,81 @@ class TemporalPolicy:
         return sorted(models, key=lambda model: queues.deadline(model) - self._slo_s[model])
 
 
-class EqualSharesPolicy:
-    """The same share for every model, and a fixed batch that waits until it is full or must start."""
+class StaticPolicy:
+    """A lane of its own for each model; where there are more models than lanes, some share one.
 
-    name = "equal-shares"
+    Args:
+        name: of the policy.
+        work: what is served.
+        shares: units of each model's lane.
+        patient: whether a batch waits until it is full or must start.
+    """
 
-    def __init__(self, work: Workload) -> None:
-        share = work.device.units // len(work) // work.device.step * work.device.step
-        self._units = max(work.device.step, share)
-        fitting = work.device.units // self._units
-        self.lanes: tuple[int, ...] | None = (self._units,) * min(len(work), fitting)
-        self._times = RunTimes(work, self.lanes)
+    def __init__(self, name: str, work: Workload, shares: tuple[int, ...], patient: bool) -> None:
+        self.name, self._patient = name, patient
+        while sum(shares) > work.device.units:
+            shares = shares[:-1]
+        self.lanes: tuple[int, ...] | None = shares
+        self._shares = shares
+        self._times = RunTimes(work, shares)
         self._batch = [
-            max(1, min(FIXED_BATCH, self._times.largest_batch(m, self._units, demand.slo_s / 2)))
-            for m, demand in enumerate(work.demands)
+            max(1, self._times.largest_batch(model, self._units(model), demand.slo_s / 2))
+            for model, demand in enumerate(work.demands)
         ]
+        self._batch = [min(FIXED_BATCH, batch) for batch in self._batch]
 
     def decide(self, state: State, now_s: float) -> Decision:
         """Return what to start and to refuse at `now_s`."""
         queues, wakes = Queues(state), []
-        for model, batch in enumerate(self._batch):
-            lane = model % len(state.lane_idle)
-            started = any(isinstance(a, Start) and a.lane == lane for a in queues.actions)
-            if not state.lane_idle[lane] or started or not queues.waiting[model]:
+        idle = list(state.lane_idle)
+        for model in self._by_deadline(queues):
+            lane, units, batch = model % len(idle), self._units(model), self._batch[model]
+            if not idle[lane]:
                 continue
-            run_s = self._times.run_s(model, self._units, batch)
-            must_s = queues.deadline(model) - run_s
-            if queues.waiting[model] >= batch or must_s <= now_s:
-                start_batch(queues, self._times, model, self._units, batch, lane, now_s)
-            else:
+            must_s = queues.deadline(model) - self._times.run_s(model, units, batch)
+            if self._patient and queues.waiting[model] < batch and must_s > now_s:
                 wakes.append(must_s)
+            elif start_batch(queues, self._times, model, units, batch, lane, now_s):
+                idle[lane] = False
         return Decision(tuple(queues.actions), min(wakes, default=None))
 
+    def _units(self, model: int) -> int:
+        return self._shares[model % len(self._shares)]
 
-class GslicePolicy:
-    """GSLICE (SoCC '20): a share at the knee for each model, and batches that adapt to the SLO.
+    @staticmethod
+    def _by_deadline(queues: Queues) -> list[int]:
+        models = [model for model, count in enumerate(queues.waiting) if count]
+        return sorted(models, key=queues.deadline)
 
-    Where the knees do not fit side by side they are cut in proportion. A batch grows by one while
-    the answers are in time, and shrinks by a quarter when one is late or refused.
+
+def equal_shares(work: Workload) -> StaticPolicy:
+    """The same share for every model, and a fixed batch that waits until full or must start."""
+    step, total = work.device.step, work.device.units
+    share = max(step, total // len(work) // step * step, *(_narrowest(t) for t in work.tables))
+    share = total if share + step > total else share
+    return StaticPolicy("equal-shares", work, (share,) * len(work), patient=True)
+
+
+def gslice(work: Workload) -> StaticPolicy:
+    """GSLICE (SoCC '20) once it has converged.
+
+    It raises the share of a model that misses its SLO, lowers that of one that keeps it, and stops
+    at the knee. So here each unit goes to the model that is short of most, up to its knee. Batches
+    adapt to the queue, up to what half of the SLO holds.
     """
-
-    name = "gslice"
-
-    def __init__(self, work: Workload) -> None:
-        self._shares = fitted([_knee_of(work, model) for model in range(len(work))], work)
-        self.lanes: tuple[int, ...] | None = tuple(self._shares)
-        self._times = RunTimes(work, self.lanes)
-        self._cap = [1.0] * len(work)
-
-    def decide(self, state: State, now_s: float) -> Decision:
-        """Return what to start and to refuse at `now_s`."""
-        queues = Queues(state)
-        for model, units in enumerate(self._shares):
-            lane = model % len(state.lane_idle)
-            if not state.lane_idle[lane] or not queues.waiting[model]:
-                continue
-            before = len(queues.actions)
-            cap = int(self._cap[model])
-            started = start_batch(queues, self._times, model, units, cap, lane, now_s)
-            late = len(queues.actions) - before > (1 if started else 0)
-            if late:
-                self._cap[model] = max(1.0, 0.75 * self._cap[model])
-            elif started == cap:
-                self._cap[model] = min(self._cap[model] + 1, FIXED_BATCH)
-        return Decision(tuple(queues.actions))
+    shares = [_narrowest(table) for table in work.tables]
+    knees = [knee_width(table) for table in work.tables]
+    while True:
+        free = work.device.units - sum(shares)
+        growing = [
+            model
+            for model, share in enumerate(shares)
+            if share < knees[model] and _next_width(work, share) - share <= free
+        ]
+        if not growing:
+            return StaticPolicy("gslice", work, tuple(shares), patient=False)
+        model = max(growing, key=lambda model: _load(work, model, shares[model]))
+        shares[model] = _next_width(work, shares[model])
 
 
 def start_batch(
@@ -140,32 +151,8 @@ def start_batch(
     return batch
 
 
-def fitted(wanted: Sequence[int], work: Workload) -> list[int]:
-    """Shares cut in proportion until they fit the device, each at least the narrowest library."""
-    device = work.device
-    least = [
-        next(width for width, line in zip(table.widths, table.median_s, strict=True)
-             if math.isfinite(line[0]))
-        for table in work.tables
-    ]
-    shares = list(wanted)
-    part = min(1.0, device.units / sum(wanted))
-    shares = [
-        max(low, int(part * share) // device.step * device.step)
-        for low, share in zip(least, wanted, strict=True)
-    ]
-    excess: Callable[[int], int] = lambda place: shares[place] - least[place]  # noqa: E731
-    while sum(shares) > device.units:
-        largest = max(range(len(shares)), key=excess)
-        if excess(largest) <= 0:
-            break  # more models than fit side by side; the caller shares lanes
-        shares[largest] -= min(device.step, excess(largest))
-    return shares
-
-
-def _knee_of(work: Workload, model: int) -> int:
+def knee_width(table: LatencyTable) -> int:
     """The knee of a model's largest measured batch up to 16."""
-    table = work.tables[model]
     sizes = [size for size in table.measured if size <= FIXED_BATCH] or [table.measured[0]]
     latency_ms = {
         width: 1e3 * float(line[sizes[-1] - 1])
@@ -173,3 +160,20 @@ def _knee_of(work: Workload, model: int) -> int:
         if math.isfinite(line[sizes[-1] - 1])
     }
     return knee(latency_ms)
+
+
+def _narrowest(table: LatencyTable) -> int:
+    """The narrowest width that the model has a library for."""
+    return table.widths[int((table.median_s[:, 0] < math.inf).argmax())]
+
+
+def _next_width(work: Workload, width: int) -> int:
+    return next((each for each in work.device.widths if each > width), 2 * work.device.units)
+
+
+def _load(work: Workload, model: int, width: int) -> float:
+    """A model's rate over what a lane serves in batches of up to half of the SLO."""
+    demand, table = work.demands[model], work.tables[model]
+    line = table.planned_s[table.row(width)][:FIXED_BATCH]
+    speeds = [(size + 1) / run_s for size, run_s in enumerate(line) if 2 * run_s <= demand.slo_s]
+    return demand.rate_per_s / max(speeds) if speeds else math.inf
