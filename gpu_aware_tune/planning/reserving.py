@@ -1,36 +1,33 @@
 """The policy that carries out a plan: reservations first, then whatever fits before them.
 
-A model of a lane group is due one period after its last start. When a lane is idle it starts, in this
-order,
+The slots of the plan repeat in absolute time. When a lane is idle it does, in this order,
 
-1. the model of its group that has been due longest;
-2. a model of its group before it is due, if every reservation of the group can still be kept;
-3. the batch of another group with the least slack whose own lanes are busy, under the same condition.
+1. the slot that is due, if its model has requests;
+2. an extra run, as long as every later slot of the lane still starts in time for its requests: of a
+   model of its own group, or of one whose own lanes are busy; the batch with the least slack first;
+3. its next slot before the time, if a full batch for it is waiting; the group's slots then all move
+   to that much earlier. So runs that end before their planned end are no time lost.
 
-A batch is as large as the earliest deadline in it allows, and at most as large as its slot. Requests
-that cannot be answered in time are refused at once; while more than a batch is waiting, so are the
-ones at the head that a whole batch could not answer in time, as serving them would cost the others
-more. The least served model, by weight, goes first among equals.
+As long as runs take no longer than the measured p90, and the requests of a period fit their slot, no
+request is late: a slot never waits longer for extra runs than its own requests can. The plan's margin
+is for runs that take longer.
+
+A batch is as large as its slot and the earliest deadline in it allow. Requests that cannot be answered
+in time are refused at once; while more than a batch is waiting, so are those at the head that a whole
+batch could not answer in time, as they would make it small. Among equals the model goes first that was
+served least, by weight.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from gpu_aware_tune.planning.lanes import Workload
 from gpu_aware_tune.planning.policy import SLACK, Decision, Queues, RunTimes, Start, State
 from gpu_aware_tune.planning.schedule import Plan
+from gpu_aware_tune.planning.timeline import Reservation, Timeline
 
-
-@dataclass(frozen=True)
-class _Reservation:
-    """A model's slot in the cycle of its group."""
-
-    group: int
-    batch: int
-    period_s: float
-    run_s: float
+_STAGGER = 1.0  # of a period by which other lanes may fall behind when slots are moved
 
 
 class ReservationPolicy:
@@ -47,146 +44,193 @@ class ReservationPolicy:
     def __init__(self, work: Workload, plan: Plan, steal: bool = True) -> None:
         widths = tuple(lane.units for lane in plan.lanes)
         self.lanes: tuple[int, ...] | None = widths
-        self._widths = widths
+        self._widths, self._steal = widths, steal
         self._times = RunTimes(work, widths)
-        self._steal = steal
-        self._lane_group = [lane.group for lane in plan.lanes]
-        groups = max(self._lane_group) + 1
-        self._group_lanes = [plan.group_lanes(group) for group in range(groups)]
-        self._members: list[list[int]] = [[] for _ in range(groups)]
-        self._slots = [
-            _Reservation(model.group, model.batch, model.period_s, model.run_s)
-            for model in plan.models
+        self._timeline = Timeline(plan)
+        self._home = [plan.group_lanes(model.group) for model in plan.models]
+        self._own = [
+            [place for place, model in enumerate(plan.models) if model.group == lane.group]
+            for lane in plan.lanes
         ]
-        for place, slot in enumerate(self._slots):
-            self._members[slot.group].append(place)
+        self._batch = [model.batch for model in plan.models]
+        self._run_s = [model.run_s for model in plan.models]
         self._slo_s = [demand.slo_s for demand in work.demands]
         self._weight = [demand.weight for demand in work.demands]
-        self._due_s = [-math.inf] * len(work)
         self._served = [0.0] * len(work)  # weighted unit-seconds
+        self._expected = 1 / plan.margin  # of a planned time: what runs are expected to take
+        self._started_s: float | None = None
 
     def decide(self, state: State, now_s: float) -> Decision:
         """Return what to start and to refuse at `now_s`."""
         queues = Queues(state)
         if not any(queues.waiting):
             return Decision()
+        if self._started_s is None:
+            self._started_s = now_s
         for model, count in enumerate(queues.waiting):
             if count:
                 queues.refuse_before(model, now_s + self._times.fastest_s[model])
-        free_s = [
-            now_s if idle else max(now_s, free)
-            for free, idle in zip(state.lane_free_s, state.lane_idle, strict=True)
-        ]
+        now = _Moment(
+            queues,
+            now_s,
+            [
+                now_s if idle else max(now_s, free)
+                for free, idle in zip(state.lane_free_s, state.lane_idle, strict=True)
+            ],
+        )
         idle = [lane for lane, free in enumerate(state.lane_idle) if free]
-        left = [lane for lane in idle if not self._own(queues, free_s, lane, now_s)]
+        left = [lane for lane in idle if not self._due(now, lane)]
+        left = [lane for lane in left if not self._extra(now, lane, self._own[lane])]
         if self._steal:
-            for lane in left:
-                self._foreign(queues, free_s, lane, now_s)
-        waits = [
-            self._due_s[model]
-            for model, count in enumerate(queues.waiting)
-            if count and self._due_s[model] > now_s
-        ]
-        return Decision(tuple(queues.actions), min(waits, default=None))
+            left = [lane for lane in left if not self._extra(now, lane, self._stranded(now, lane))]
+        left = [lane for lane in left if not self._pull(now, lane)]
+        return Decision(tuple(queues.actions), self._wake_s(now, left))
 
-    def _own(self, queues: Queues, free_s: list[float], lane: int, now_s: float) -> bool:
-        """Start a model of the lane's own group."""
-        ready = [model for model in self._members[self._lane_group[lane]] if queues.waiting[model]]
-        for model in sorted(ready, key=lambda model: (self._due_s[model], self._served[model])):
-            if self._due_s[model] <= now_s + SLACK:
-                if self._run(queues, free_s, lane, model, now_s):
-                    return True
-                continue
-            full = queues.waiting[model] >= self._slots[model].batch
-            end_s = now_s + self._times.run_s(model, self._widths[lane], self._size(queues, model))
-            own_due_s = math.inf if full else now_s + self._slots[model].period_s
-            if self._kept(queues, free_s, lane, end_s, model, own_due_s, now_s) and self._run(
-                queues, free_s, lane, model, now_s
-            ):
+    def _due(self, now: _Moment, lane: int) -> bool:
+        """Start the lane's slot that is due; pass over those that are due without requests."""
+        timeline = self._timeline
+        timeline.skip_idle(lane, self._at(now))
+        while timeline.start_s(lane) <= self._at(now) + SLACK:
+            slot = timeline.slot(lane)
+            timeline.advance(lane)
+            if now.queues.waiting[slot.model] and self._start(now, lane, slot.model, slot.batch):
                 return True
         return False
 
-    def _foreign(self, queues: Queues, free_s: list[float], lane: int, now_s: float) -> bool:
-        """Start a model of another group whose own lanes are busy."""
-        group, width = self._lane_group[lane], self._widths[lane]
-        slack: list[tuple[float, int]] = []
-        for model, count in enumerate(queues.waiting):
-            slot = self._slots[model]
-            if not count or slot.group == group:
-                continue
-            latest_s = queues.deadline(model) - slot.run_s
-            home_s = min(free_s[own] for own in self._group_lanes[slot.group])
-            if home_s > now_s and (count >= slot.batch or latest_s < home_s):
-                slack.append((latest_s, model))
-        for _, model in sorted(slack):
-            within_s = queues.deadline(model) - now_s
-            batch = min(queues.waiting[model], self._times.largest_batch(model, width, within_s))
-            if not batch:
-                continue
-            end_s = now_s + self._times.run_s(model, width, batch)
-            if self._kept(queues, free_s, lane, end_s, model, math.inf, now_s):
-                self._begin(queues, free_s, Start(model, batch, width, lane), end_s, now_s)
-                return True
+    def _extra(self, now: _Moment, lane: int, models: list[int]) -> bool:
+        """Start a run that no slot is reserved for."""
+        queues, width = now.queues, self._widths[lane]
+        ready = [model for model in models if queues.waiting[model]]
+        if len(ready) > 1:
+            ready.sort(key=lambda m: (queues.deadline(m) - self._run_s[m], self._served[m]))
+        alone = self._last_idle(now, lane)
+        for model in ready:
+            if alone and queues.waiting[model] < self._batch[model]:
+                continue  # a small batch must not take the last lane that a burst could have
+            batch = min(
+                queues.waiting[model],
+                self._batch[model],
+                self._times.largest_batch(model, width, queues.deadline(model) - now.now_s),
+            )
+            while batch and not self._kept(now, lane, model, batch):
+                batch //= 2
+            if batch:
+                return self._start(now, lane, model, batch)
         return False
 
-    def _size(self, queues: Queues, model: int) -> int:
-        return min(queues.waiting[model], self._slots[model].batch)
+    def _last_idle(self, now: _Moment, lane: int) -> bool:
+        """Whether the other lanes of a lane's group are all busy, and there are others."""
+        members = self._timeline.members[lane]
+        idle = sum(now.free_s[other] <= now.now_s for other in members)
+        return idle <= 1 < len(members)
 
-    def _run(
-        self, queues: Queues, free_s: list[float], lane: int, model: int, now_s: float
-    ) -> bool:
+    def _stranded(self, now: _Moment, lane: int) -> list[int]:
+        """Models of other groups whose own lanes are busy while a batch or a deadline waits."""
+        found = []
+        for model, count in enumerate(now.queues.waiting):
+            if not count or model in self._own[lane]:
+                continue
+            home_s = min(now.free_s[own] for own in self._home[model])
+            latest_s = now.queues.deadline(model) - self._run_s[model]
+            if home_s > now.now_s and (count >= self._batch[model] or latest_s < home_s):
+                found.append(model)
+        return found
+
+    def _pull(self, now: _Moment, lane: int) -> bool:
+        """Start the lane's next slot before its time where a full batch is waiting for it."""
+        timeline = self._timeline
+        start_s = timeline.start_s(lane)
+        if start_s == math.inf:
+            return False
+        slot = timeline.slot(lane)
+        if now.queues.waiting[slot.model] <= slot.batch:
+            return False
+        ahead_s = start_s - self._at(now)
+        room_s = _STAGGER * timeline.period_s[lane]
+        for other in timeline.members[lane]:
+            if other != lane:
+                free_s = now.free_s[other] - now.now_s + self._at(now)
+                ahead_s = min(ahead_s, timeline.start_s(other) - free_s + room_s)
+        if ahead_s < start_s - self._at(now) - SLACK:
+            return False
+        timeline.advance(lane)
+        if not self._start(now, lane, slot.model, slot.batch):
+            return False
+        timeline.pull(lane, ahead_s)
+        return True
+
+    def _start(self, now: _Moment, lane: int, model: int, most: int) -> bool:
         """Start as large a batch as slot and deadlines allow; refuse what would make it small."""
-        slot, width = self._slots[model], self._widths[lane]
-        if queues.waiting[model] >= slot.batch:
-            queues.refuse_before(model, now_s + slot.run_s, keep=slot.batch)
-        within_s = queues.deadline(model) - now_s
-        batch = min(self._size(queues, model), self._times.largest_batch(model, width, within_s))
+        queues, width = now.queues, self._widths[lane]
+        if queues.waiting[model] >= most:
+            run_s = self._times.run_s(model, width, most)
+            queues.refuse_before(model, now.now_s + run_s, keep=most)
+        within_s = queues.deadline(model) - now.now_s
+        batch = min(queues.waiting[model], most, self._times.largest_batch(model, width, within_s))
         if not batch:
             return False
-        end_s = now_s + self._times.run_s(model, width, batch)
-        self._begin(queues, free_s, Start(model, batch, width, lane), end_s, now_s)
-        self._due_s[model] = now_s + slot.period_s
+        run_s = self._times.run_s(model, width, batch)
+        queues.start(Start(model, batch, width, lane))
+        now.free_s[lane] = now.now_s + run_s
+        self._served[model] += run_s * width / self._weight[model]
         return True
 
-    def _begin(
-        self, queues: Queues, free_s: list[float], start: Start, end_s: float, now_s: float
-    ) -> None:
-        assert start.lane is not None
-        queues.start(start)
-        free_s[start.lane] = end_s
-        self._served[start.model] += (end_s - now_s) * start.units / self._weight[start.model]
+    def _kept(self, now: _Moment, lane: int, model: int, batch: int) -> bool:
+        """Whether every later slot of the lane is still in time after a run that starts now.
 
-    def _kept(
-        self,
-        queues: Queues,
-        free_s: list[float],
-        lane: int,
-        end_s: float,
-        model: int,
-        own_due_s: float,
-        now_s: float,
-    ) -> bool:
-        """Whether the lane's group can keep its reservations if the lane is busy until `end_s`.
-
-        Each reserved model must find a lane at the latest time that its first request allows; the
-        lanes are handed out in the order of these times.
+        A slot may start as late as the plan's slack allows. In the cycle that comes next it may also
+        start as late as the first request that waits for it; without one, the first that may come.
+        What is late beyond that cycle stays late, so it has to be within the plan's slack.
         """
-        group = self._lane_group[lane]
-        latest: list[tuple[float, float]] = []
-        for other in self._members[group]:
-            run_s = self._slots[other].run_s
-            if other == model:
-                if own_due_s < math.inf:
-                    latest.append((own_due_s, run_s))
-                continue
-            first_s = (
-                queues.deadline(other) if queues.waiting[other] else now_s + self._slo_s[other]
-            )
-            latest.append((max(now_s, first_s - run_s), run_s))
-        free = sorted(end_s if own == lane else free_s[own] for own in self._group_lanes[group])
-        for start_s, run_s in sorted(latest):
-            if free[0] > start_s + SLACK:
+        timeline, queues = self._timeline, now.queues
+        free_s = self._at(now) + self._expected * self._times.run_s(
+            model, self._widths[lane], batch
+        )
+        count = len(timeline.slots[lane])
+        for ahead in range(2 * count):
+            start_s = timeline.start_s(lane, ahead)
+            if free_s <= start_s:
+                return True
+            slot = timeline.slot(lane, ahead)
+            latest_s = start_s + slot.slack_s
+            if free_s > latest_s + SLACK and ahead < count:
+                latest_s = self._patience(now, slot, model, batch)
+            if free_s > latest_s + SLACK:
                 return False
-            free[0] += run_s
-            free.sort()
+            free_s += self._expected * slot.run_s
         return True
+
+    def _patience(self, now: _Moment, slot: Reservation, model: int, batch: int) -> float:
+        """How long the first request can wait that a slot will serve, after a run of a model."""
+        taken = batch if slot.model == model else 0
+        waits = now.queues.waiting[slot.model] > taken
+        deadline_s = (
+            now.queues.deadline(slot.model, taken) if waits else now.now_s + self._slo_s[slot.model]
+        )
+        return deadline_s - now.now_s + self._at(now) - slot.run_s
+
+    def _wake_s(self, now: _Moment, idle: list[int]) -> float | None:
+        """When the next slot of an idle lane starts that has requests."""
+        starts = [
+            self._timeline.start_s(lane, ahead)
+            for lane in idle
+            for ahead in range(len(self._timeline.slots[lane]))
+            if now.queues.waiting[self._timeline.slot(lane, ahead).model]
+        ]
+        assert self._started_s is not None
+        times = (self._started_s + start_s for start_s in starts)
+        return min((time_s for time_s in times if time_s > now.now_s), default=None)
+
+    def _at(self, now: _Moment) -> float:
+        """The time since the first request, when the plan's cycles began."""
+        assert self._started_s is not None
+        return now.now_s - self._started_s
+
+
+class _Moment:
+    """One decision: the queues, the time, and when each lane is free."""
+
+    __slots__ = ("free_s", "now_s", "queues")
+
+    def __init__(self, queues: Queues, now_s: float, free_s: list[float]) -> None:
+        self.queues, self.now_s, self.free_s = queues, now_s, free_s
