@@ -109,7 +109,8 @@ def plan_workload(
     why: bool = True,
 ) -> Plan:
     """Plan a workload; see `plan`."""
-    step, grouping = largest_scale(work, grouper)
+    step, evenly = largest_scale(work, grouper)
+    grouping = evenly
     headroom = scale_at(step)
     served = work
     if objective is Objective.UNITS and headroom >= 1:
@@ -117,6 +118,8 @@ def plan_workload(
         grouping = grouper(load, 0.0)
     elif objective is Objective.GOODPUT and headroom < 1:
         served, load, grouping = _most_goodput(work, grouper)
+        if _worth(served) < headroom * _worth(work):  # slots are whole, so it may be
+            served, load, grouping = work, Occupancy(work, headroom), evenly
     else:
         load = Occupancy(work, headroom)
     found = [made for models in grouping.partition if (made := load.group(models)) is not None]
@@ -191,6 +194,11 @@ def _most_goodput(work: Workload, grouper: Grouper) -> tuple[Workload, Occupancy
             else:
                 high = part
     return best
+
+
+def _worth(work: Workload) -> float:
+    """Weighted requests a second."""
+    return sum(demand.weight * demand.rate_per_s for demand in work.demands)
 
 
 def _lanes(work: Workload, groups: Sequence[LaneGroup]) -> tuple[Lane, ...]:

@@ -18,6 +18,7 @@ BASELINES: dict[str, Callable[[Workload], Policy]] = {
     "equal-shares": equal_shares,
     "gslice": gslice,
     "d-stack": DStackPolicy,
+    "d-stack-knee": lambda work: DStackPolicy(work, at_knee=True),
     "max-min": MaxMinPolicy,
     "max-throughput": MaxThroughputPolicy,
 }

@@ -16,7 +16,7 @@ from gpu_aware_tune.planning.curve import LatencyTable
 from gpu_aware_tune.planning.demand import Demand
 from gpu_aware_tune.planning.lanes import Workload
 from gpu_aware_tune.planning.policy import SLACK, Decision, Queues, RunTimes, State
-from gpu_aware_tune.planning.static_policies import FIXED_BATCH, start_batch
+from gpu_aware_tune.planning.static_policies import FIXED_BATCH, knee_width, start_batch
 
 _SESSIONS = 10  # how far back D-STACK's score board looks
 
@@ -27,6 +27,13 @@ def by_efficacy(demand: Demand, table: LatencyTable) -> tuple[int, int]:
     Feasible is what takes half of the SLO at most, and whose batch arrives in the rest of it.
     """
     return _best(demand, table, power=2, assemble=True)
+
+
+def by_knee(demand: Demand, table: LatencyTable) -> tuple[int, int]:
+    """The share at the knee, and the largest batch that takes half of the SLO at most."""
+    units = knee_width(table)
+    line = table.planned_s[table.row(units)][:FIXED_BATCH]
+    return units, max(1, int((line <= demand.slo_s / 2).sum()))
 
 
 def by_throughput(demand: Demand, table: LatencyTable) -> tuple[int, int]:
@@ -52,7 +59,7 @@ def _best(demand: Demand, table: LatencyTable, power: int, assemble: bool) -> tu
 class PoolPolicy:
     """Starts the models in an order as long as units are free; subclasses give the order."""
 
-    name = "pool"
+    name: str
 
     def __init__(self, work: Workload, runs: Sequence[tuple[int, int]]) -> None:
         self.lanes: tuple[int, ...] | None = None
@@ -145,13 +152,18 @@ class DStackPolicy(PoolPolicy):
     gap between two starts stays below the SLO. Between these, idle units go to the models that have
     requests, least run time over the last ten sessions first, as long as the run ends before a
     reserved one needs the units. A session is as long as the longest SLO.
+
+    Args:
+        work: what is served.
+        at_knee: take the share at the knee and the largest batch instead of the highest efficacy, as
+            the paper's table of models has it.
     """
 
-    name = "d-stack"
-
-    def __init__(self, work: Workload) -> None:
+    def __init__(self, work: Workload, at_knee: bool = False) -> None:
+        self.name = "d-stack-knee" if at_knee else "d-stack"
+        choose = by_knee if at_knee else by_efficacy
         pairs = zip(work.demands, work.tables, strict=True)
-        super().__init__(work, [by_efficacy(demand, table) for demand, table in pairs])
+        super().__init__(work, [choose(demand, table) for demand, table in pairs])
         self._slo_s = [demand.slo_s for demand in work.demands]
         self._window_s = _SESSIONS * max(self._slo_s)
         self._reserved_s = [0.0] * len(work)
@@ -175,15 +187,14 @@ class DStackPolicy(PoolPolicy):
         if self._reserved_s[model] <= now_s:
             return True
         units, _ = self._runs[model]
-        end_s = now_s + self._run_s[model]
-        taken = 0
+        end_s, needed = now_s + self._run_s[model], 0
         for reserved_s, other in sorted((time, m) for m, time in enumerate(self._reserved_s)):
             idle = reserved_s <= now_s and not queues.waiting[other]  # its run is not needed
             if reserved_s >= end_s or other == model or idle:
                 continue
-            ended = sum(run.units for run in state.running if run.end_s <= reserved_s)
-            taken += self._runs[other][0]
-            if free - units + ended < taken:
+            needed += self._runs[other][0]
+            ready_s = _ready_s(state, free, needed, max(now_s, reserved_s))
+            if ready_s < end_s and free - units + _ended(state, ready_s) < needed:
                 return False
         return True
 
@@ -202,3 +213,15 @@ class DStackPolicy(PoolPolicy):
             if count and time > now_s
         ]
         return min(due, default=None)
+
+
+def _ended(state: State, time_s: float) -> int:
+    """Units of the runs that end until a time."""
+    return sum(run.units for run in state.running if run.end_s <= time_s)
+
+
+def _ready_s(state: State, free: int, needed: int, from_s: float) -> float:
+    """The first time from `from_s` on at which so many units are free if nothing else starts."""
+    ends = sorted(run.end_s for run in state.running if run.end_s > from_s)
+    times = (time for time in [from_s, *ends] if free + _ended(state, time) >= needed)
+    return next(times, math.inf)

@@ -182,7 +182,7 @@ class ReservationPolicy:
         start as late as the first request that waits for it; without one, the first that may come.
         What is late beyond that cycle stays late, so it has to be within the plan's slack.
         """
-        timeline, queues = self._timeline, now.queues
+        timeline = self._timeline
         free_s = self._at(now) + self._expected * self._times.run_s(
             model, self._widths[lane], batch
         )
