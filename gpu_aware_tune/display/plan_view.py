@@ -44,7 +44,7 @@ def verdict(plan: Plan) -> str:
 def model_cells(plan: Plan, model: ModelPlan) -> list[str]:
     """One row of the table of models."""
     lanes = plan.group_lanes(model.group)
-    widths = f"{len(lanes)} x {plan.lanes[lanes[0]].units}"
+    widths = f"{len(lanes)} x {plan.lanes[lanes[0]].units}" if lanes else "none"
     return [
         model.model,
         _rate(model.rate_per_s),

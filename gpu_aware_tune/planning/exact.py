@@ -16,9 +16,9 @@ from gpu_aware_tune.planning.search import largest_scale, scale_at
 
 
 def optimal_headroom(work: Workload) -> float:
-    """The largest factor on all rates, over all partitions and all periods that may be best."""
-    step, _ = largest_scale(work, lambda load, _: exact_grouping(load), most_periods=None)
-    return scale_at(step)
+    """The largest factor on all rates, over all partitions and all periods that may be best; 0: none."""
+    found = largest_scale(work, lambda load, _: exact_grouping(load), most_periods=None)
+    return 0.0 if found is None else scale_at(found[0])
 
 
 def exact_grouping(load: Occupancy) -> Grouping:

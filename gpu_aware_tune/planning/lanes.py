@@ -130,7 +130,7 @@ class Occupancy:
         )
 
     def _periods(self, most: int | None) -> Floats:
-        """Periods by width at which the best group may be; infinite ones fill the rows.
+        """Periods by width at which the best group may be; rows are filled with one that fits none.
 
         As long as a batch does not grow, a longer period is better. So the best period is where the
         batch of one of the models is just full, or where its SLO is just met.
@@ -143,10 +143,11 @@ class Occupancy:
         found = np.minimum(full[:, :, 1:], self._slo[:, None, None] - run_s)
         useful = found > full[:, :, :-1] + ROUNDING
         useful &= self.widths[:, None] * run_s <= found * self.work.device.units * (1 + ROUNDING)
-        rows = np.where(useful, found, np.inf).swapaxes(0, 1).reshape(len(self.widths), -1)
+        unused = 2 * self._slo.max()
+        rows = np.where(useful, found, unused).swapaxes(0, 1).reshape(len(self.widths), -1)
         rows.sort(axis=1)
-        rows = rows[:, : max(1, int(np.isfinite(rows).sum(axis=1).max()))]
-        return rows if most is None or rows.shape[1] <= most else _thin(rows, most)
+        rows = rows[:, : max(1, int((rows < unused).sum(axis=1).max()))]
+        return rows if most is None or rows.shape[1] <= most else _thin(rows, unused, most)
 
     def _runs(self, periods: Floats) -> tuple[Ints, Floats]:
         """Batch and seconds of each model's run, by width and period."""
@@ -170,11 +171,11 @@ def _stack(tables: Sequence[LatencyTable]) -> Floats:
     return stacked
 
 
-def _thin(periods: Floats, most: int) -> Floats:
+def _thin(periods: Floats, unused: float, most: int) -> Floats:
     """So many periods of each row: the longest up to each of equal ratios."""
-    finite = periods[np.isfinite(periods)]
-    if not len(finite):
-        return np.asarray(periods[:, :most])
-    edges = np.geomspace(finite.min(), finite.max() * (1 + ROUNDING), most)
-    rows = [row[np.searchsorted(row, edges, side="right") - 1] for row in periods]
-    return np.asarray(rows)
+    used = periods[periods < unused]
+    edges = np.geomspace(used.min(), used.max() * (1 + ROUNDING), most)
+    places = [np.searchsorted(row, edges, side="right") - 1 for row in periods]
+    return np.asarray(
+        [row[np.maximum(place, 0)] for row, place in zip(periods, places, strict=True)]
+    )

@@ -21,6 +21,7 @@ from gpu_aware_tune.planning.lanes import LaneGroup, Occupancy, Workload
 from gpu_aware_tune.planning.schedule import Lane, ModelPlan, Objective, Plan, Slot
 from gpu_aware_tune.planning.search import cheapest_cost, headroom_limit, largest_scale, scale_at
 
+_SELDOM = 1e-6  # times the rates: only the SLOs count
 _LEAST_PART = 0.02  # of a rate: less is not worth its slots
 _PART_STEPS = 6
 
@@ -109,31 +110,27 @@ def plan_workload(
     why: bool = True,
 ) -> Plan:
     """Plan a workload; see `plan`."""
-    step, evenly = largest_scale(work, grouper)
-    grouping = evenly
+    kept, (step, evenly) = _served(work, grouper)
+    part = work.part(kept)
     headroom = scale_at(step)
-    served = work
+    served, load, grouping, rate_part = part, Occupancy(part, headroom), evenly, min(1.0, headroom)
     if objective is Objective.UNITS and headroom >= 1:
-        load = Occupancy(work)
+        load = Occupancy(part)
         grouping = grouper(load, 0.0)
     elif objective is Objective.GOODPUT and headroom < 1:
-        served, load, grouping = _most_goodput(work, grouper)
-        if _worth(served) < headroom * _worth(work):  # slots are whole, so it may be
-            served, load, grouping = work, Occupancy(work, headroom), evenly
-    else:
-        load = Occupancy(work, headroom)
-    found = [made for models in grouping.partition if (made := load.group(models)) is not None]
+        chosen, chosen_load, chosen_grouping = _most_goodput(part, grouper)
+        if _worth(chosen) > headroom * _worth(part):  # slots are whole, so it may not be
+            served, load, grouping, rate_part = chosen, chosen_load, chosen_grouping, 1.0
+    groups = [made for models in grouping.partition if (made := load.group(models)) is not None]
+    planned = _models(part, served, groups, rate_part, saving=objective is Objective.UNITS)
     result = Plan(
         device=work.device,
-        lanes=_lanes(served, found),
-        models=_models(
-            work,
-            served,
-            found,
-            part=min(1.0, headroom) if served is work else 1.0,
-            saving=objective is Objective.UNITS,
+        lanes=_lanes(part, groups),
+        models=tuple(
+            planned[kept.index(model)] if model in kept else _unserved(work.demands[model])
+            for model in range(len(work))
         ),
-        headroom=headroom,
+        headroom=headroom if len(kept) == len(work) else 0.0,
         headroom_limit=headroom_limit(work),
         objective=objective,
         margin=margin,
@@ -142,6 +139,42 @@ def plan_workload(
         return result
     reason, helps = explain(work, grouper)
     return dataclasses.replace(result, reason=reason, helps=helps)
+
+
+def _served(work: Workload, grouper: Grouper) -> tuple[list[int], tuple[int, Grouping]]:
+    """The models that get lanes, and how far their rates can grow together.
+
+    All of them, unless the device is too small for their SLOs at any rate. Then the model goes
+    without that needs most units for its weight, until the others fit.
+    """
+    kept = list(range(len(work)))
+    while (found := largest_scale(work.part(kept), grouper)) is None:
+        seldom = Occupancy(work.part(kept), _SELDOM)
+        units = seldom.units(seldom.busy)
+        kept.pop(
+            max(
+                range(len(kept)),
+                key=lambda place: units[place] / work.demands[kept[place]].weight,
+            )
+        )
+    return kept, found
+
+
+def _unserved(demand: Demand) -> ModelPlan:
+    """What a model gets that does not fit beside the others at any rate."""
+    return ModelPlan(
+        model=demand.model,
+        rate_per_s=demand.rate_per_s,
+        served_per_s=0.0,
+        slo_s=demand.slo_s,
+        percentile=demand.percentile,
+        weight=demand.weight,
+        group=-1,
+        batch=0,
+        period_s=0.0,
+        run_s=0.0,
+        lowest_per_s=0.0,
+    )
 
 
 def _check_possible(work: Workload, curves: Mapping[str, CurveLike]) -> None:
@@ -153,11 +186,14 @@ def _check_possible(work: Workload, curves: Mapping[str, CurveLike]) -> None:
                 f"{demand.model} has no library for {work.device.count(work.device.units)} or fewer"
                 f" (its narrowest has {narrowest}): tune it for a smaller share"
             )
-        if table.fastest_s >= demand.slo_s:
+        lanes = np.asarray([work.device.units // width for width in table.widths])
+        promised_s = float((table.planned_s[:, 0] * (1 + 1 / lanes)).min())
+        if promised_s > demand.slo_s:
             raise UserError(
-                f"slo {1e3 * demand.slo_s:g}ms of {demand.model} is below the best possible latency,"
-                f" {1e3 * table.fastest_s:.3g} ms for one request on"
-                f" {work.device.count(work.device.units)}: give more, or tune the model further"
+                f"slo {1e3 * demand.slo_s:g}ms of {demand.model} is below the best that can be"
+                f" promised on {work.device.count(work.device.units)}, {1e3 * promised_s:.3g} ms: a"
+                f" run of one request takes {1e3 * table.fastest_s:.3g} ms, and it may just have"
+                " missed a start; give more, or tune the model further"
             )
 
 

@@ -52,8 +52,10 @@ class ReservationPolicy:
             [place for place, model in enumerate(plan.models) if model.group == lane.group]
             for lane in plan.lanes
         ]
-        self._batch = [model.batch for model in plan.models]
-        self._run_s = [model.run_s for model in plan.models]
+        # A model without lanes of its own has what others leave.
+        pairs = list(zip(plan.models, work.tables, strict=True))
+        self._batch = [model.batch or table.largest_batch for model, table in pairs]
+        self._run_s = [model.run_s or table.fastest_s for model, table in pairs]
         self._slo_s = [demand.slo_s for demand in work.demands]
         self._weight = [demand.weight for demand in work.demands]
         self._served = [0.0] * len(work)  # weighted unit-seconds
@@ -130,7 +132,7 @@ class ReservationPolicy:
         for model, count in enumerate(now.queues.waiting):
             if not count or model in self._own[lane]:
                 continue
-            home_s = min(now.free_s[own] for own in self._home[model])
+            home_s = min((now.free_s[own] for own in self._home[model]), default=math.inf)
             latest_s = now.queues.deadline(model) - self._run_s[model]
             if home_s > now.now_s and (count >= self._batch[model] or latest_s < home_s):
                 found.append(model)

@@ -74,8 +74,8 @@ class ModelPlan:
         slo_s: latency objective.
         percentile: of the requests that must meet it.
         weight: against the requests of other models.
-        group: the lanes that it runs on.
-        batch: the most requests of one run.
+        group: the lanes that it runs on; -1 where it gets none.
+        batch: the most requests of one run; 0 where it gets no lanes.
         period_s: between two of its starts.
         run_s: planned seconds of one run.
         lowest_per_s: below that rate fewer units would do; 0 where units are not to be saved.
@@ -96,7 +96,7 @@ class ModelPlan:
     @property
     def capacity_per_s(self) -> float:
         """The largest rate that the slots hold."""
-        return self.batch / self.period_s
+        return self.batch / self.period_s if self.batch else 0.0
 
     @property
     def worst_case_s(self) -> float:
@@ -106,7 +106,7 @@ class ModelPlan:
     @property
     def lane_share(self) -> float:
         """The lanes' time that it takes, in lanes."""
-        return self.run_s / self.period_s
+        return self.run_s / self.period_s if self.batch else 0.0
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def plan_from_dict(facts: Any, source: str) -> Plan:
             helps=tuple(facts.get("helps", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
-        text = f"no {error}" if isinstance(error, KeyError) else str(error)
+        text = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{source} is no plan ({text}): write one with tune plan --json") from error
     check_plan(plan, source)
     return plan

@@ -15,7 +15,7 @@ from gpu_aware_tune.planning.lanes import MOST_PERIODS, Occupancy, Workload
 RATIO = 1.001  # scales are powers of it, so that equal problems find equal scales
 _COARSE = 16  # steps at a time while the partition is still looked for
 _FEW_PERIODS = 48  # while the scale of many models is still far off
-_LIMIT = 20_000  # steps either way: a factor of 5e8
+_LEAST = 1e-4  # of the limit: rates so low that only the SLOs count
 
 
 def scale_at(step: int) -> float:
@@ -45,15 +45,21 @@ def headroom_limit(work: Workload) -> float:
 
 def largest_scale(
     work: Workload, grouper: Grouper = best_grouping, most_periods: int | None = MOST_PERIODS
-) -> tuple[int, Grouping]:
-    """The largest step whose scale fits the device, and the grouping there.
+) -> tuple[int, Grouping] | None:
+    """The largest step whose scale fits the device, and the grouping there; None: none does.
+
+    However low the rates are, every model must start often enough to meet its SLO, and for that the
+    device may be too small.
 
     Args:
         work: the workload.
         grouper: finds groups for a given load.
         most_periods: see `Occupancy`.
     """
-    top = (math.floor(math.log(headroom_limit(work)) / math.log(RATIO)) // _COARSE + 1) * _COARSE
+    limit = headroom_limit(work)
+    if grouper(Occupancy(work, _LEAST * limit), work.device.units).units > work.device.units:
+        return None
+    top = (math.floor(math.log(limit) / math.log(RATIO)) // _COARSE + 1) * _COARSE
     trial = _Trial(work, grouper, most_periods)
     if len(work) <= EXACT_MODELS or grouper is not best_grouping:
         best = _last(trial.fits, _last(trial.fits, top, _COARSE) + _COARSE, 1)
@@ -100,8 +106,6 @@ def _last(fits: Callable[[int], bool], top: int, stride: int, jump: int | None =
     while not fits(low):
         high, jump = low, 2 * jump
         low -= jump
-        if low < -_LIMIT:
-            raise ArithmeticError("no rate is low enough")  # excluded by the planner's checks
     while high - low > stride:
         middle = low + (high - low) // (2 * stride) * stride
         if fits(middle):
