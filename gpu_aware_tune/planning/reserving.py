@@ -75,29 +75,38 @@ class ReservationPolicy:
         now = _Moment(
             queues,
             now_s,
+            now_s - self._started_s,
             [
                 now_s if idle else max(now_s, free)
                 for free, idle in zip(state.lane_free_s, state.lane_idle, strict=True)
             ],
         )
         idle = [lane for lane, free in enumerate(state.lane_idle) if free]
-        left = [lane for lane in idle if not self._due(now, lane)]
-        left = [lane for lane in left if not self._extra(now, lane, self._own[lane])]
-        if self._steal:
-            left = [lane for lane in left if not self._extra(now, lane, self._stranded(now, lane))]
-        left = [lane for lane in left if not self._pull(now, lane)]
+        next_s, due_s = self._timeline.next_s, now.at_s + SLACK
+        left = [lane for lane in idle if next_s[lane] > due_s or not self._due(now, lane)]
+        for attempt in (self._own_extra, self._foreign_extra, self._pull):
+            if any(queues.waiting):
+                left = [lane for lane in left if not attempt(now, lane)]
         return Decision(tuple(queues.actions), self._wake_s(now, left))
 
     def _due(self, now: _Moment, lane: int) -> bool:
         """Start the lane's slot that is due; pass over those that are due without requests."""
         timeline = self._timeline
-        timeline.skip_idle(lane, self._at(now))
-        while timeline.start_s(lane) <= self._at(now) + SLACK:
+        timeline.skip_idle(lane, now.at_s)
+        while timeline.next_s[lane] <= now.at_s + SLACK:
             slot = timeline.slot(lane)
             timeline.advance(lane)
             if now.queues.waiting[slot.model] and self._start(now, lane, slot.model, slot.batch):
                 return True
         return False
+
+    def _own_extra(self, now: _Moment, lane: int) -> bool:
+        """Start a run of the lane's own group that no slot is reserved for."""
+        return self._extra(now, lane, self._own[lane])
+
+    def _foreign_extra(self, now: _Moment, lane: int) -> bool:
+        """Start a run of another group."""
+        return self._steal and self._extra(now, lane, self._stranded(now, lane))
 
     def _extra(self, now: _Moment, lane: int, models: list[int]) -> bool:
         """Start a run that no slot is reserved for."""
@@ -105,9 +114,8 @@ class ReservationPolicy:
         ready = [model for model in models if queues.waiting[model]]
         if len(ready) > 1:
             ready.sort(key=lambda m: (queues.deadline(m) - self._run_s[m], self._served[m]))
-        alone = self._last_idle(now, lane)
         for model in ready:
-            if alone and queues.waiting[model] < self._batch[model]:
+            if queues.waiting[model] < self._batch[model] and self._last_idle(now, lane):
                 continue  # a small batch must not take the last lane that a burst could have
             batch = min(
                 queues.waiting[model],
@@ -141,19 +149,19 @@ class ReservationPolicy:
     def _pull(self, now: _Moment, lane: int) -> bool:
         """Start the lane's next slot before its time where a full batch is waiting for it."""
         timeline = self._timeline
-        start_s = timeline.start_s(lane)
+        start_s = timeline.next_s[lane]
         if start_s == math.inf:
             return False
         slot = timeline.slot(lane)
         if now.queues.waiting[slot.model] <= slot.batch:
             return False
-        ahead_s = start_s - self._at(now)
+        ahead_s = start_s - now.at_s
         room_s = _STAGGER * timeline.period_s[lane]
         for other in timeline.members[lane]:
             if other != lane:
-                free_s = now.free_s[other] - now.now_s + self._at(now)
-                ahead_s = min(ahead_s, timeline.start_s(other) - free_s + room_s)
-        if ahead_s < start_s - self._at(now) - SLACK:
+                free_s = now.free_s[other] - now.now_s + now.at_s
+                ahead_s = min(ahead_s, timeline.next_s[other] - free_s + room_s)
+        if ahead_s < start_s - now.at_s - SLACK:
             return False
         timeline.advance(lane)
         if not self._start(now, lane, slot.model, slot.batch):
@@ -185,9 +193,7 @@ class ReservationPolicy:
         What is late beyond that cycle stays late, so it has to be within the plan's slack.
         """
         timeline = self._timeline
-        free_s = self._at(now) + self._expected * self._times.run_s(
-            model, self._widths[lane], batch
-        )
+        free_s = now.at_s + self._expected * self._times.run_s(model, self._widths[lane], batch)
         count = len(timeline.slots[lane])
         for ahead in range(2 * count):
             start_s = timeline.start_s(lane, ahead)
@@ -209,7 +215,7 @@ class ReservationPolicy:
         deadline_s = (
             now.queues.deadline(slot.model, taken) if waits else now.now_s + self._slo_s[slot.model]
         )
-        return deadline_s - now.now_s + self._at(now) - slot.run_s
+        return deadline_s - now.now_s + now.at_s - slot.run_s
 
     def _wake_s(self, now: _Moment, idle: list[int]) -> float | None:
         """When the next slot of an idle lane starts that has requests."""
@@ -223,16 +229,11 @@ class ReservationPolicy:
         times = (self._started_s + start_s for start_s in starts)
         return min((time_s for time_s in times if time_s > now.now_s), default=None)
 
-    def _at(self, now: _Moment) -> float:
-        """The time since the first request, when the plan's cycles began."""
-        assert self._started_s is not None
-        return now.now_s - self._started_s
-
 
 class _Moment:
-    """One decision: the queues, the time, and when each lane is free."""
+    """One decision: the queues, the time (and since the first request), when each lane is free."""
 
-    __slots__ = ("free_s", "now_s", "queues")
+    __slots__ = ("at_s", "free_s", "now_s", "queues")
 
-    def __init__(self, queues: Queues, now_s: float, free_s: list[float]) -> None:
-        self.queues, self.now_s, self.free_s = queues, now_s, free_s
+    def __init__(self, queues: Queues, now_s: float, at_s: float, free_s: list[float]) -> None:
+        self.queues, self.now_s, self.at_s, self.free_s = queues, now_s, at_s, free_s

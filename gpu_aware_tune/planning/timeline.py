@@ -32,13 +32,15 @@ class Timeline:
 
     Args:
         plan: whose slots these are. Its models are in the order of the workload.
+
+    `next_s` has the start of each lane's next slot.
     """
 
     def __init__(self, plan: Plan) -> None:
         places = {model.model: place for place, model in enumerate(plan.models)}
         slack = [model.slo_s - model.worst_case_s for model in plan.models]
         self.group = [lane.group for lane in plan.lanes]
-        self.members: list[list[int]] = [plan_lanes(plan, lane.group) for lane in plan.lanes]
+        self.members = [plan.group_lanes(lane.group) for lane in plan.lanes]
         self.slots: list[list[Reservation]] = [
             [
                 Reservation(
@@ -56,6 +58,7 @@ class Timeline:
         self._cycle_s = [lane.cycle_s for lane in plan.lanes]
         self._next = [0] * len(plan.lanes)
         self._earlier_s = [0.0] * (max(self.group) + 1)
+        self.next_s = [self.start_s(lane) for lane in range(len(plan.lanes))]
 
     def start_s(self, lane: int, ahead: int = 0) -> float:
         """When a lane's next slot starts, or the one so many slots later; never for a spare lane."""
@@ -75,19 +78,16 @@ class Timeline:
     def advance(self, lane: int, count: int = 1) -> None:
         """Go on to a lane's following slot."""
         self._next[lane] += count
+        self.next_s[lane] = self.start_s(lane)
 
     def skip_idle(self, lane: int, now_s: float) -> None:
         """Pass over whole cycles of a lane that lie in the past."""
-        behind_s = now_s - self.start_s(lane)
+        behind_s = now_s - self.next_s[lane]
         if behind_s > self._cycle_s[lane] > 0:
-            cycles = int(behind_s / self._cycle_s[lane])
-            self._next[lane] += cycles * len(self.slots[lane])
+            self.advance(lane, int(behind_s / self._cycle_s[lane]) * len(self.slots[lane]))
 
     def pull(self, lane: int, seconds: float) -> None:
         """Move all lanes of a lane's group to an earlier time: no run starts later for that."""
         self._earlier_s[self.group[lane]] += seconds
-
-
-def plan_lanes(plan: Plan, group: int) -> list[int]:
-    """The lanes of a group."""
-    return list(plan.group_lanes(group))
+        for member in self.members[lane]:
+            self.next_s[member] = self.start_s(member)
