@@ -1,6 +1,6 @@
 """Goodput of every policy on mixes of models: ours, D-STACK, GSLICE and others, and an upper bound.
 
-    python benchmarks/plan_mixes.py            # about ten minutes on one core
+    python benchmarks/plan_mixes.py            # about a quarter of an hour on one core
     python benchmarks/plan_mixes.py --quick    # a minute; nothing is written
 
 Nothing here is run on a GPU. The simulator drives the policies, the one that serves among them, with
@@ -90,11 +90,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=10.0, help="of simulated arrivals")
-    parser.add_argument("--quick", action="store_true", help="two loads, two seconds, no file")
+    parser.add_argument("--requests", type=int, default=30_000, help="simulated in each case")
+    parser.add_argument("--quick", action="store_true", help="two loads, fewer requests, no file")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    seconds = 2.0 if args.quick else args.seconds
+    requests = 6_000 if args.quick else args.requests
     cases = [("poisson", 0.7), ("poisson", 0.9)] if args.quick else CASES
     about = environment()
     rows: list[dict[str, Any]] = []
@@ -102,11 +102,11 @@ def main() -> None:
         work = balanced(device, curves, slo_ms)
         limit = headroom_bound(work, planned=False).value
         for number, (arrivals, load) in enumerate(cases):
-            row = one_case(scaled(work, limit * load), arrivals, seconds, number)
+            row = one_case(scaled(work, limit * load), arrivals, requests, number)
             rows.append({"curves": family, "mix": mix, "arrivals": arrivals, "load": load, **row})
             print(line(rows[-1]), flush=True)
             if not args.quick:
-                facts = {"seconds": seconds, "summary": summary(rows), "rows": rows}
+                facts = {"requests": requests, "summary": summary(rows), "rows": rows}
                 write_results(args.results, about, facts)
     print(json.dumps(summary(rows), indent=1))
 
@@ -176,8 +176,9 @@ def scaled(work: Workload, factor: float) -> Workload:
     return dataclasses.replace(work, demands=tuple(demands))
 
 
-def one_case(work: Workload, arrivals: str, seconds: float, seed: int) -> dict[str, Any]:
+def one_case(work: Workload, arrivals: str, requests: int, seed: int) -> dict[str, Any]:
     """Simulate every policy under one load."""
+    seconds = requests / sum(demand.rate_per_s for demand in work.demands)
     streams = draw_arrivals(work, parse_arrivals(arrivals), seconds, seed)
     made = plan_workload(work, why=False)
     greedy = plan_workload(work, Objective.GOODPUT, why=False)
@@ -197,6 +198,7 @@ def one_case(work: Workload, arrivals: str, seconds: float, seed: int) -> dict[s
             "fairness": round(outcome.fairness, 3),
         }
     return {
+        "seconds": round(seconds, 2),
         "offered_per_s": round(offered, 1),
         "bound_per_s": round(bound, 1),
         "headroom": round(made.headroom, 3),
