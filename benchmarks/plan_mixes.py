@@ -78,8 +78,8 @@ CASES = [  # arrivals, and the load in parts of what any schedule could carry
     *(("poisson", load) for load in (0.5, 0.7, 0.8, 0.9, 1.0, 1.2)),
     ("gamma:4", 0.5),
     ("gamma:4", 0.9),
-    ("square:3", 0.5),
-    ("square:3", 0.9),
+    ("square:3:0.5", 0.5),
+    ("square:3:0.5", 0.9),
 ]
 TEMPORAL = ("temporal-fifo", "temporal-rr")
 D_STACK = ("d-stack", "d-stack-knee")

@@ -46,7 +46,7 @@ class ReservationPolicy:
         self.lanes: tuple[int, ...] | None = widths
         self._widths, self._steal = widths, steal
         self._times = RunTimes(work, widths)
-        self._timeline = Timeline(plan)
+        self._timeline = Timeline(plan, self._times)
         self._home = [plan.group_lanes(model.group) for model in plan.models]
         self._own = [
             [place for place, model in enumerate(plan.models) if model.group == lane.group]
@@ -205,7 +205,7 @@ class ReservationPolicy:
                 latest_s = self._patience(now, slot, model, batch)
             if free_s > latest_s + SLACK:
                 return False
-            free_s += self._expected * slot.run_s
+            free_s += self._expected * slot.usual_s
         return True
 
     def _patience(self, now: _Moment, slot: Reservation, model: int, batch: int) -> float:

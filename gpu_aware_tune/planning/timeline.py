@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gpu_aware_tune.planning.policy import RunTimes
 from gpu_aware_tune.planning.schedule import Plan
 
 
@@ -17,6 +18,7 @@ class Reservation:
         batch: the most requests that it takes.
         offset_s: its start, from the start of the plan.
         run_s: planned length.
+        usual_s: planned length of a run with as many requests as the demand has in a period.
         slack_s: how late it may start without breaking the SLO of any request.
     """
 
@@ -24,6 +26,7 @@ class Reservation:
     batch: int
     offset_s: float
     run_s: float
+    usual_s: float
     slack_s: float
 
 
@@ -32,25 +35,32 @@ class Timeline:
 
     Args:
         plan: whose slots these are. Its models are in the order of the workload.
+        times: planned seconds of runs.
 
     `next_s` has the start of each lane's next slot.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, times: RunTimes) -> None:
         places = {model.model: place for place, model in enumerate(plan.models)}
         slack = [model.slo_s - model.worst_case_s for model in plan.models]
         self.group = [lane.group for lane in plan.lanes]
         self.members = [plan.group_lanes(lane.group) for lane in plan.lanes]
+        usual = [
+            min(model.batch, max(1, math.ceil(model.served_per_s * model.period_s - 1e-7)))
+            for model in plan.models
+        ]
         self.slots: list[list[Reservation]] = [
             [
                 Reservation(
-                    places[slot.model],
-                    slot.batch,
-                    slot.start_s,
-                    slot.length_s,
-                    slack[places[slot.model]],
+                    model=place,
+                    batch=slot.batch,
+                    offset_s=slot.start_s,
+                    run_s=slot.length_s,
+                    usual_s=times.run_s(place, lane.units, usual[place]),
+                    slack_s=slack[place],
                 )
                 for slot in lane.slots
+                for place in [places[slot.model]]
             ]
             for lane in plan.lanes
         ]

@@ -22,7 +22,7 @@ from gpu_aware_tune.planning.lanes import Workload
 from gpu_aware_tune.planning.outcome import Outcome, jain_index
 from gpu_aware_tune.planning.planner import plan_workload, workload
 from gpu_aware_tune.planning.policies import POLICIES, make_policy
-from gpu_aware_tune.planning.policy import Decision, Queues, Refusal, Start, State
+from gpu_aware_tune.planning.policy import Decision, Queues, Refusal, RunTimes, Start, State
 from gpu_aware_tune.planning.pool_policies import by_efficacy, by_throughput
 from gpu_aware_tune.planning.reserving import ReservationPolicy
 from gpu_aware_tune.planning.simulator import curve_durations, draw_arrivals, simulate
@@ -175,8 +175,9 @@ def test_a_request_that_cannot_be_answered_in_time_is_refused_at_once() -> None:
 
 
 def test_the_timeline_repeats_and_moves() -> None:
-    made = plan_workload(mix(0.8))
-    timeline = Timeline(made)
+    work = mix(0.8)
+    made = plan_workload(work)
+    timeline = Timeline(made, RunTimes(work))
     lane, slots = 0, made.lanes[0].slots
     assert [timeline.start_s(lane, ahead) for ahead in range(len(slots) + 1)] == pytest.approx(
         [slot.start_s for slot in slots] + [slots[0].start_s + made.lanes[0].cycle_s]
