@@ -128,7 +128,8 @@ def _smooth(planned_s: Floats, widths: Floats) -> Floats:
     smooth = planned_s.copy()
     for column in range(planned_s.shape[1]):
         line = planned_s[:, column]
-        known = np.flatnonzero(np.isfinite(line) & (np.diff(line, prepend=np.inf) < 0))
+        narrower = np.concatenate([[np.inf], line[:-1]])
+        known = np.flatnonzero(line < narrower)  # widths with a library of their own
         if len(known) > 1:
             inside = np.arange(known[0], known[-1] + 1)
             # np.interp wants ascending places, 1 / width descends

@@ -12,7 +12,7 @@ from gpu_aware_tune.planning.device import PlanDevice
 from gpu_aware_tune.planning.lanes import Workload
 from gpu_aware_tune.planning.planner import workload
 
-INSTANCES = int(os.environ.get("PLAN_INSTANCES", "60"))  # 1000 for the full check, five minutes
+INSTANCES = int(os.environ.get("PLAN_INSTANCES", "40"))  # 1000 for the full check: ten minutes
 GPU = PlanDevice("GPU", 132)
 _DEVICES = (GPU, PlanDevice("half GPU", 66, "SM", 2), PlanDevice("CPU", 16, "core", 1))
 

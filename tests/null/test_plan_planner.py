@@ -134,6 +134,13 @@ def test_branch_and_bound_dynamic_programme_and_mixed_integer_programme_agree() 
         assert sorted(m for group in found.partition for m in group) == list(range(5))
 
 
+def test_branch_and_bound_cuts_nothing_that_is_better() -> None:
+    for seed in range(max(INSTANCES, 40)):
+        for scale in (0.2, 0.6):
+            load = Occupancy(scaled(instance(seed, 7), scale))
+            assert branch_and_bound(load).units == exact_grouping(load).units, (seed, scale)
+
+
 def test_enough_is_enough() -> None:
     load = Occupancy(scaled(instance(3, 6), 0.3))
     best = best_grouping(load).units

@@ -139,6 +139,22 @@ def test_a_policy_that_takes_what_is_not_free_is_caught() -> None:
         simulate(Greedy(), work, draw_arrivals(work, POISSON, 1.0), 1.0)
 
 
+def test_an_answer_after_its_deadline_is_not_good() -> None:
+    """Runs that take three times as long as planned: the policy starts them, and they are late."""
+    work = mix(0.5)
+    steady = curve_durations(work, noise=False)
+    outcome = simulate(
+        ReservationPolicy(work, plan_workload(work)),
+        work,
+        draw_arrivals(work, POISSON, 2.0),
+        2.0,
+        lambda start, beside: 3 * steady(start, beside),
+    )
+    for model, demand in zip(outcome.models, work.demands, strict=True):
+        assert model.good == (model.latency_s <= demand.slo_s + 1e-9).sum()
+        assert model.good < len(model.latency_s)
+
+
 def test_interference_slows_runs_beside_others() -> None:
     work = mix(0.6)
     made = plan_workload(work)
