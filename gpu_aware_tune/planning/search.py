@@ -93,6 +93,7 @@ class _Trial:
         self.found: dict[int, Grouping] = {}
 
     def fits(self, step: int) -> bool:
+        """Whether the rates at a step fit the device."""
         if step not in self.found:
             load = Occupancy(self.work, scale_at(step), self.most_periods)
             self.found[step] = self.grouper(load, self.work.device.units)
