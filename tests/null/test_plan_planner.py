@@ -100,13 +100,13 @@ def test_headroom_is_next_to_the_best_over_all_partitions_and_periods() -> None:
 def test_many_models_are_near_the_best_too() -> None:
     """The heuristic for large sets, on sets that are small enough to know the best."""
     gaps = []
-    for seed in range(max(INSTANCES // 2, 20)):
-        load = Occupancy(scaled(instance(seed, 8), 0.5))
+    for seed in range(max(INSTANCES // 4, 12)):
+        load = Occupancy(scaled(instance(seed, 10), 0.4))
         best = exact_grouping(load).units
         if np.isfinite(best):
             gaps.append(refined(load, merged(load), 0.0).units / best - 1)
     assert statistics.median(gaps) < 0.01
-    assert max(gaps) < 0.3
+    assert max(gaps) < 0.15
 
 
 def test_branch_and_bound_dynamic_programme_and_mixed_integer_programme_agree() -> None:
