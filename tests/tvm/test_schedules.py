@@ -340,3 +340,24 @@ def _seconds(module: tvm.IRModule, repeat: int) -> float:
         built["main"](*arrays)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 196, 196), (1, 12, 197, 197), (16, 8, 64)])
+def test_parallel_loops_are_never_nested(shape: tuple[int, ...]) -> None:
+    """The thread pool refuses them when the kernel runs."""
+    (softmax,) = kernels(lambda _, x: op.nn.softmax(x), f32(*shape))
+    found = default_schedules(softmax, target())
+    assert found
+    for schedule in found:
+        deepest = 0
+
+        def visit(node: Any) -> None:
+            nonlocal deepest
+            if int(node.kind) == 1:  # parallel
+                inner: list[Any] = []
+                tvm_ffi.structural_walk(node.body, (tvm.tirx.For, inner.append))
+                deepest = max(deepest, 1 + any(int(loop.kind) == 1 for loop in inner))
+
+        tvm_ffi.structural_walk(schedule.mod["main"].body, (tvm.tirx.For, visit))
+        assert deepest <= 1
+        assert verify_kernel(softmax, trace_to_json(schedule.trace), target(), 0).ok
