@@ -163,11 +163,11 @@ class Bench:
             traces += found
         return traces[:count]
 
-    def built(self, task: Any, traces: Sequence[str | None]) -> list[str]:
+    def built(self, task: Any, traces: Sequence[str]) -> list[str]:
         """Artifacts of the candidates that build; of equal machine code only one."""
         paths: dict[str, str] = {}
 
-        def start(trace: str | None) -> None:
+        def start(trace: str) -> None:
             self._builders.submit(None, task.hash, trace)
 
         for _, answer in self._builders.work_off(traces, start):

@@ -34,10 +34,10 @@ _WAIT_S = 0.1  # between two looks for workers that are to be given up
 
 @dataclass(frozen=True)
 class Build:
-    """A request: build `trace` (None: the plain loops) of `task` into `path`."""
+    """A request: build `trace` (or UNSCHEDULED) of `task` into `path`."""
 
     task: str
-    trace: str | None
+    trace: str
     path: str
 
 
@@ -108,7 +108,7 @@ class BuildPool:
         """The workers that are at work."""
         return [worker for worker in self.workers if worker.busy_since is not None]
 
-    def submit(self, key: Any, task: str, trace: str | None) -> None:
+    def submit(self, key: Any, task: str, trace: str) -> None:
         """Start a build on an idle worker."""
         self._sequence += 1
         path = str(self._host.scratch / f"artifact-{self._sequence}.so")
@@ -263,12 +263,12 @@ def _build(job: Build, module: Any, target: Any) -> Built:
     return Built(job.path, time.process_time() - start, digest=digest)
 
 
-def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> None:
+def compile_kernel(module: Any, trace: str, target: Any, path: Path) -> None:
     """Compile one kernel, exported as function "main"; it takes its weights packed.
 
     Args:
         module: the unscheduled task.
-        trace: JSON of the schedule's trace, or None for the plain loops.
+        trace: JSON of the schedule's trace, or UNSCHEDULED.
         target: the `tvm.target.Target`.
         path: the shared library to write.
     """
@@ -278,7 +278,7 @@ def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> N
     from gpu_aware_tune.kernels.packing import without_packing
     from gpu_aware_tune.kernels.traces import apply_trace
 
-    scheduled = module if trace is None else without_packing(apply_trace(trace, module).mod)
+    scheduled = without_packing(apply_trace(trace, module).mod) if trace else module
     with build_options(scheduled):
         built = tvm.tirx.build(scheduled, target=target)
     if target.kind.name != "llvm":

@@ -186,7 +186,7 @@ def _build(
 
     def start(job: tuple[str, str]) -> None:
         task, trace = job
-        builders.submit(job, task, trace or None)
+        builders.submit(job, task, trace)
 
     artifacts: dict[str, dict[str, str]] = {}
     for (task, trace), built in builders.work_off(jobs, start):

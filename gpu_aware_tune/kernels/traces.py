@@ -23,6 +23,7 @@ _trace_as_json: Callable[..., Any] = tvm.get_global_func("s_tir.schedule.TraceAs
 _apply_json: Callable[..., Any] = tvm.get_global_func("s_tir.schedule.TraceApplyJSONToSchedule")
 _parse_json: Callable[..., Any] = tvm.get_global_func("ffi.json.Parse")
 
+UNSCHEDULED = ""  # in place of a trace: the kernel as it was fused, without a schedule
 _THIS_VERSION = f'"tvm_version":"{tvm.__version__}"'
 _PLAIN = frozenset({str, int, float, bool, type(None), tvm_ffi.core.String})
 

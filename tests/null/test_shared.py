@@ -357,7 +357,7 @@ class Builders:
     def fileno(self) -> int:
         return self._always
 
-    def submit(self, candidate: Candidate, task: str, trace: str | None) -> None:
+    def submit(self, candidate: Candidate, task: str, trace: str) -> None:
         self._done.append((candidate, Built(trace or "", 0.0, None, digest=trace or "")))
 
     def collect(self, ready: list[Any]) -> Iterator[tuple[Candidate, Built]]:
