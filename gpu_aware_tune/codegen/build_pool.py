@@ -279,7 +279,7 @@ def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> N
     from gpu_aware_tune.kernels.traces import apply_trace
 
     scheduled = module if trace is None else without_packing(apply_trace(trace, module).mod)
-    with build_options(scheduled):
+    with build_options(scheduled, target):
         built = tvm.tirx.build(scheduled, target=target)
     if target.kind.name != "llvm":
         from gpu_aware_tune.codegen.cuda_toolchain import export_module
