@@ -279,7 +279,7 @@ def compile_kernel(module: Any, trace: str, target: Any, path: Path) -> None:
     from gpu_aware_tune.kernels.traces import apply_trace
 
     scheduled = without_packing(apply_trace(trace, module).mod) if trace else module
-    with build_options(scheduled):
+    with build_options(scheduled, target):
         built = tvm.tirx.build(scheduled, target=target)
     if target.kind.name != "llvm":
         from gpu_aware_tune.codegen.cuda_toolchain import export_module

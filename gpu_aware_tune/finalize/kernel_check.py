@@ -183,7 +183,7 @@ def _run(
     module: tvm.IRModule, target: Any, device: Any, arrays: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
-        with build_options(module):
+        with build_options(module, target):
             built = tvm.tirx.build(module, target=target)
         if target.kind.name != "llvm":  # build workers make source; what runs is the artifact
             path = Path(folder) / "kernel.so"

@@ -111,6 +111,7 @@ def import_prepared(
     from gpu_aware_tune.kernels.packing import mark_weights
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
     from gpu_aware_tune.kernels.tf32 import mark_products
+    from gpu_aware_tune.kernels.vector_math import mark_vector_math
     from gpu_aware_tune.model.layouts import block_channels
 
     prepared = proto.SerializeToString(deterministic=True)
@@ -121,7 +122,7 @@ def import_prepared(
     if dtype == TF32:
         module = mark_products(module, target)
     if target.kind.name == "llvm":
-        module = mark_weights(module)
+        module = mark_vector_math(mark_weights(module))
         if blocks:
             blocked = block_channels(module, weights, machine_of(target).lanes)
             module, weights, notes = blocked.module, blocked.weights, blocked.notes

@@ -143,5 +143,5 @@ def test_sums_in_float32_still_use_tensor_cores() -> None:
     assert drawn
     for schedule in drawn:
         assert "wmma" in schedule.mod.script()
-        with target, build_options(schedule.mod):
+        with target, build_options(schedule.mod, target):
             tvm.tirx.build(schedule.mod, target=target)
