@@ -63,15 +63,10 @@ def report(
 
     It is one file that needs no network, light or dark as the reader likes, and can be printed.
     """
+    from gpu_aware_tune.library.manifest import read_manifest
     from gpu_aware_tune.records.store import Store
     from gpu_aware_tune.report.history import read_history
-    from gpu_aware_tune.report.inputs import (
-        find_run,
-        find_tasks,
-        read_manifest,
-        read_profiles,
-        read_stock,
-    )
+    from gpu_aware_tune.report.inputs import find_run, find_tasks, read_profiles, read_stock
     from gpu_aware_tune.report.page import Report, page
 
     if output.is_dir():

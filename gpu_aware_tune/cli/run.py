@@ -115,8 +115,8 @@ def _as_json(
     library: Library, outputs: dict[str, np.ndarray], stats: LatencyStats
 ) -> dict[str, Any]:
     return {
-        "model": library.manifest["model"]["name"],
-        "device": library.manifest.get("device"),
+        "model": library.about.model.name,
+        "device": library.about.device,
         "units": library.units,
         **({"partition": library.evidence} if library.evidence else {}),
         "latency": asdict(stats),
@@ -132,8 +132,8 @@ def _show(library: Library, outputs: dict[str, np.ndarray], stats: LatencyStats)
     from rich.table import Table
 
     console = Console()
-    device = library.manifest.get("device", "this device")
-    name = library.manifest["model"]["name"]
+    device = library.about.device
+    name = library.about.model.name
     console.print(f"{name}: {library.units} units of {device}", highlight=False)
     if seen := library.evidence:
         console.print(f"partition {seen['backend']}: {seen['units']} SMs", highlight=False)

@@ -14,18 +14,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.library.folder import WEIGHTS
-from gpu_aware_tune.library.manifest import (
+from gpu_aware_tune.library.checks import (
     check_library,
     check_versions,
     check_weights,
-    known_units,
-    library_of,
     nearest,
-    on_cpu,
-    read_manifest,
     visible_units,
 )
+from gpu_aware_tune.library.manifest import Manifest, read_manifest
 from gpu_aware_tune.library.places import places_for
 from gpu_aware_tune.library.program import Program, Weights, open_vm
 from gpu_aware_tune.library.threads import CoreThread, PartitionThread
@@ -95,26 +91,29 @@ class Library:
     """
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], units: int | None, partition: str | None = None
+        self, path: Path, manifest: Manifest, units: int | None, partition: str | None = None
     ) -> None:
         """Open the library for a share; see `load`."""
         self.path = path
-        self.manifest = manifest
-        self.inputs = _specs(manifest["inputs"])
-        self.outputs = _specs(manifest["outputs"])
-        self._known = known_units(manifest)
-        self._weights = Weights(path / WEIGHTS)
+        self.about = manifest
+        self.inputs, self.outputs = manifest.inputs, manifest.outputs
+        self._weights = Weights(path / manifest.weights.file)
         self._closed = False
         self._switching = threading.Lock()
         self._lanes: dict[tuple[str, str, CoreThread | PartitionThread], _Lane] = {}
         self._places = places_for(path, manifest, partition)
         # A process that ends does not wait for a GPU: the driver takes everything back.
-        weakref.finalize(self, self._places.stop).atexit = on_cpu(manifest)
+        weakref.finalize(self, self._places.stop).atexit = manifest.on_cpu
         check_weights(path, manifest)
         self._lane = self._open_for(units)
 
     def __repr__(self) -> str:
         return f"Library({str(self.path)!r}, units={self.units})"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as the file has it, without its checksum."""
+        return self.about.as_dict()
 
     @property
     def units(self) -> int:
@@ -156,7 +155,7 @@ class Library:
                 has no partition of so many SMs.
             SetupError: the partition cannot be had.
         """
-        seen = visible_units(self.manifest) if units is None else units
+        seen = visible_units(self.about) if units is None else units
         with self._switching:
             self._check_open()
             self._lane = self._open_for(seen)
@@ -172,7 +171,7 @@ class Library:
             UserError: a library's file is damaged.
         """
         inputs = list(random_inputs(self.inputs, seed=0).values())
-        for units in self._known:
+        for units in self.about.units:
             with self._switching:
                 self._check_open()
                 lane = self._open(units, units)
@@ -239,17 +238,18 @@ class Library:
         """The library for a share; without one the nearest to what is visible, on its own units."""
         if units is not None and units < 1:
             raise UserError(f"{units} units: a share has at least 1")
-        seen = visible_units(self.manifest) if units is None else units
-        chosen = nearest(self._known, seen)
+        seen = visible_units(self.about) if units is None else units
+        chosen = nearest(self.about.units, seen)
         return self._open(chosen, chosen if units is None else units)
 
     def _open(self, units: int, place: int) -> _Lane:
         """The library for `units` on `place` cores or SMs, opened when it is first asked for."""
-        file, entry = library_of(self.manifest, units)
+        library = self.about.library(units)
+        file, entry = library.file, library.entry
         thread = self._places.thread_for(place)
         lane = self._lanes.get((file, entry, thread))
         if lane is None:
-            check_library(self.path, self.manifest, units)
+            check_library(self.path, self.about, units)
             program = self._program(file, entry, thread)
             lane = self._lanes[file, entry, thread] = _Lane(units, program, thread)
         return lane if lane.units == units else dataclasses.replace(lane, units=units)
@@ -320,10 +320,6 @@ def check_inputs(
             raise UserError(f"input {spec.name!r} has shape {shown}: it must be {shape}")
         arrays.append(array)
     return arrays
-
-
-def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in entries)
 
 
 def _run_once(lane: _Lane, inputs: list[np.ndarray]) -> None:
