@@ -12,14 +12,15 @@ from gpu_aware_tune.codegen.cuda_toolchain import preload_runtime
 
 if TYPE_CHECKING:
     from gpu_aware_tune.library.folder import export, link, save_weights
-    from gpu_aware_tune.library.loaded import LatencyStats, Library, load
+    from gpu_aware_tune.library.latency import LatencyStats
+    from gpu_aware_tune.library.loaded import Library, load
     from gpu_aware_tune.library.manifest import Manifest, RunFacts, read_manifest
     from gpu_aware_tune.library.program import Program, open_vm
 
 preload_runtime()  # before any module here imports TVM, which looks for it once
 
 _HOME = {
-    "LatencyStats": "loaded",
+    "LatencyStats": "latency",
     "Library": "loaded",
     "Manifest": "manifest",
     "Program": "program",

@@ -36,8 +36,10 @@ class CorePlaces:
             thread.stop()
 
     def close(self) -> None:
-        """End the threads, without waiting for them."""
+        """End the threads after what they have been given, and wait for that."""
         self.stop()
+        for thread in self._threads.values():
+            thread.join()
 
 
 class PartitionPlaces:
