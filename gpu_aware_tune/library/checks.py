@@ -83,6 +83,8 @@ def _check_cpu(path: Path, manifest: Manifest, units: int) -> None:
     wanted, here = target.get("mcpu"), str(codegen.llvm_get_system_cpu())
     if target.get("kind") != "llvm" or not wanted or wanted == here:
         return
+    if wanted not in map(str, codegen.llvm_get_cpu_archlist(tvm.target.Target("llvm"))):
+        raise UserError(f"{path} is compiled for {wanted}, an unknown processor: tune again here")
     lacking = sorted(_features(str(wanted)) - _features(here))
     if lacking:
         raise UserError(

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.errors import UserError, last_line
 from gpu_aware_tune.library.arguments import check_effort, check_inputs, check_units
 from gpu_aware_tune.library.checks import (
     check_library,
@@ -197,10 +197,12 @@ class Library:
 
         Raises:
             UserError: an array is missing, unknown, or of another shape or type; the library is
-                closed, or was loaded before this process was forked.
+                closed, was loaded before this process was forked, or fails.
         """
         arrays = check_inputs(self.inputs, inputs)
         results = self._run(lambda program: program(program.place(arrays)))
+        if len(results) != len(self.outputs):
+            raise _failed(f"it gave {len(results)} outputs, not {len(self.outputs)}")
         return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
 
     def benchmark(
@@ -320,4 +322,13 @@ def _run(lane: _Lane, function: Callable[[Program], Result]) -> Result:
     program = lane.program
     if program is None:  # closed meanwhile
         raise UserError("the library is closed: load it again")
-    return lane.thread.run(lambda: function(program))
+    try:
+        return lane.thread.run(lambda: function(program))
+    except (ValueError, TypeError, RuntimeError) as error:  # TVM's; the arrays were checked before
+        raise _failed(last_line(error)) from error
+
+
+def _failed(text: str) -> UserError:
+    return UserError(
+        f"the library failed ({text}): load it again; if that does not help, tune again"
+    )

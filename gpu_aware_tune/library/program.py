@@ -150,7 +150,11 @@ def open_vm(
     if cuda and not device.exist:
         raise SetupError(f"{library} is for a CUDA GPU, and none is visible: see `tune doctor`")
     shared = weights if isinstance(weights, Weights) else Weights(weights)
-    return Program(module, shared.on(device), device, entry)
+    placed = shared.on(device)
+    try:
+        return Program(module, placed, device, entry)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # no such function
+        raise UserError(f"{library} cannot be used ({_said(error)}): tune again") from error
 
 
 def _on(tensor: Any, device: Any) -> Any:

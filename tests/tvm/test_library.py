@@ -728,6 +728,9 @@ def test_a_library_for_a_better_processor_is_refused(copy: Path) -> None:
         else:
             with pytest.raises(UserError, match=f"compiled for {cpu}; this processor, {here}"):
                 load(copy, units=2)
+    change(copy, shares=[{"units": 2, "target": {**target_json(), "mcpu": "x"}}])
+    with pytest.raises(UserError, match="compiled for x, an unknown processor"):
+        load(copy, units=2)
 
 
 def test_bare_tvm_runs_the_library_as_the_docstring_says(tiny: tuple[Model, Path]) -> None:
