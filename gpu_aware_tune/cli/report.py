@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpu_aware_tune.cli.options import CONTEXT, db_option
-from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.errors import SetupError, UserError, printable
 
 if TYPE_CHECKING:
     from gpu_aware_tune.report.drawing import Drawing
@@ -77,7 +77,8 @@ def report(
         run = find_run(store, run_id, manifest)
         history = read_history(store, run, find_tasks(store, run, manifest))
     for other in sorted({p.model for p in profiles} - {history.name, ""}):
-        click.echo(f"warning: --profile is of {other}, the run is of {history.name}", err=True)
+        text = f"warning: --profile is of {other}, the run is of {history.name}"
+        click.echo(printable(text), err=True)
     stocks = [] if stock_file is None else read_stock(stock_file, history.name)
     whole = Report(history, profiles, stocks)
     _write(output, page(whole))
