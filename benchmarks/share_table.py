@@ -102,10 +102,10 @@ def measured(folders: dict[str, Path], seconds: float, rounds: int) -> dict[str,
     device, _ = find_device("llvm", 0, None)
     backend, _ = choose_backend(device)
     (plain,) = open_folders([folders["share"]])
-    sets = {f"tuned at {units}": (folders["share"], units) for units in plain.known}
+    sets = {f"tuned at {units}": (folders["share"], units) for units in plain.manifest.units}
     sets["robust"] = (folders["robust"], None)
     with contextlib.ExitStack() as stack:
-        shares = [share_for(device, backend, units) for units in plain.known]
+        shares = [share_for(device, backend, units) for units in plain.manifest.units]
         partitions = open_partitions(shares, device, backend)
         for partition in partitions:
             stack.callback(partition.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -101,8 +102,9 @@ def _host_array(name: str, value: Any) -> np.ndarray:
     try:
         if isinstance(value, np.ndarray | np.generic) or not hasattr(value, "__dlpack__"):
             return np.asarray(value)
-        if value.__dlpack_device__()[0] in _HOST and "bfloat16" not in str(value.dtype):
-            return np.from_dlpack(value)
+        if value.__dlpack_device__()[0] in _HOST:
+            with contextlib.suppress(Exception):  # of types that NumPy lacks, such as bfloat16
+                return np.from_dlpack(value)
         return np.asarray(tvm.runtime.from_dlpack(value).numpy())  # a copy to the host
     except Exception as error:  # each producer has errors of its own
         raise UserError(f"input {name!r} is no array ({one_line(error)})") from error

@@ -307,7 +307,6 @@ def test_tensors_are_taken_through_dlpack(library: Library) -> None:
 
         def __init__(self, array: np.ndarray) -> None:
             self._array = array
-            self.dtype = array.dtype
 
         def __dlpack__(self, **options: object) -> object:
             return self._array.__dlpack__(**options)
