@@ -37,10 +37,10 @@ GPU_NEEDS := $(if $(PYTHON),,$(VENV)/.installed-dev)
 .PHONY: demo check test docs gpu-check gpu-bench lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python benchmarks/light_models.py squeezenet $(DEMO)/squeezenet.onnx
+	$(BIN)/python -m benchmarks.light_models squeezenet $(DEMO)/squeezenet.onnx
 	$(BIN)/tune $(DEMO)/squeezenet.onnx --time 40s --db $(DEMO)/tuning_logs -o $(DEMO)/squeezenet.tuned
 	$(BIN)/tune run $(DEMO)/squeezenet.tuned
-	$(BIN)/python benchmarks/model_latency.py --models squeezenet --sides plain,untuned --rounds 4 \
+	$(BIN)/python -m benchmarks.model_latency --models squeezenet --sides plain,untuned --rounds 4 \
 	    --tuned squeezenet=$(DEMO)/squeezenet.tuned --results $(DEMO)/latency.json
 
 lint: $(VENV)/.installed-dev

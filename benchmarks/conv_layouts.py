@@ -1,6 +1,6 @@
 """What the layout of a convolution's tensors costs on this machine's cores.
 
-    python benchmarks/conv_layouts.py            # about three minutes
+    python -m benchmarks.conv_layouts            # about three minutes
 
 Each convolution of resnet50 that is repeated, batch 1, with an input that is padded already:
 
@@ -21,7 +21,6 @@ import argparse
 import itertools
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,24 +31,21 @@ import tvm
 from tvm import te, topi
 from tvm.s_tir import Schedule
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.model_latency import (  # noqa: E402
+from benchmarks.environment import RESULTS, environment, write_results
+from benchmarks.model_latency import (
+    PAUSE_S,
     SIDE,
-    Timer,
     matmul,
     matrices,
     onnxruntime_timer,
-    take_turns,
 )
-from gpu_aware_tune.kernels.packing import LAYOUT_FREE, without_packing  # noqa: E402
-from gpu_aware_tune.kernels.schedules import default_schedules  # noqa: E402
-from gpu_aware_tune.kernels.schedules.cpu import machine_of  # noqa: E402
-from gpu_aware_tune.library.threads import CoreThread  # noqa: E402
+from benchmarks.scaffold import Timer, parser, take_turns
+from gpu_aware_tune.kernels.packing import LAYOUT_FREE, without_packing
+from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules.cpu import machine_of
+from gpu_aware_tune.library.threads import CoreThread
 
-RESULTS = ROOT / "benchmarks" / "results" / "conv-layouts.json"
+RESULTS_FILE = RESULTS / "conv-layouts.json"
 COLUMNS, BLOCKS = (7, 14, 28), (1, 2, 4)  # of a register tile: pixels of a row, vectors of channels
 FEWEST, MOST = 12, 28  # vectors of results
 
@@ -83,14 +79,11 @@ RESNET50 = [
 
 def main() -> None:
     """Time every convolution in both layouts, print a line for each, write the results file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each candidate")
-    parser.add_argument("--seconds", type=float, default=0.05, help="of each turn")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    command.add_argument("--rounds", type=int, default=3, help="turns of each candidate")
+    command.add_argument("--seconds", type=float, default=0.05, help="of each turn")
+    args = command.parse_args()
     about, rows = environment(), []
     cpu = str(tvm.target.codegen.llvm_get_system_cpu())
     target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": args.threads})
@@ -119,7 +112,7 @@ def measure(
             tvm.compile(module, target=target).export_library(str(path))
             timers[name] = timer(path, module, cores)
     timers["matmul"] = reference
-    samples = take_turns(timers, args.rounds, args.seconds)
+    samples = take_turns(timers, args.rounds, args.seconds, PAUSE_S)
     medians = {name: statistics.median(found) for name, found in samples.items()}
     rate = 2 * SIDE**3 / medians.pop("matmul")
     best = {}

@@ -4,14 +4,12 @@ Real candidates of three tasks are built with TVM and compiled with NVRTC in sev
 interleaved on each candidate, so that a busy machine disturbs all of them alike. Times are CPU
 seconds of this process. Needs no GPU, only the wheels of `pip install "gpu-aware-tune[cuda]"`.
 
-    python benchmarks/cuda_build.py --candidates 12 --repeats 3
+    python -m benchmarks.cuda_build --candidates 12 --repeats 3
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,18 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.cubin import machine_code  # noqa: E402
-from benchmarks.draws import random_schedules  # noqa: E402
-from benchmarks.environment import environment, write_results  # noqa: E402
-from gpu_aware_tune.codegen import cuda_toolchain  # noqa: E402
-from gpu_aware_tune.partition import device as devices  # noqa: E402
-from gpu_aware_tune.workers.warm import load_tvm  # noqa: E402
+from benchmarks.cubin import machine_code
+from benchmarks.draws import random_schedules
+from benchmarks.environment import RESULTS, environment, write_results
+from benchmarks.scaffold import parser
+from gpu_aware_tune.codegen import cuda_toolchain
+from gpu_aware_tune.codegen.cuda_source import lean_source
+from gpu_aware_tune.partition import device as devices
+from gpu_aware_tune.workers.warm import load_tvm
 
 ARCH = "sm_90a"
-RESULT = ROOT / "benchmarks" / "results" / "cuda-build.json"
+RESULTS_FILE = RESULTS / "cuda-build.json"
 # What TVM's callback puts in front of every source it compiles.
 HEADERS = "".join(f"#include <cuda/std/{name}>\n" for name in ("cstdint", "limits", "type_traits"))
 PHASES = {
@@ -120,7 +117,7 @@ def ways(folder: Path) -> dict[str, Callable[[str], bytes]]:
             cuda_toolchain._FLAGS = flags
 
     def lean(source: str) -> str:
-        text = cuda_toolchain.lean_source(source)
+        text = lean_source(source)
         assert text is not None
         return text
 
@@ -240,12 +237,11 @@ def show(title: str, facts: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the benchmark and write its figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--candidates", type=int, default=12, help="drawn for each task")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    options = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--candidates", type=int, default=12, help="drawn for each task")
+    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--seed", type=int, default=3)
+    options = command.parse_args()
     toolchain = cuda_toolchain.find_toolchain()
     load_tvm()
     about = environment()
@@ -274,8 +270,8 @@ def main() -> None:
         "seed": options.seed,
         "tasks": results,
     }
-    write_results(options.out, about, facts)
-    print(f"\nwritten to {options.out}")
+    write_results(options.results, about, facts)
+    print(f"\nwritten to {options.results}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Libraries for several shares: size, load time, switching; and whether two profiles agree.
 
-    python benchmarks/curves.py                                   # about five minutes
-    python benchmarks/curves.py --models squeezenet --rounds 2 --seconds 0.1 --switches 200
-    python benchmarks/curves.py --slim version-slim-320.onnx      # a model of few weights too
+    python -m benchmarks.curves                                   # about five minutes
+    python -m benchmarks.curves --models squeezenet --rounds 2 --seconds 0.1 --switches 200
+    python -m benchmarks.curves --slim version-slim-320.onnx      # a model of few weights too
 
 sizes      bytes of a folder with 1, 2 and 4 shares (the default schedules for 1 to 4 cores) that
            were compiled together, equal kernels once; of 4 shares with a library each; and of 4
@@ -17,7 +17,6 @@ The figures go to benchmarks/results/curves.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -31,13 +30,11 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS, ROOT, environment, write_results
+from benchmarks.model_latency import SLIM, SLIM_NAME, default_traces, model_file
+from benchmarks.scaffold import parser
 
-from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.model_latency import SLIM, SLIM_NAME, default_traces, model_file  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "curves.json"
+RESULTS_FILE = RESULTS / "curves.json"
 SHARES = (1, 2, 4)
 
 # In a process of its own; the model's first call is not part of loading.
@@ -53,18 +50,15 @@ print(json.dumps(time.perf_counter() - start))
 
 def main() -> None:
     """Measure every model, print a line for each, write the results file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", default="squeezenet,shufflenet,resnet50")
-    parser.add_argument("--slim", type=Path, default=SLIM, help="a model of few weights, if there")
-    parser.add_argument("--repeat-model", default="squeezenet", help="the one profiled twice")
-    parser.add_argument("--rounds", type=int, default=9, help="of each profile")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each slice")
-    parser.add_argument("--loads", type=int, default=5, help="processes that load each folder")
-    parser.add_argument("--switches", type=int, default=10_000)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--models", default="squeezenet,shufflenet,resnet50")
+    command.add_argument("--slim", type=Path, default=SLIM, help="a model of few weights, if there")
+    command.add_argument("--repeat-model", default="squeezenet", help="the one profiled twice")
+    command.add_argument("--rounds", type=int, default=9, help="of each profile")
+    command.add_argument("--seconds", type=float, default=0.5, help="of each slice")
+    command.add_argument("--loads", type=int, default=5, help="processes that load each folder")
+    command.add_argument("--switches", type=int, default=10_000)
+    args = command.parse_args()
     about = environment()
     models: dict[str, Any] = {}
     profiles = None

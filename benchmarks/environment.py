@@ -1,26 +1,31 @@
 """What the figures of a benchmark depend on beside the code: the machine, the versions, the time.
 
-    python benchmarks/environment.py        # prints it
+    python -m benchmarks.environment        # prints it
 
 Every results file has this object under "environment", always with the same keys.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import platform
 import re
 import subprocess
-import sys
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# TVM builds an extension for torch at its import, where torch is older: a minute in each process.
+os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NO_GPU = 3  # exit code where there is none
 PACKAGES = {  # each by the distributions that can give it
     "tvm": ("apache-tvm",),
     "tvm_ffi": ("apache-tvm-ffi",),
@@ -28,6 +33,9 @@ PACKAGES = {  # each by the distributions that can give it
     "onnxruntime": ("onnxruntime",),
     "xgboost": ("xgboost-cpu", "xgboost"),
     "numpy": ("numpy",),
+    "cuda_bindings": ("cuda-bindings",),
+    "nvrtc": ("nvidia-cuda-nvrtc",),
+    "torch": ("torch",),
 }
 
 
@@ -37,9 +45,11 @@ def environment(target: str = "llvm") -> dict[str, Any]:
     Args:
         target: where the kernels ran: "llvm" for this machine's CPU, "cuda" for its GPU.
     """
-    from gpu_aware_tune.partition import find_device
+    from gpu_aware_tune.partition import Nvml, find_device
 
     device, _ = find_device(target, 0, None)
+    with Nvml(0) as nvml:
+        now = nvml.snapshot()
     return {
         "device": device.key,
         "device_name": device.name,
@@ -48,6 +58,7 @@ def environment(target: str = "llvm") -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2),
         "gpus": gpus(),
+        "gpu_now": dataclasses.asdict(now),
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(*names) for name, names in PACKAGES.items()},
@@ -90,15 +101,17 @@ def commit(folder: Path = ROOT) -> str | None:
     return head.stdout.strip() + ("+changes" if changes.returncode else "")
 
 
-def gpus() -> list[dict[str, str | None]]:
-    """Name and driver of each GPU as nvidia-smi tells them; none where there is no driver."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1]
-    return [{"name": name.strip(), "driver": driver.strip()} for name, driver in rows]
+def gpus() -> list[dict[str, str]]:
+    """Name and driver of each GPU as NVML tells them; none where there is no driver."""
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError), contextlib.ExitStack() as undo:
+        pynvml.nvmlInit()
+        undo.callback(pynvml.nvmlShutdown)
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return [{"name": str(pynvml.nvmlDeviceGetName(h)), "driver": driver} for h in handles]
+    return []
 
 
 def write_results(path: Path, about: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -107,6 +120,14 @@ def write_results(path: Path, about: dict[str, Any], facts: dict[str, Any]) -> N
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps({"environment": about, **facts}, indent=1) + "\n")
     os.replace(partial, path)
+
+
+def gpu_results(name: str, folder: Path = RESULTS, null: bool = False) -> Path:
+    """The results file of a GPU benchmark, named by benchmark, device and date."""
+    found = gpus()
+    device = "null" if null else found[0]["name"].lower() if found else "none"
+    device = re.sub(r"[^a-z0-9]+", "-", device).strip("-")
+    return folder / f"{name}-{device}-{time.strftime('%Y-%m-%d', time.gmtime())}.json"
 
 
 def stamp(about: dict[str, Any]) -> dict[str, Any]:

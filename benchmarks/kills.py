@@ -1,6 +1,6 @@
 """kill -9 in mid-run, again and again: is anything lost, is anything left behind?
 
-    python benchmarks/kills.py --times 10
+    python -m benchmarks.kills --times 10
 
 Runs `tune` on a light model and kills the parent at a random moment, each time on the same record
 store. What the run had reported (its `-v` lines name every record on disk) must be there afterwards,
@@ -10,7 +10,6 @@ What was seen goes to benchmarks/results/kills.json, whether it was as it should
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -22,13 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS, ROOT, environment, write_results
+from benchmarks.light_models import light_models
+from benchmarks.scaffold import parser
 
-from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import light_models  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "kills.json"
+RESULTS_FILE = RESULTS / "kills.json"
 
 GRACE_S = 10.0
 SESSION = ".ses"  # a file of ONNX Runtime's own, which it also leaves after a normal end
@@ -38,13 +35,13 @@ OTHERS = set(MEMORY.glob("gpu-aware-tune-*"))  # there before
 
 def main() -> None:
     """Kill, check, and finish once."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--times", type=int, default=10)
+    command.add_argument("--seed", type=int, default=0)
+    args = command.parse_args()
     moment = random.Random(args.seed)
-    about, kills, last = environment(), [], None
+    about, last = environment(), None
+    kills: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = Path(name)
         for number in range(args.times):
@@ -87,14 +84,15 @@ def last_run(folder: Path, known: int) -> dict[str, Any]:
     """Let a run go on from the records to its end."""
     process = start(folder, "--trials", str(max(1, searched(folder)) + 8), "--json")
     output, _ = process.communicate()
-    finished = json.loads(output) if process.returncode == 0 else None
+    finished: dict[str, Any] = json.loads(output) if process.returncode == 0 else {}
+    verified = bool(finished) and finished["shares"][0]["verified"]
     kept = count(folder)
     return {
         "exit_code": process.returncode,
-        "trials": finished and finished["trials"],
-        "verified": finished and finished["shares"][0]["verified"],
+        "trials": finished.get("trials"),
+        "verified": verified,
         "kept": kept,
-        "ok": bool(finished) and finished["shares"][0]["verified"] and kept >= known,
+        "ok": verified and kept >= known,
     }
 
 

@@ -2,7 +2,7 @@
 
 As shipped, every weight is 0.02 and every output 0.001, which hides wrong numerics.
 
-    python benchmarks/light_models.py squeezenet squeezenet.onnx    # writes one; --seed 0
+    python -m benchmarks.light_models squeezenet squeezenet.onnx    # writes one; --seed 0
 """
 
 from __future__ import annotations

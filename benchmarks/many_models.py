@@ -1,6 +1,6 @@
 """Several models at the same time against one after another, ours and TVM's own tuner.
 
-    python benchmarks/many_models.py            # about half an hour; run it again to resume
+    python -m benchmarks.many_models            # about half an hour; run it again to resume
 
 Every side gets the same models, tasks, trials per task and trials per iteration:
 
@@ -21,38 +21,32 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS
+from benchmarks.light_models import write_seeded
+from benchmarks.scaffold import FLAG, answer, parser, resumed, run_apart
+from benchmarks.vs_metaschedule import opened, run_stock, searched
 
-from benchmarks.cells import FLAG, answer, resumed, run_apart  # noqa: E402
-from benchmarks.light_models import write_seeded  # noqa: E402
-from benchmarks.vs_metaschedule import opened, run_stock, searched  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "many-models.json"
+RESULTS_FILE = RESULTS / "many-models.json"
 MODELS = "squeezenet,shufflenet,inception_v1,resnet50"
 SIDES = ("stock", "turns", "together", "ray", "turns-1", "slices")
 
 
 def main() -> None:
     """Run what is missing from the results file, then print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--models", default=MODELS)
-    parser.add_argument("--tasks", type=int, default=4, help="heaviest tasks of each model")
-    parser.add_argument("--trials", type=int, default=16, help="trials per task")
-    parser.add_argument("--per-iter", type=int, default=16, help="candidates an iteration")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--sides", default=",".join(SIDES))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument(FLAG, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--models", default=MODELS)
+    command.add_argument("--tasks", type=int, default=4, help="heaviest tasks of each model")
+    command.add_argument("--trials", type=int, default=16, help="trials per task")
+    command.add_argument("--per-iter", type=int, default=16, help="candidates an iteration")
+    command.add_argument("--repeats", type=int, default=1)
+    command.add_argument("--sides", default=",".join(SIDES))
+    command.add_argument(FLAG, help=argparse.SUPPRESS)
+    args = command.parse_args()
     if args.cell:
         answer(args.cell, run_side)
         return

@@ -1,7 +1,7 @@
 """Is the fast measurement to be trusted? Against a long, exclusive one, on real candidates.
 
-    python benchmarks/measuring.py                                        # about ten minutes
-    python benchmarks/measuring.py --models squeezenet --candidates 16    # to see that it works
+    python -m benchmarks.measuring                                        # about ten minutes
+    python -m benchmarks.measuring --models squeezenet --candidates 16    # to see that it works
 
 For the heaviest tasks of two models, candidates are drawn as the search draws them, built, and
 visited in shuffled order. A visit measures one candidate in several ways, close together in time and
@@ -21,25 +21,20 @@ fast measurement would give with other settings, and at what cost.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import random
 import select
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import write_seeded  # noqa: E402
-from benchmarks.ranking import (  # noqa: E402
+from benchmarks.environment import RESULTS, environment, write_results
+from benchmarks.light_models import write_seeded
+from benchmarks.ranking import (
     EFFORTS,
     Series,
     better_half,
@@ -49,9 +44,10 @@ from benchmarks.ranking import (  # noqa: E402
     resolvable,
     retest_error,
 )
-from gpu_aware_tune.measure import RETIME, SEARCH, Contest, Effort, Job, Measurer  # noqa: E402
+from benchmarks.scaffold import parser
+from gpu_aware_tune.measure import RETIME, SEARCH, ComparisonJob, Effort, Job, Measurer
 
-RESULTS = ROOT / "benchmarks" / "results" / "measuring.json"
+RESULTS_FILE = RESULTS / "measuring.json"
 FOREVER = float("inf")
 # TVM's EvaluatorConfig: one repeat of at least 100 ms.
 TVM = Effort(probe_s=1e-9, repeat_s=0.1, min_repeats=1, max_repeats=1, drop_ratio=FOREVER)
@@ -66,13 +62,12 @@ ROUNDS = 40  # of the replay
 
 def main() -> None:
     """Measure, print the tables, write the results file after each task."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", default="squeezenet,resnet50")
-    parser.add_argument("--tasks", type=int, default=2, help="heaviest tasks of each model")
-    parser.add_argument("--candidates", type=int, default=30, help="of each task")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--models", default="squeezenet,resnet50")
+    command.add_argument("--tasks", type=int, default=2, help="heaviest tasks of each model")
+    command.add_argument("--candidates", type=int, default=30, help="of each task")
+    command.add_argument("--seed", type=int, default=0)
+    args = command.parse_args()
     about, rows = environment(), []
     for model in args.models.split(","):
         with Bench(model, args.tasks, args.seed) as bench:
@@ -156,7 +151,8 @@ class Bench:
         from gpu_aware_tune.search.candidates import NewTask
 
         self._searcher.add(NewTask(task.hash, module_to_json(task.module)))
-        worker, traces = self._searcher.worker, []
+        worker = self._searcher.worker
+        traces: list[str] = []
         while len(traces) < count:
             self._searcher.ask(task.hash)
             select.select([worker], [], [])
@@ -167,11 +163,11 @@ class Bench:
             traces += found
         return traces[:count]
 
-    def built(self, task: Any, traces: Sequence[str | None]) -> list[str]:
+    def built(self, task: Any, traces: Sequence[str]) -> list[str]:
         """Artifacts of the candidates that build; of equal machine code only one."""
         paths: dict[str, str] = {}
 
-        def start(trace: str | None) -> None:
+        def start(trace: str) -> None:
             self._builders.submit(None, task.hash, trace)
 
         for _, answer in self._builders.work_off(traces, start):
@@ -255,8 +251,8 @@ class Bench:
         truth = [(2 * a + b) / 3 for a, b in zip(long, column["later"], strict=True)]
         finalists = sorted(range(len(visits)), key=column["fast"].__getitem__)[:TOP]
         paths = column["path"]
-        contest = Contest(tuple(paths[i] for i in finalists), task.args, task.hash, RETIME)
-        compared = zip(finalists, self._measurer.compare(contest), strict=True)
+        comparison = ComparisonJob(tuple(paths[i] for i in finalists), task.args, task.hash, RETIME)
+        compared = zip(finalists, self._measurer.compare(comparison), strict=True)
         retimed = {i: result.seconds or FOREVER for i, result in compared}
         picked = min(finalists, key=retimed.__getitem__)
         sentinels = [*column["sentinel"], *column["sentinel_later"]]

@@ -1,9 +1,9 @@
 """Latency of whole models on this machine's cores: plain, untuned, tuned, ONNX Runtime.
 
-    python benchmarks/model_latency.py                               # a few minutes, tunes nothing
-    python benchmarks/model_latency.py --tune --trials 512           # tunes each model first
-    python benchmarks/model_latency.py --tuned resnet50=r50.tuned    # takes a library that is there
-    python benchmarks/model_latency.py --sides nchw,untuned --models all    # what blocks bring
+    python -m benchmarks.model_latency                               # a few minutes, tunes nothing
+    python -m benchmarks.model_latency --tune --trials 512           # tunes each model first
+    python -m benchmarks.model_latency --tuned resnet50=r50.tuned    # takes a library that is there
+    python -m benchmarks.model_latency --sides nchw,untuned --models all    # what blocks bring
 
 plain      TVM's build without any schedule
 nchw       ours with the default schedules, every image in the layout that ONNX gives it
@@ -24,50 +24,43 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS, ROOT, environment, write_results
+from benchmarks.light_models import light_models, write_seeded
+from benchmarks.scaffold import Timer, parser, sampled, take_turns
 
-from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import light_models, write_seeded  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "model-latency.json"
+RESULTS_FILE = RESULTS / "model-latency.json"
 SLIM = ROOT.parent / "shared" / "models" / "version-slim-320.onnx"
 SLIM_NAME = "slim-320"
 SIDES = ("plain", "nchw", "untuned")
 SIDE = 1024  # of the matrices
 PAUSE_S = 0.3  # TVM's threads wait for more work for half of that
-Timer = Callable[[float], list[float]]  # seconds to run for -> seconds of each run
 
 
 def main() -> None:
     """Measure every model that is asked for, print a table, write the results file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--models", default="squeezenet,resnet50,slim-320", help="or all")
+    command.add_argument("--sides", default=",".join(SIDES), help="beside tuned and ort")
+    command.add_argument("--slim", type=Path, default=SLIM, help="path of version-slim-320.onnx")
+    command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    command.add_argument("--rounds", type=int, default=8, help="turns of each")
+    command.add_argument("--seconds", type=float, default=0.5, help="of each turn")
+    command.add_argument("--tuned", action="append", default=[], metavar="NAME=FOLDER")
+    command.add_argument(
+        "--tune", action="store_true", help="tune the models without --tuned first"
     )
-    parser.add_argument("--models", default="squeezenet,resnet50,slim-320", help="or all")
-    parser.add_argument("--sides", default=",".join(SIDES), help="beside tuned and ort")
-    parser.add_argument("--slim", type=Path, default=SLIM, help="path of version-slim-320.onnx")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each turn")
-    parser.add_argument("--tuned", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--tune", action="store_true", help="tune the models without --tuned first")
-    parser.add_argument("--trials", type=int, default=512)
-    parser.add_argument("--db", type=Path, help="record store for --tune [default: a fresh one]")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command.add_argument("--trials", type=int, default=512)
+    command.add_argument("--db", type=Path, help="record store for --tune [default: a fresh one]")
+    args = command.parse_args()
     folders = {name: Path(folder) for name, _, folder in (t.partition("=") for t in args.tuned)}
     if unknown := set(args.sides.split(",")) - set(SIDES):
-        parser.error(f"--sides {', '.join(unknown)}: one of {', '.join(SIDES)}")
+        command.error(f"--sides {', '.join(unknown)}: one of {', '.join(SIDES)}")
     rows = {}
     about = environment()
     with tempfile.TemporaryDirectory() as scratch:
@@ -107,7 +100,7 @@ def measure(
     """Milliseconds of one inference for each contestant, ratios, and errors."""
     import tvm
 
-    from gpu_aware_tune.finalize.verify import difference
+    from gpu_aware_tune.finalize.kernel_check import difference
     from gpu_aware_tune.library import open_vm, save_weights
     from gpu_aware_tune.library.threads import CoreThread
     from gpu_aware_tune.model.importer import load_model, random_inputs
@@ -135,7 +128,7 @@ def measure(
         outputs["tuned"], timers["tuned"] = contestant(program, inputs, cores)
     timers["ort"], reference = onnxruntime_timer(model.prepared, inputs, args.threads)
     timers["matmul"], _ = onnxruntime_timer(matmul(), matrices(), args.threads)
-    samples = take_turns(timers, args.rounds, args.seconds)
+    samples = take_turns(timers, args.rounds, args.seconds, PAUSE_S)
     cores.stop()
     rate = 2 * SIDE**3 / statistics.median(samples.pop("matmul"))
     flops = sum(task.flops * task.weight for task in extract(model, target))
@@ -173,14 +166,13 @@ def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
 
 def default_traces(model: Any, target: Any) -> dict[str, str]:
     """A model's default schedules, by task."""
-    from gpu_aware_tune.kernels.schedules import default_schedule
+    from gpu_aware_tune.kernels.schedules import default_schedules
     from gpu_aware_tune.kernels.traces import trace_to_json
     from gpu_aware_tune.model.tasks import extract
 
     traces = {}
     for task in extract(model, target):
-        schedule = default_schedule(task.module, target)
-        if schedule is not None:
+        for schedule in default_schedules(task.module, target, most=1):
             traces[task.hash] = trace_to_json(schedule.trace)
     return traces
 
@@ -213,27 +205,8 @@ def onnxruntime_timer(
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
-    def sample(seconds: float) -> list[float]:
-        samples: list[float] = []
-        end = time.perf_counter() + seconds
-        while not samples or time.perf_counter() < end:
-            start = time.perf_counter()
-            session.run(names, inputs)
-            samples.append(time.perf_counter() - start)
-        return samples
-
-    return sample, session.run(names, inputs)
-
-
-def take_turns(timers: dict[str, Timer], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Let the contestants run in turn; the first run after each pause does not count."""
-    samples: dict[str, list[float]] = {kind: [] for kind in timers}
-    for _ in range(rounds):
-        for kind, timer in timers.items():
-            time.sleep(PAUSE_S)
-            found = timer(seconds)
-            samples[kind].extend(found[1:] or found)
-    return samples
+    outputs = session.run(names, inputs)
+    return lambda seconds: sampled(lambda: session.run(names, inputs), seconds), outputs
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

@@ -9,9 +9,9 @@ which at least one is floating point. Shape-like inputs (`SHAPE_LIKE`) are froze
 as exporters do, for both routes alike. Two figures come out: one case per operator (the first that
 ONNX lists, without the `_expanded` twins), and all cases. A refusal counts as a failure.
 
-    python benchmarks/onnx_coverage.py                 # everything, both routes
-    python benchmarks/onnx_coverage.py --per-family    # one case per operator
-    python benchmarks/onnx_coverage.py --family Resize --verbose
+    python -m benchmarks.onnx_coverage                 # everything, both routes
+    python -m benchmarks.onnx_coverage --per-family    # one case per operator
+    python -m benchmarks.onnx_coverage --family Resize --verbose
 """
 
 from __future__ import annotations
@@ -36,12 +36,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS, environment, write_results
 
-from benchmarks.environment import environment, write_results  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "onnx-coverage.json"
+RESULTS_FILE = RESULTS / "onnx-coverage.json"
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 INTEGERS = {
     TensorProto.BOOL,

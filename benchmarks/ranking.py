@@ -1,6 +1,6 @@
 """How far two rankings of candidates agree, and what other ways to measure would have given.
 
-`benchmarks/measuring.py` measures; this is the arithmetic behind its tables.
+`benchmarks.measuring` measures; this is the arithmetic behind its tables.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from gpu_aware_tune.measure import SEARCH, Effort
-from gpu_aware_tune.measure.timing import lowest_tenth, measure
+from gpu_aware_tune.measure.timing import measure, percentile_10
 
 # What a candidate's repeats are summed up to. The lowest tenth is what the search takes.
 STATISTICS: Mapping[str, Callable[[Sequence[float]], float]] = {
-    "lowest tenth": lowest_tenth,
+    "lowest tenth": percentile_10,
     "lower quartile": lambda samples: float(np.percentile(samples, 25)),
     "minimum": min,
     "median": statistics.median,
@@ -64,7 +64,7 @@ def resolvable(ys: Sequence[float], error: float) -> tuple[np.ndarray, np.ndarra
     return first[kept], second[kept]
 
 
-def retest_error(once: Sequence[float], again: Sequence[float]) -> float:
+def retest_error(once: Sequence[float] | np.ndarray, again: Sequence[float] | np.ndarray) -> float:
     """Return what nine of ten repetitions of a measurement stay within, as a logarithm."""
     return float(np.percentile(np.abs(np.log(np.asarray(again) / np.asarray(once))), 90))
 

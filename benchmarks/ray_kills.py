@@ -1,6 +1,6 @@
 """kill -9 on a Ray cluster, again and again, each kind of process: does the run go on, is all clean?
 
-    python benchmarks/ray_kills.py --times 10
+    python -m benchmarks.ray_kills --times 10
 
 Two nodes of a cluster on this machine tune a light model. At random moments a process of each kind is
 killed, and after each kill the records on disk must go on growing with none lost. A raylet that was
@@ -12,7 +12,6 @@ benchmarks/results/ray-kills.json, whether it was as it should be or not.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -27,14 +26,12 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS, ROOT, environment, write_results
+from benchmarks.kills import count, wait_until_gone
+from benchmarks.light_models import light_models
+from benchmarks.scaffold import parser
 
-from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.kills import count, wait_until_gone  # noqa: E402
-from benchmarks.light_models import light_models  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "ray-kills.json"
+RESULTS_FILE = RESULTS / "ray-kills.json"
 KINDS = ("actor", "raylet", "host", "measuring worker", "other worker", "driver")
 MARK = "GPU_AWARE_TUNE_KILLS"
 GOES_ON_S = 180.0
@@ -44,13 +41,14 @@ GROWTH = 5  # records after a kill that show that the run goes on
 
 def main() -> None:
     """Kill, check, and finish once."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--times", type=int, default=10, help="kills of each kind")
-    parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--within", type=float, default=15.0, help="longest wait before a kill (s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--times", type=int, default=10, help="kills of each kind")
+    command.add_argument("--kinds", default=",".join(KINDS))
+    command.add_argument(
+        "--within", type=float, default=15.0, help="longest wait before a kill (s)"
+    )
+    command.add_argument("--seed", type=int, default=0)
+    args = command.parse_args()
     moment = random.Random(args.seed)
     about = environment()
     seen: dict[str, Any] = {"seed": args.seed, "ok": False, "kills": [], "last_run": None}

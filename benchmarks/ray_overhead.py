@@ -1,6 +1,6 @@
 """What Ray costs: the same search through Ray on this one machine, and without it, taking turns.
 
-    python benchmarks/ray_overhead.py --rounds 3
+    python -m benchmarks.ray_overhead --rounds 3
 
 Each round tunes a light model twice from nothing: with local pools, and through a Ray cluster that
 is started for it. Printed and kept: seconds per trial of the search stage, how long the cluster and
@@ -10,11 +10,9 @@ machine gets once are told apart).
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,18 +20,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS, environment, write_results
+from benchmarks.light_models import write_seeded
+from benchmarks.scaffold import parser
+from gpu_aware_tune.cluster import members
+from gpu_aware_tune.cluster.messages import NodeSetup
+from gpu_aware_tune.events import Note, Stage, Trial
+from gpu_aware_tune.settings import Settings
+from gpu_aware_tune.tuning import tune_events
 
-from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import write_seeded  # noqa: E402
-from gpu_aware_tune.cluster import members  # noqa: E402
-from gpu_aware_tune.cluster.messages import NodeSetup  # noqa: E402
-from gpu_aware_tune.events import Note, Stage, Trial  # noqa: E402
-from gpu_aware_tune.settings import Settings  # noqa: E402
-from gpu_aware_tune.tuning import tune_events  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "ray-overhead.json"
+RESULTS_FILE = RESULTS / "ray-overhead.json"
 
 
 class CountingMembers(members.Members):
@@ -60,12 +56,11 @@ class CountingMembers(members.Members):
 
 def main() -> None:
     """Take turns, print the table, write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="squeezenet")
-    parser.add_argument("--trials", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--model", default="squeezenet")
+    command.add_argument("--trials", type=int, default=128)
+    command.add_argument("--rounds", type=int, default=3)
+    args = command.parse_args()
     members.Members = CountingMembers  # type: ignore[misc]
     about = environment()
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """What a model costs that shares most of its kernels with one that is tuned already.
 
-    python benchmarks/second_model.py           # about ten minutes
+    python -m benchmarks.second_model           # about ten minutes
 
 resnet50 is tuned, then the same network with another head. Three ways: the second after the first
 with the first's records, both in one run, and the second alone without records. Told are the
@@ -10,8 +10,6 @@ and verifying the second model are the same in every way.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,25 +18,20 @@ from typing import Any
 import onnx
 from onnx import ModelProto, numpy_helper
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS, environment, write_results
+from benchmarks.light_models import seeded
+from benchmarks.scaffold import parser
 
-from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import seeded  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "second-model.json"
+RESULTS_FILE = RESULTS / "second-model.json"
 
 
 def main() -> None:
     """Run the three ways and print a row for each run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--classes", type=int, default=100, help="of the second model")
-    parser.add_argument("--trials", type=int, default=256)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--model", default="resnet50")
+    command.add_argument("--classes", type=int, default=100, help="of the second model")
+    command.add_argument("--trials", type=int, default=256)
+    args = command.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="second-model-") as name:
         folder = Path(name)

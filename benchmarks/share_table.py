@@ -1,7 +1,7 @@
 """Kernels tuned at 1 and 2 cores, and one set for both (`robust`), each run on 1 and 2 cores.
 
-    python benchmarks/share_table.py                            # about ten minutes
-    python benchmarks/share_table.py --models squeezenet --trials 32
+    python -m benchmarks.share_table                            # about ten minutes
+    python -m benchmarks.share_table --models squeezenet --trials 32
 
 Each model is tuned once, for a set of kernels for each share; then the one set that loses least on
 all of them is chosen from the same records. Then the three sets run on every share, all of them in
@@ -22,28 +22,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS, ROOT, environment, write_results
+from benchmarks.light_models import write_seeded
+from benchmarks.scaffold import parser
 
-from benchmarks.environment import environment, write_results  # noqa: E402
-from benchmarks.light_models import write_seeded  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "share-table.json"
+RESULTS_FILE = RESULTS / "share-table.json"
 
 
 def main() -> None:
     """Tune, run every set on every share, print the tables, write the results file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", default="squeezenet,resnet50")
-    parser.add_argument("--trials", type=int, default=128, help="of the search")
-    parser.add_argument("--percents", default="50,100", help="the shares")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each slice")
-    parser.add_argument("--rounds", type=int, default=25, help="slices of each set on each share")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write a page a model")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--models", default="squeezenet,resnet50")
+    command.add_argument("--trials", type=int, default=128, help="of the search")
+    command.add_argument("--percents", default="50,100", help="the shares")
+    command.add_argument("--seconds", type=float, default=0.3, help="of each slice")
+    command.add_argument("--rounds", type=int, default=25, help="slices of each set on each share")
+    command.add_argument("--report", type=Path, metavar="FOLDER", help="write a page a model")
+    args = command.parse_args()
     about, models = environment(), {}
     with tempfile.TemporaryDirectory(prefix="share-table-") as scratch:
         for name in args.models.split(","):
@@ -102,7 +97,9 @@ def measured(folders: dict[str, Path], seconds: float, rounds: int) -> dict[str,
     device, _ = find_device("llvm", 0, None)
     backend, _ = choose_backend(device)
     (plain,) = open_folders([folders["share"]])
-    sets = {f"tuned at {units}": (folders["share"], units) for units in plain.manifest.units}
+    sets: dict[str, tuple[Path, int | None]] = {
+        f"tuned at {units}": (folders["share"], units) for units in plain.manifest.units
+    }
     sets["robust"] = (folders["robust"], None)
     with contextlib.ExitStack() as stack:
         shares = [share_for(device, backend, units) for units in plain.manifest.units]
@@ -117,7 +114,14 @@ def measured(folders: dict[str, Path], seconds: float, rounds: int) -> dict[str,
     curves = {}
     for number, label in enumerate(sets):
         own = tuple(points[number * len(partitions) : (number + 1) * len(partitions)])
-        facts = (plain.model, device.key, backend, device.unit, device.units_total, own)
+        facts = (
+            plain.manifest.model.name,
+            device.key,
+            backend,
+            device.unit,
+            device.units_total,
+            own,
+        )
         curves[label] = Curve(*facts).as_dict()
     return curves
 

@@ -1,7 +1,7 @@
 """Our tuner against TVM's own `tune_tasks`, side by side, on the same tasks.
 
-    python benchmarks/vs_metaschedule.py --quick      # under ten minutes
-    python benchmarks/vs_metaschedule.py              # hours; run it again to resume
+    python -m benchmarks.vs_metaschedule --quick      # under ten minutes
+    python -m benchmarks.vs_metaschedule              # hours; run it again to resume
 
 Both sides get the same model, target, tasks, trials per task and trials per iteration. TVM runs
 with its own defaults: LocalBuilder, LocalRunner, XGBModel, population 512. Each run is a process of
@@ -16,38 +16,32 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.environment import RESULTS
+from benchmarks.light_models import write_seeded
+from benchmarks.scaffold import FLAG, answer, parser, resumed, run_apart
 
-from benchmarks.cells import FLAG, answer, resumed, run_apart  # noqa: E402
-from benchmarks.light_models import write_seeded  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "vs-metaschedule.json"
+RESULTS_FILE = RESULTS / "vs-metaschedule.json"
 
 
 def main() -> None:
     """Run what is missing from the results file, then print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--models", default="squeezenet,resnet50")
-    parser.add_argument("--tasks", type=int, default=8, help="heaviest tasks of each model")
-    parser.add_argument("--trials", type=int, default=64, help="trials per task")
-    parser.add_argument("--per-iter", default="16,64", help="candidates an iteration")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument(
+    command = parser(__doc__, RESULTS_FILE)
+    command.add_argument("--models", default="squeezenet,resnet50")
+    command.add_argument("--tasks", type=int, default=8, help="heaviest tasks of each model")
+    command.add_argument("--trials", type=int, default=64, help="trials per task")
+    command.add_argument("--per-iter", default="16,64", help="candidates an iteration")
+    command.add_argument("--repeats", type=int, default=2)
+    command.add_argument(
         "--quick", action="store_true", help="squeezenet, 4 tasks, 32 trials, 16 an iteration"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument(FLAG, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    command.add_argument(FLAG, help=argparse.SUPPRESS)
+    args = command.parse_args()
     if args.cell:
         answer(args.cell, run_one)
         return
@@ -164,7 +158,7 @@ def run_stock(
     failed = 0
 
     @derived_object
-    class Clock(PyMeasureCallback):  # type: ignore[misc]
+    class Clock(PyMeasureCallback):
         def apply(self, task_scheduler: Any, task_id: int, measure_candidates: Any,
                   builder_results: Any, runner_results: Any) -> None:  # fmt: skip
             nonlocal failed

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpu_aware_tune.errors import SetupError, TuneError, UserError
     from gpu_aware_tune.library import Library, load
+    from gpu_aware_tune.planning.demand import Demand
+    from gpu_aware_tune.planning.device import PlanDevice
+    from gpu_aware_tune.planning.planner import plan
+    from gpu_aware_tune.planning.schedule import Plan
     from gpu_aware_tune.profiling.curves import Curve
     from gpu_aware_tune.profiling.profiles import profile
     from gpu_aware_tune.run.jobs import make_jobs
@@ -22,9 +26,12 @@ __version__ = "0.1.0"
 _HOME = {
     "Curve": "profiling.curves",
     "DEFAULT": "settings",
+    "Demand": "planning.demand",
     "FULL": "settings",
     "QUICK": "settings",
     "Library": "library",
+    "Plan": "planning.schedule",
+    "PlanDevice": "planning.device",
     "Settings": "settings",
     "SetupError": "errors",
     "TuneError": "errors",
@@ -32,6 +39,7 @@ _HOME = {
     "load": "library",
     "make_jobs": "run.jobs",
     "make_settings": "settings",
+    "plan": "planning.planner",
     "profile": "profiling.profiles",
     "tune": "tuning",
     "tune_events": "tuning",
@@ -44,7 +52,10 @@ __all__ = [
     "FULL",
     "QUICK",
     "Curve",
+    "Demand",
     "Library",
+    "Plan",
+    "PlanDevice",
     "Settings",
     "SetupError",
     "TuneError",
@@ -52,6 +63,7 @@ __all__ = [
     "load",
     "make_jobs",
     "make_settings",
+    "plan",
     "profile",
     "tune",
     "tune_events",

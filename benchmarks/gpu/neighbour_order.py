@@ -24,16 +24,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.children import stop_orderly
-from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
-from benchmarks.gpu.models import MODELS, write_model
+from benchmarks.scaffold import gpu_benchmark, gpu_parser
 
 if TYPE_CHECKING:
     from gpu_aware_tune.events import Event
@@ -52,40 +48,29 @@ _BACKENDS = ("green", "mps", "mig")  # those of a GPU that have slices
 def main() -> None:
     """Tune in both ways in turns, print a line for each run and what they come to."""
     args = arguments()
-    if not require_gpu(args.null):
-        sys.exit(NO_GPU)
-    stop_orderly()
-    results = Path(tempfile.mkdtemp()) if args.null else args.results
     names = args.models.split(",")
     options = {"trials": args.trials, "time_s": args.time, **where(args.partition, args.null)}
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [write_model(name, Path(folder), tiny=args.null) for name in names]
+    with gpu_benchmark("gpu-neighbour-order", args) as run:
+        paths = [path for _, path in run.models()]
         for way, repeat in turns(args.repeats):
-            db = Path(folder) / f"{way}-{repeat}"
+            db = run.scratch / f"{way}-{repeat}"
             runs.append({"way": way, "repeat": repeat, **tuned(paths, way, repeat, db, options)})
             print(line(runs[-1]), flush=True)
             found = verdict(runs)
             settings = {"models": names, "repeats": args.repeats, **options}
-            figures = {"settings": settings, "verdict": found, "runs": runs}
-            written = write_results("gpu-neighbour-order", figures, args.null, results)
-    print(closing(found))
-    print(f"written to {written}")
+            run.write(settings=settings, verdict=found, runs=runs)
+        print(closing(found))
 
 
 def arguments() -> argparse.Namespace:
     """The command line; with --null few trials, since it is the code that is tried there."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--partition", default=_BACKENDS[0], choices=_BACKENDS)
-    parser.add_argument("--trials", type=int, help="of each model in a run (256; --null: 8)")
-    parser.add_argument("--time", type=float, help="most seconds of each search (no limit)")
-    parser.add_argument("--repeats", type=int, help="of both ways (3; --null: 1)")
-    parser.add_argument("--null", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    args = parser.parse_args()
+    command = gpu_parser(__doc__)
+    command.add_argument("--partition", default=_BACKENDS[0], choices=_BACKENDS)
+    command.add_argument("--trials", type=int, help="of each model in a run (256; --null: 8)")
+    command.add_argument("--time", type=float, help="most seconds of each search (no limit)")
+    command.add_argument("--repeats", type=int, help="of both ways (3; --null: 1)")
+    args = command.parse_args()
     args.trials = args.trials or (8 if args.null else 256)
     args.repeats = args.repeats or (1 if args.null else 3)
     return args

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.children import ROOT, asked, die_with_parent, stop_orderly, tell
-from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
-from benchmarks.gpu.models import MODELS, write_model
+from benchmarks.environment import ROOT
+from benchmarks.scaffold import asked, die_with_parent, gpu_benchmark, gpu_parser, take_turns, tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,38 +37,26 @@ _ROUNDS = 5
 
 def main() -> None:
     """Tune, run every library on every share, print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--shares", default="10,30,50,100")
-    parser.add_argument("--time", type=float, default=40.0, help="seconds of each search")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each timing")
-    parser.add_argument("--null", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    command = gpu_parser(__doc__)
+    command.add_argument("--shares", default="10,30,50,100")
+    command.add_argument("--time", type=float, default=40.0, help="seconds of each search")
+    command.add_argument("--seconds", type=float, default=1.0, help="of each timing")
+    command.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
+    args = command.parse_args()
     if args.child:
         die_with_parent()
         tell(latencies(**json.loads(args.child)))
         return
-    if not require_gpu(args.null):
-        sys.exit(NO_GPU)
     percents = tuple(int(part) for part in args.shares.split(","))
-    stop_orderly()
     rows: dict[str, dict[str, Any]] = {}
-    results = Path(tempfile.mkdtemp()) if args.null else args.results
     settings = {"shares": percents, "time_s": args.time}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models.split(","):
-            path = write_model(name, Path(folder), tiny=args.null)
+    with gpu_benchmark("gpu-share-gain", args) as run:
+        for name, path in run.models():
             rows[name] = {}
-            for row in one_model(name, path, percents, args, Path(folder)):
+            for row in one_model(name, path, percents, args, run.scratch):
                 rows[name] |= row
-                figures = {"settings": settings, "models": rows}
-                written = write_results("gpu-share-gain", figures, args.null, results)
+                run.write(settings=settings, models=rows)
             print(table(name, rows[name]), flush=True)
-    print(f"written to {written}")
 
 
 def one_model(
@@ -103,8 +89,9 @@ def tuned(
     settings = Settings(
         gpu_pct=percents, target="llvm" if args.null else "cuda", time_s=args.time, db=db,
         trials=4 if args.null else None, output=output, resume=False,
-        **({"trials_per_iteration": 4} if args.null else {}),
     )  # fmt: skip
+    if args.null:
+        settings = dataclasses.replace(settings, trials_per_iteration=4)
     found: dict[str, Any] = {}
     for event in tune_events(path, settings):
         if isinstance(event, Planned):
@@ -135,7 +122,6 @@ def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
     root = Path(folder)
     manifest, inputs = described(root)
     weights = Weights(root / "weights.bin")
-    samples: dict[str, list[float]] = {}
     with inside(manifest, units):
         timers = {
             str(each["units"]): open_vm(
@@ -143,9 +129,7 @@ def latencies(folder: str, units: int, seconds: float) -> dict[str, float]:
             ).timer(inputs)
             for each in manifest["libraries"]
         }
-        for _ in range(_ROUNDS):  # in turn, so that drift meets all alike
-            for made_for, timer in timers.items():
-                samples.setdefault(made_for, []).extend(timer(seconds / _ROUNDS))
+        samples = take_turns(timers, _ROUNDS, seconds / _ROUNDS)
     return {made_for: statistics.median(values) for made_for, values in samples.items()}
 
 

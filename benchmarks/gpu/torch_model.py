@@ -34,7 +34,7 @@ def torch_module(path: Path) -> Any:
     if unknown:
         raise ValueError(f"operators that this benchmark does not translate: {', '.join(unknown)}")
 
-    class Graph(torch.nn.Module):  # type: ignore[misc]
+    class Graph(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.shapes = {k: v.tolist() for k, v in constants.items() if v.dtype == np.int64}

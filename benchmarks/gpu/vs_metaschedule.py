@@ -25,9 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import ROOT, die_with_parent, stop_orderly
-from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
-from benchmarks.gpu.models import MODELS, write_model
+from benchmarks.environment import ROOT
+from benchmarks.scaffold import die_with_parent, gpu_benchmark, gpu_parser
 from benchmarks.vs_metaschedule import stock_contexts
 
 _START_S = 60.0  # imports and reading the model
@@ -35,38 +34,26 @@ _START_S = 60.0  # imports and reading the model
 
 def main() -> None:
     """Run each side on each model in a process of its own, and print the comparison."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--trials", type=int, default=512, help="for each model and side")
-    parser.add_argument("--per-iter", type=int, default=64, help="candidates an iteration")
-    parser.add_argument("--seconds", type=float, default=45.0, help="for each model and side")
-    parser.add_argument("--null", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--side", nargs=2, metavar=("SIDE", "JSON"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    command = gpu_parser(__doc__)
+    command.add_argument("--trials", type=int, default=512, help="for each model and side")
+    command.add_argument("--per-iter", type=int, default=64, help="candidates an iteration")
+    command.add_argument("--seconds", type=float, default=45.0, help="for each model and side")
+    command.add_argument("--side", nargs=2, metavar=("SIDE", "JSON"), help=argparse.SUPPRESS)
+    args = command.parse_args()
     if args.side:
         die_with_parent()
         run_side(args.side[0], **json.loads(args.side[1]))
         return
-    if not require_gpu(args.null):
-        sys.exit(NO_GPU)
-    stop_orderly()
     rows: dict[str, dict[str, Any]] = {}
-    results = Path(tempfile.mkdtemp()) if args.null else args.results
     settings = {"trials": args.trials, "per_iter": args.per_iter, "seconds": args.seconds}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models.split(","):
-            path = write_model(name, Path(folder), tiny=args.null)
+    with gpu_benchmark("gpu-vs-metaschedule", args) as run:
+        for name, path in run.models():
             for side in ("stock", "ours"):
                 cell = {"model": str(path), "trials": args.trials, "per_iter": args.per_iter,
                         "null": args.null}  # fmt: skip
                 rows.setdefault(name, {})[side] = found = measured(side, cell, args.seconds)
                 print(f"{name} {side}: {line(found)}", flush=True)
-                figures = {"settings": settings, "models": rows}
-                written = write_results("gpu-vs-metaschedule", figures, args.null, results)
-    print(f"written to {written}")
+                run.write(settings=settings, models=rows)
 
 
 def measured(side: str, cell: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -190,7 +177,7 @@ def run_stock(path: Path, trials: int, per_iter: int, null: bool) -> None:
     done = failed = 0
 
     @derived_object
-    class Teller(PyMeasureCallback):  # type: ignore[misc]
+    class Teller(PyMeasureCallback):
         def apply(self, task_scheduler: Any, task_id: int, measure_candidates: Any,
                   builder_results: Any, runner_results: Any) -> None:  # fmt: skip
             nonlocal done, failed

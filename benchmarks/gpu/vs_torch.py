@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,55 +30,50 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.children import asked, die_with_parent, stop_orderly, tell
-from benchmarks.gpu.environment import NO_GPU, RESULTS, require_gpu, write_results
-from benchmarks.gpu.models import MODELS, write_model
 from benchmarks.gpu.share_gain import KEPT, described, inside
+from benchmarks.scaffold import (
+    Timer,
+    asked,
+    die_with_parent,
+    gpu_benchmark,
+    gpu_parser,
+    sampled,
+    take_turns,
+    tell,
+)
 
 _ROUNDS = 5
-Sampler = Callable[[float], list[float]]
 
 
 def main() -> None:
     """Run every cell in a process of its own until the budget is used up."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--shares", default="30,100")
-    parser.add_argument("--dtypes", default="float32,float16,tf32")
-    parser.add_argument(
+    command = gpu_parser(__doc__)
+    command.add_argument("--shares", default="30,100")
+    command.add_argument("--dtypes", default="float32,float16,tf32")
+    command.add_argument(
         "--time", type=float, default=20.0, help="seconds of a search, where needed"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each contestant's timing")
-    parser.add_argument("--mode", default="default", help="of torch.compile")
-    parser.add_argument("--cell-seconds", type=float, default=120.0, help="at most, for each cell")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds for everything")
-    parser.add_argument("--null", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--cell", metavar="JSON", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    command.add_argument("--seconds", type=float, default=1.0, help="of each contestant's timing")
+    command.add_argument("--mode", default="default", help="of torch.compile")
+    command.add_argument("--cell-seconds", type=float, default=120.0, help="at most, for each cell")
+    command.add_argument("--budget", type=float, default=600.0, help="seconds for everything")
+    command.add_argument("--cell", metavar="JSON", help=argparse.SUPPRESS)
+    args = command.parse_args()
     if args.cell:
         die_with_parent()
         for row in cell(**json.loads(args.cell)):
             tell(row)
         return
-    if not require_gpu(args.null):
-        sys.exit(NO_GPU)
-    stop_orderly()
     end = time.monotonic() + args.budget
-    results = Path(tempfile.mkdtemp()) if args.null else args.results
     percents = [int(part) for part in args.shares.split(",")]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with gpu_benchmark("gpu-vs-torch", args) as run:
         for dtype in args.dtypes.split(","):
-            for name in args.models.split(","):
-                path = write_model(name, Path(folder), tiny=args.null)
-                for row in one_model(name, path, dtype, percents, args, Path(folder), end):
+            for name, path in run.models():
+                for row in one_model(name, path, dtype, percents, args, run.scratch, end):
                     rows.append(row)
                     print(line(row), flush=True)
-                    written = write_results("gpu-vs-torch", {"rows": rows}, args.null, results)
-    print(f"written to {written}")
+                    run.write(rows=rows)
 
 
 def one_model(
@@ -134,8 +128,9 @@ def tuned(
         gpu_pct=tuple(percents), target="llvm" if args.null else "cuda", time_s=args.time,
         trials=4 if args.null else None, dtype=None if as_it_is else dtype,
         db=scratch / f"{name}-{dtype}-db", output=output, resume=False,
-        **({"trials_per_iteration": 4} if args.null else {}),
     )  # fmt: skip
+    if args.null:
+        settings = dataclasses.replace(settings, trials_per_iteration=4)
     for _ in tune_events(path, settings):
         pass
     return output
@@ -183,11 +178,11 @@ class _Cell:
     """The contestants of a cell, what each computes, and who is left out."""
 
     def __init__(self) -> None:
-        self.samplers: dict[str, Sampler] = {}
+        self.samplers: dict[str, Timer] = {}
         self.outputs: dict[str, np.ndarray] = {}
         self.left_out: dict[str, str] = {}
 
-    def add(self, name: str, make: Callable[[], tuple[Sampler, np.ndarray]]) -> None:
+    def add(self, name: str, make: Callable[[], tuple[Timer, np.ndarray]]) -> None:
         """Add a contestant; whatever keeps it away is said, not fatal."""
         try:
             self.samplers[name], self.outputs[name] = make()
@@ -196,10 +191,7 @@ class _Cell:
 
     def measured(self, seconds: float) -> dict[str, Any]:
         """Every contestant's milliseconds, in turns, and how far its numbers are from ours."""
-        samples: dict[str, list[float]] = {name: [] for name in self.samplers}
-        for _ in range(_ROUNDS):
-            for name, sampler in self.samplers.items():
-                samples[name].extend(sampler(seconds / _ROUNDS))
+        samples = take_turns(self.samplers, _ROUNDS, seconds / _ROUNDS)
         ours = self.outputs["ours"].astype("float64")
         scale = float(np.abs(ours).max()) or 1.0
         return {
@@ -215,7 +207,7 @@ class _Cell:
 
 def _torch(
     path: Path, inputs: dict[str, np.ndarray], dtype: str, stream: int | None, mode: str = ""
-) -> tuple[Sampler, np.ndarray]:
+) -> tuple[Timer, np.ndarray]:
     """torch on the partition's stream; compiled where a mode is given."""
     import torch
 
@@ -239,14 +231,14 @@ def _torch(
 
     def sample(seconds: float) -> list[float]:
         with torch.inference_mode(), torch.cuda.stream(lane):
-            return _sampled(lambda: module(*given), lane.synchronize, seconds)
+            return sampled(lambda: module(*given), seconds, lane.synchronize)
 
     return sample, result.float().cpu().numpy()
 
 
 def _onnxruntime(
     path: Path, inputs: dict[str, np.ndarray], dtype: str, stream: int | None
-) -> tuple[Sampler, np.ndarray]:
+) -> tuple[Timer, np.ndarray]:
     """ONNX Runtime's CUDA provider on the partition's stream, inputs and outputs on the GPU."""
     import onnxruntime
 
@@ -271,21 +263,9 @@ def _onnxruntime(
         session.run_with_iobinding(binding)
     first = binding.copy_outputs_to_cpu()[0]
     wait = binding.synchronize_outputs
-    return lambda seconds: _sampled(
-        lambda: session.run_with_iobinding(binding), wait, seconds
+    return lambda seconds: sampled(
+        lambda: session.run_with_iobinding(binding), seconds, wait
     ), first
-
-
-def _sampled(run: Callable[[], object], wait: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds of each inference, waited for."""
-    samples: list[float] = []
-    end = time.perf_counter() + seconds
-    while not samples or time.perf_counter() < end:
-        begun = time.perf_counter()
-        run()
-        wait()
-        samples.append(time.perf_counter() - begun)
-    return samples
 
 
 def line(row: dict[str, Any]) -> str:

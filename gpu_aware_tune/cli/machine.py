@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from gpu_aware_tune.codegen.linking import find_compiler
+from gpu_aware_tune.codegen.linking import find_compiler, find_linker
 from gpu_aware_tune.errors import SetupError, TuneError
+from gpu_aware_tune.partition import cpu_quota
 from gpu_aware_tune.partition.device import cpu_name
 
 IMPORT_TIMEOUT_S = 120.0
@@ -60,15 +61,6 @@ def _system() -> Iterator[Check]:
         yield Check("cpu", "ok", shown)
 
 
-def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
-    """Returns how many cores the control group grants, None where it sets no limit."""
-    try:
-        limit, period = path.read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) / int(period)
-
-
 def _toolchain() -> Iterator[Check]:
     try:
         name = find_compiler()
@@ -76,10 +68,10 @@ def _toolchain() -> Iterator[Check]:
     except SetupError as error:
         what, _, fix = str(error).partition(": ")
         yield Check("compiler", "fail", what, fix)
-    linker = shutil.which("ld")
-    if linker:
+    try:
+        (linker,) = find_linker(packs=True)
         yield Check("linker", "ok", f"{linker}: {_first_line(linker, '--version')}")
-    else:
+    except SetupError:
         yield Check("linker", "warn", "no ld: linking takes 20 ms, not 4", "install binutils")
 
 

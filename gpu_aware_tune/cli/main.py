@@ -20,6 +20,10 @@ COMMANDS = {
     "tune": ("gpu_aware_tune.cli.tune", "Tune an ONNX model (the default: `tune MODEL`)."),
     "run": ("gpu_aware_tune.cli.run", "Run a tuned library and time it."),
     "profile": ("gpu_aware_tune.cli.profile", "Measure a tuned library at each share; the knee."),
+    "plan": (
+        "gpu_aware_tune.cli.plan",
+        "Plan which model gets which share, when, in which batches.",
+    ),
     "records": ("gpu_aware_tune.cli.records", "List, export, import and prune measurements."),
     "report": ("gpu_aware_tune.cli.report", "Write a page of a run: figures, tables, environment."),
     "watch": ("gpu_aware_tune.cli.watch", "Follow a run that goes on in another process."),

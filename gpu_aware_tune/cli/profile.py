@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,11 @@ _BAR_WIDTH = 10
 
 @click.command(context_settings=CONTEXT)
 @click.argument("libraries", metavar="LIB...", type=click.Path(path_type=Path), nargs=-1)
+@click.option(
+    "--batch",
+    metavar="N[,N...]",
+    help="Of the folders LIB those with these batch sizes [default: all of them].",
+)
 @click.option(
     "--units",
     metavar="N[,N...]",
@@ -69,9 +74,16 @@ _BAR_WIDTH = 10
     type=click.Path(path_type=Path),
     help="Write the points to a CSV file too.",
 )
+@click.option(
+    "--save",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Write each model's curve to FOLDER/MODEL.json, for `tune plan`.",
+)
 @debug_option
 def profile(
     libraries: tuple[Path, ...],
+    batch: str | None,
     units: str | None,
     tuned_at: int | None,
     seconds: float,
@@ -80,51 +92,81 @@ def profile(
     device: int,
     as_json: bool,
     csv_file: Path | None,
+    save: Path | None,
 ) -> None:
     """Measure the tuned model in the folder LIB on shares of its device.
 
-    Give several folders to compare batch sizes: each holds the model at one of them.
+    Give several folders to compare batch sizes: each holds the model at one of them. Folders of
+    several models are measured one model after the other.
     """
     if not libraries:
         raise UserError("no LIB given: name the folder that `tune MODEL` wrote")
     if partition not in PARTITIONS:
         allowed = ", ".join(PARTITIONS)
         raise UserError(f"--partition {partition!r} is not known; allowed: {allowed}")
-    wanted = _parse_units(units)
+    wanted, batches = _parse_counts("--units", units), _parse_counts("--batch", batch)
     if csv_file is not None:
         _check_writable(csv_file)
+    if save is not None:
+        _make_folder(save)
 
+    from gpu_aware_tune.profiling.profiles import group_by_model
     from gpu_aware_tune.profiling.profiles import profile as measure
 
-    with _progress() as progress:
-        curve = measure(
-            libraries,
-            wanted,
-            tuned_at=tuned_at,
-            seconds=seconds,
-            rounds=rounds,
-            partition=partition,
-            device=device,
-            progress=progress,
-        )
+    curves = []
+    for folders in group_by_model(libraries, batches):
+        with _progress() as progress:
+            curve = measure(
+                folders,
+                wanted,
+                tuned_at=tuned_at,
+                seconds=seconds,
+                rounds=rounds,
+                partition=partition,
+                device=device,
+                progress=progress,
+            )
+        curves.append(curve)
+        if save is not None:
+            _save(curve, save)
     if csv_file is not None:
-        _write_csv(curve, csv_file)
+        _write_csv(curves, csv_file)
     if as_json:
-        print(json.dumps(curve.as_dict()))
+        facts = [curve.as_dict() for curve in curves]
+        print(json.dumps(facts[0] if len(facts) == 1 else {"curves": facts}))
     else:
-        _show(curve)
+        for curve in curves:
+            _show(curve)
 
 
-def _parse_units(text: str | None) -> list[int] | None:
+def _parse_counts(option: str, text: str | None) -> list[int] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        what = "cores or SMs" if option == "--units" else "batch sizes"
         raise UserError(
-            f"--units {text!r} is no list of cores or SMs; allowed: whole numbers from 1 on,"
+            f"{option} {text!r} is no list of {what}; allowed: whole numbers from 1 on,"
             " such as 1,2,4"
         )
     return [int(part) for part in parts]
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(
+            f"cannot write --save {path} ({error.strerror}): give another folder"
+        ) from error
+
+
+def _save(curve: Curve, folder: Path) -> None:
+    path = folder / f"{curve.model.replace('/', '-')}.json"
+    try:
+        path.write_text(json.dumps(curve.as_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise SetupError(f"cannot write --save {path} ({error.strerror})") from error
 
 
 def _check_writable(path: Path) -> None:
@@ -149,11 +191,10 @@ def _progress() -> Iterator[Callable[[float], None] | None]:
         yield lambda done: bar.update(task, completed=done)
 
 
-def _write_csv(curve: Curve, path: Path) -> None:
-    knees = curve.knees
+def _write_csv(curves: Sequence[Curve], path: Path) -> None:
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
-            rows = [_row(curve, point, knees) for point in curve.points]
+            rows = [_row(curve, point, curve.knees) for curve in curves for point in curve.points]
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(map(csv_row, rows))

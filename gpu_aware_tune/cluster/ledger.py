@@ -22,7 +22,7 @@ class _Entry:
     artifact: Artifact | None = None  # kept until it is measured: its machine may be lost
 
 
-class Ledger:
+class PendingCandidates:
     """Every candidate of a run of the pipeline that has no outcome yet.
 
     One is given to a machine that builds and measures it, or to one that only builds it; then its
@@ -124,7 +124,7 @@ class Ledger:
         return entry
 
 
-class Searches:
+class SearchOwnership:
     """Which machine's searcher looks after which task, and what it is given when it takes one over."""
 
     def __init__(self) -> None:

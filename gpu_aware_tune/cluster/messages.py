@@ -146,7 +146,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Draft:
+class DraftRequest:
     """From a node: candidates of a task that nobody has begun with; none: its space is exhausted."""
 
     run: int
@@ -176,7 +176,7 @@ class Gone:
     can_build: bool = False
 
 
-FromNode = Ready | Measured | Made | Draft | SearchLost | Gone
+FromNode = Ready | Measured | Made | DraftRequest | SearchLost | Gone
 
 
 @dataclass(frozen=True)

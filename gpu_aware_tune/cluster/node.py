@@ -17,7 +17,7 @@ from gpu_aware_tune.cluster.messages import (
     Ask,
     Batch,
     Begin,
-    Draft,
+    DraftRequest,
     End,
     FromNode,
     Gone,
@@ -34,8 +34,9 @@ from gpu_aware_tune.cluster.messages import (
     ToNode,
     Work,
 )
-from gpu_aware_tune.codegen import build_pool, cuda_toolchain
+from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.codegen.build_pool import Built, remove
+from gpu_aware_tune.codegen.linking import find_linker
 from gpu_aware_tune.errors import SetupError, TuneError
 from gpu_aware_tune.partition import find_device
 from gpu_aware_tune.partition.topology import allowed_cpus, physical_cores
@@ -169,7 +170,7 @@ class _Run:
         demand = Demand(
             next_task=self._next_task,
             accept=self._drafted,
-            exhausted=lambda task: tell(Draft(run, task, ())),
+            exhausted=lambda task: tell(DraftRequest(run, task, ())),
             lost=lambda task, text: tell(SearchLost(run, task, text)),
             best_s=lambda task: self._best_s.get(task, {}),
             more=self._more,
@@ -234,7 +235,7 @@ class _Run:
         return None
 
     def _drafted(self, task: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        self._node.tell(Draft(self._begin.run, task, tuple(candidates)))
+        self._node.tell(DraftRequest(self._begin.run, task, tuple(candidates)))
         return ()  # they come back as work, here or elsewhere
 
     def _report(self) -> None:
@@ -299,7 +300,7 @@ def _check_tools(setup: NodeSetup) -> None:
         )
         raise SetupError(f"it has {ours}, the run {theirs}: install the same versions")
     # Without a linker every candidate would fail, and at once.
-    (cuda_toolchain if setup.pools.device.kind == "cuda" else build_pool).linker()
+    find_linker(packs=setup.pools.device.kind == "cuda")
 
 
 def _keep_to(part: tuple[int, int]) -> None:

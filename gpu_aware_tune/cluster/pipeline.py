@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from gpu_aware_tune.cluster.ledger import Ledger, Searches
+from gpu_aware_tune.cluster.ledger import PendingCandidates, SearchOwnership
 from gpu_aware_tune.cluster.members import Member
 from gpu_aware_tune.cluster.messages import (
     Ask,
     Batch,
     Begin,
-    Draft,
+    DraftRequest,
     End,
     FromNode,
     Gone,
@@ -80,8 +80,8 @@ class ClusterPipeline:
     def __init__(self, members: Cluster, tasks: Mapping[str, TaskSpec]) -> None:
         self._members = members
         self._tasks = dict(tasks)
-        self._ledger = Ledger()
-        self._searches = Searches()
+        self._ledger = PendingCandidates()
+        self._searches = SearchOwnership()
         self._asked: dict[str, Member] = {}  # drafts under way, by task
         self._begin: Begin | None = None
         self._run = 0
@@ -302,7 +302,7 @@ class ClusterPipeline:
             demand.note(f"{member.name} {does} {message.text}")
             if self._begin is not None:
                 member.send(self._begin)
-        elif isinstance(message, Draft) and message.run == self._run:
+        elif isinstance(message, DraftRequest) and message.run == self._run:
             self._asked.pop(message.task, None)
             if message.candidates:
                 accepted = demand.accept(message.task, message.candidates)

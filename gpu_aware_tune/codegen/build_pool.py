@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import select
-import shutil
 import statistics
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpu_aware_tune.errors import SetupError, last_line
+from gpu_aware_tune.codegen.linking import run_linker
+from gpu_aware_tune.errors import last_line
 from gpu_aware_tune.measure.measurement import Failure, FailureKind
 from gpu_aware_tune.workers import Worker, WorkerHost
 
@@ -35,10 +34,10 @@ _WAIT_S = 0.1  # between two looks for workers that are to be given up
 
 @dataclass(frozen=True)
 class Build:
-    """A request: build `trace` (None: the plain loops) of `task` into `path`."""
+    """A request: build `trace` (or UNSCHEDULED) of `task` into `path`."""
 
     task: str
-    trace: str | None
+    trace: str
     path: str
 
 
@@ -109,7 +108,7 @@ class BuildPool:
         """The workers that are at work."""
         return [worker for worker in self.workers if worker.busy_since is not None]
 
-    def submit(self, key: Any, task: str, trace: str | None) -> None:
+    def submit(self, key: Any, task: str, trace: str) -> None:
         """Start a build on an idle worker."""
         self._sequence += 1
         path = str(self._host.scratch / f"artifact-{self._sequence}.so")
@@ -264,12 +263,12 @@ def _build(job: Build, module: Any, target: Any) -> Built:
     return Built(job.path, time.process_time() - start, digest=digest)
 
 
-def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> None:
+def compile_kernel(module: Any, trace: str, target: Any, path: Path) -> None:
     """Compile one kernel, exported as function "main"; it takes its weights packed.
 
     Args:
         module: the unscheduled task.
-        trace: JSON of the schedule's trace, or None for the plain loops.
+        trace: JSON of the schedule's trace, or UNSCHEDULED.
         target: the `tvm.target.Target`.
         path: the shared library to write.
     """
@@ -279,7 +278,7 @@ def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> N
     from gpu_aware_tune.kernels.packing import without_packing
     from gpu_aware_tune.kernels.traces import apply_trace
 
-    scheduled = module if trace is None else without_packing(apply_trace(trace, module).mod)
+    scheduled = without_packing(apply_trace(trace, module).mod) if trace else module
     with build_options(scheduled):
         built = tvm.tirx.build(scheduled, target=target)
     if target.kind.name != "llvm":
@@ -289,29 +288,8 @@ def compile_kernel(module: Any, trace: str | None, target: Any, path: Path) -> N
         return
     object_path = path.with_suffix(".o")
     built.write_to_file(str(object_path), "o")
-    link(object_path, path)
+    run_linker("-shared", "-o", str(path), str(object_path))
     object_path.unlink()
-
-
-def link(object_path: Path, path: Path) -> None:
-    """Link one object file into a shared library with the fastest linker driver at hand."""
-    command = [*linker(), "-shared", "-o", str(path), str(object_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[:300]}")
-
-
-def linker() -> list[str]:
-    """`ld` itself (4 ms), else the C compiler in front of it (20 ms); a `SetupError` without any."""
-    for name, *flags in (
-        ("ld",),
-        ("cc", "-nostdlib"),
-        ("gcc", "-nostdlib"),
-        ("clang", "-nostdlib"),
-    ):
-        if shutil.which(name):
-            return [name, *flags]
-    raise SetupError("no linker found (looked for ld, cc, gcc, clang): install gcc")
 
 
 def remove(path: str) -> None:

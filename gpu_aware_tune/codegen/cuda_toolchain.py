@@ -1,10 +1,10 @@
 """Compile CUDA kernels to cubins with NVRTC from pip wheels: no CUDA toolkit, no GPU needed.
 
-TVM generates CUDA C++; NVRTC turns it into a cubin. Measured over sm_90a candidates
-(`benchmarks/cuda_build.py`): most of TVM's own compile time is the C++ front end reading
-`<cuda/std/type_traits>`, which TVM includes in every kernel and nearly no kernel uses. So the lines
-that include it are replaced by the few typedefs a kernel needs. The machine code stays the same to
-the byte, the cubin loses 51 kB of symbols, and a typical kernel compiles two to six times faster.
+TVM generates CUDA C++; NVRTC turns it into a cubin. Most of TVM's own compile time is the C++ front
+end reading `<cuda/std/type_traits>`, which TVM includes in every kernel and nearly no kernel uses. So
+the lines that include it are replaced by the few typedefs a kernel needs. The machine code stays the
+same to the byte (tests/tvm/test_cuda_build.py), the cubin loses 51 kB of symbols, and a typical kernel
+compiles two to six times faster.
 A source that does use the standard library is compiled as TVM would compile it.
 
 Kernels are always built with TVM's "fallback" module, which carries source text, with a GPU present
@@ -17,9 +17,7 @@ import ctypes
 import functools
 import importlib.util
 import os
-import shutil
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.codegen.cuda_source import lean_source, with_tf32_tiles
+from gpu_aware_tune.codegen.linking import run_linker
 from gpu_aware_tune.errors import SetupError
 
 INSTALL = 'pip install "gpu-aware-tune[cuda]"'
@@ -140,23 +139,6 @@ def compile_cubin(source: str, arch: str) -> bytes:
     return _compile_as_tvm(source, arch)
 
 
-def install_compile_hook() -> None:
-    """Let every later CUDA build of TVM in this process compile through `compile_cubin`."""
-    import tvm_ffi
-    from tvm.support import nvcc
-    from tvm.target import Target
-
-    os.environ.update({k: v for k, v in environment().items() if "FALLBACK" not in k})
-
-    def compile_for_current_target(code: str) -> bytes:
-        version = nvcc.get_target_compute_version(Target.current(allow_none=True))
-        return compile_cubin(code, "sm_" + version.replace(".", ""))
-
-    tvm_ffi.register_global_func(
-        "tvm_callback_cuda_compile", compile_for_current_target, override=True
-    )
-
-
 def export_module(module: Any, path: Path, arch: str) -> None:
     """Write a built TVM module as a shared library that holds host code and cubins.
 
@@ -175,8 +157,8 @@ def packer(arch: str) -> Callable[..., str]:
         blob = Path(folder) / "devices.bin"
         blob.write_bytes(packed_imports(module, arch))
         start = "_binary_devices_bin_start"  # the name ld makes of the file's
-        _ld("-r", "-b", "binary", blob.name, "-o", "devices.o",
-            f"--defsym={prefix}{_BLOB_SYMBOL}={start}", folder=Path(folder))  # fmt: skip
+        run_linker("-r", "-b", "binary", blob.name, "-o", "devices.o",
+                   f"--defsym={prefix}{_BLOB_SYMBOL}={start}", folder=Path(folder), packs=True)  # fmt: skip
         return str(Path(folder) / "devices.o")
 
     return pack
@@ -184,7 +166,9 @@ def packer(arch: str) -> Callable[..., str]:
 
 def link(path: str, objects: Sequence[str], **_: Any) -> None:
     """The `fcompile` argument of TVM's `export_library`: one call of the linker, 4 ms."""
-    _ld("-shared", "-o", os.path.abspath(path), *objects, folder=Path(path).absolute().parent)
+    run_linker(
+        "-shared", "-o", os.path.abspath(path), *objects, folder=Path(path).absolute().parent
+    )
 
 
 def has_gpu_kernels(module: Any) -> bool:
@@ -357,20 +341,3 @@ def _string(text: bytes) -> bytes:
 def _take_string(data: bytes) -> tuple[bytes, bytes]:
     (length,) = struct.unpack_from("<Q", data)
     return data[8 : 8 + length], data[8 + length :]
-
-
-def linker() -> str:
-    """The linker that `export_module` needs; a `SetupError` without one."""
-    program = next(filter(None, map(shutil.which, ("ld", "ld.bfd", "ld.lld", "ld.gold"))), None)
-    if program is None:
-        raise SetupError("no linker found (looked for ld): install binutils or gcc")
-    return program
-
-
-def _ld(*arguments: str, folder: Path) -> None:
-    program = linker()
-    done = subprocess.run(
-        [program, *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{Path(program).name} failed: {done.stderr.strip()[:300]}")

@@ -23,6 +23,7 @@ import tvm_ffi
 from tvm.ir.expr import TensorLoad
 from tvm.s_tir import SBlock
 
+from gpu_aware_tune.codegen.build_options import build_options
 from gpu_aware_tune.codegen.cuda_toolchain import export_module
 from gpu_aware_tune.kernels.tf32 import ROUNDING, is_marked
 from gpu_aware_tune.kernels.traces import apply_trace
@@ -182,7 +183,8 @@ def _run(
     module: tvm.IRModule, target: Any, device: Any, arrays: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
-        built = tvm.tirx.build(module, target=target)
+        with build_options(module):
+            built = tvm.tirx.build(module, target=target)
         if target.kind.name != "llvm":  # build workers make source; what runs is the artifact
             path = Path(folder) / "kernel.so"
             export_module(built, path, str(target.attrs["arch"]))

@@ -263,7 +263,7 @@ def time_libraries(
 ) -> dict[str, float]:
     """See `time_on` (in the worker)."""
     from gpu_aware_tune.library import open_vm
-    from gpu_aware_tune.measure.timing import lowest_tenth
+    from gpu_aware_tune.measure.timing import percentile_10
     from gpu_aware_tune.model.importer import random_inputs
 
     inputs = random_inputs(specs, seed=0)
@@ -272,7 +272,7 @@ def time_libraries(
     for _ in range(rounds):
         for name, timer in timers.items():
             samples[name].extend(timer(ROUND_S / len(timers)))
-    return {name: lowest_tenth(values) for name, values in samples.items()}
+    return {name: percentile_10(values) for name, values in samples.items()}
 
 
 def run_library(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gpu_aware_tune.codegen.build_pool import BuildPool, remove
 from gpu_aware_tune.events import Event, Note, Origin
-from gpu_aware_tune.measure import RETIME, SEARCH, Contest, Effort
+from gpu_aware_tune.measure import RETIME, SEARCH, ComparisonJob, Effort
 from gpu_aware_tune.model.tasks import Task
 from gpu_aware_tune.records.task_records import TaskRecords
 from gpu_aware_tune.search.candidates import Candidate
@@ -73,7 +73,7 @@ def retime(
             if not traces or (until is not None and time.monotonic() > until):
                 continue
             files = tuple(paths[trace] for trace in traces)
-            comparison = Contest(files, task.args, task.hash, parts.effort(task.hash, units))
+            comparison = ComparisonJob(files, task.args, task.hash, parts.effort(task.hash, units))
             seconds = {}
             for trace, measurement in zip(
                 traces, pools.measurer_of(units).compare(comparison), strict=True
@@ -186,7 +186,7 @@ def _build(
 
     def start(job: tuple[str, str]) -> None:
         task, trace = job
-        builders.submit(job, task, trace or None)
+        builders.submit(job, task, trace)
 
     artifacts: dict[str, dict[str, str]] = {}
     for (task, trace), built in builders.work_off(jobs, start):

@@ -124,11 +124,9 @@ def _checks(
     choices: Sequence[Choice], builders: BuildPool, target: Mapping[str, object], seed: int | None
 ) -> Iterator[tuple[Choice, str | None]]:
     """Check kernels in the build workers; gives what is wrong with each, or None."""
-    from gpu_aware_tune.kernels.traces import module_to_json
-
     by_name = {(choice.task.hash, choice.trace): choice for choice in choices}
     calls = {
-        name: (check_kernel, (module_to_json(choice.task.module), choice.trace, target, seed))
+        name: (check_kernel, (choice.task.module_json, choice.trace, target, seed))
         for name, choice in by_name.items()
     }
     for name, answer in builders.call_all(calls):

@@ -15,6 +15,8 @@ from typing import Any
 import tvm
 from tvm.tirx import PrimFunc
 
+from gpu_aware_tune.kernels.traces import load_json
+
 ROOT = "root"
 # What TVM appends to a block's name for a block made from it; other suffixes are appended to the
 # name of a buffer (`cache_read`, `cache_write`, `reindex`).
@@ -42,7 +44,7 @@ def canonical_names(module: tvm.IRModule) -> tvm.IRModule:
     for variable, function in module.functions.items():
         if isinstance(function, PrimFunc):
             text, _ = _renamed(str(tvm.ir.save_json(function)))
-            changed.update_func(variable, tvm.ir.load_json(text))
+            changed.update_func(variable, load_json(text))
     return changed
 
 
@@ -109,4 +111,4 @@ def _renamed(text: str) -> tuple[str, Names]:
         elif node["type"] == "s_tir.SBlock" and nodes[data["name_hint"]]["data"] != ROOT:
             old, new = rename(data, "name_hint", "block")
             blocks[old] = new
-    return json.dumps(graph), Names(blocks, buffers)
+    return json.dumps(graph, separators=(",", ":")), Names(blocks, buffers)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+from ml_dtypes import bfloat16
 
 from gpu_aware_tune.errors import UserError, one_line
 from gpu_aware_tune.model.importer import TensorSpec
@@ -86,6 +87,8 @@ def _checked(spec: TensorSpec, inputs: Mapping[str, Any], names: str) -> np.ndar
     if spec.name not in inputs:
         raise UserError(f"input {name!r} is missing: the inputs are {names}")
     array = _host_array(name, inputs[spec.name])
+    if spec.dtype == "bfloat16" and array.dtype == np.dtype("V2"):
+        array = array.view(bfloat16)  # a file of NumPy's does not keep the type's name
     if str(array.dtype) != spec.dtype:
         raise UserError(f"input {name!r} has type {array.dtype}: it must be {spec.dtype}")
     wanted = spec.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-import numpy as np
+from gpu_aware_tune.measure.timing import quantile
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,6 @@ class LatencyStats:
     @staticmethod
     def of(seconds: list[float]) -> LatencyStats:
         """Sum up the seconds of single runs, of which there is one at least."""
-        ms = np.asarray(seconds) * 1e3
-        p10, p90 = (float(value) for value in np.percentile(ms, (10, 90)))
-        return LatencyStats(
-            statistics.median(ms.tolist()), p10, p90, float(ms.min()), float(ms.mean()), len(ms)
-        )
+        ms = [1e3 * each for each in seconds]
+        p10, p90 = (quantile(ms, part) for part in (0.1, 0.9))
+        return LatencyStats(statistics.median(ms), p10, p90, min(ms), statistics.fmean(ms), len(ms))

@@ -77,7 +77,7 @@ class Program:
 
     def place(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """Copy inputs to the device."""
-        return [tvm.runtime.tensor(np.ascontiguousarray(array), self.device) for array in arrays]
+        return [tvm.runtime.tensor(np.asarray(array, order="C"), self.device) for array in arrays]
 
     def __call__(self, placed: Sequence[Any]) -> list[np.ndarray]:
         """Run once on inputs that `place` gave."""

@@ -13,14 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tvm
-
 from gpu_aware_tune.errors import TuneError, UserError
 from gpu_aware_tune.partition import Partition
-from gpu_aware_tune.partition.cores import SPIN_TURNS
+from gpu_aware_tune.partition.cores import SPIN_TURNS, set_pool
 from gpu_aware_tune.partition.topology import usable_cores
 
-_ONE_CORE_PER_THREAD = -2  # TVM's threading::ThreadGroup::kSpecifyOneCorePerThread
 _ENDING_S = 2.0  # for a thread's pool to end after it: a turn of spinning
 _EXIT_S = 60.0  # for the inference that is under way when the process ends
 
@@ -154,9 +151,7 @@ class CoreThread(LibraryThread):
         """Make TVM's pool for this thread, and give each of its threads a core."""
         # As where the kernels were measured; TVM's default is 0.15 s of each core after every call.
         os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", SPIN_TURNS)
-        names = [str(core) for core in self.cores]
-        configure = tvm.get_global_func("runtime.config_threadpool")
-        configure(_ONE_CORE_PER_THREAD, len(names), names)
+        set_pool(self.cores)
         os.sched_setaffinity(0, {self.cores[0]})  # of this thread only; TVM leaves it unbound
 
 

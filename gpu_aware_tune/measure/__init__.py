@@ -7,14 +7,14 @@ from gpu_aware_tune.measure.measurement import Failure, Measurement
 from gpu_aware_tune.measure.measurer import Measurer, Slice
 from gpu_aware_tune.measure.shared import SharedMeasurer, SharedWorker
 from gpu_aware_tune.measure.timing import LONG, RETIME, SEARCH, Effort
-from gpu_aware_tune.measure.worker import Contest, Job
+from gpu_aware_tune.measure.worker import ComparisonJob, Job
 
 __all__ = [
     "LONG",
     "RETIME",
     "SEARCH",
     "BaseMeasurer",
-    "Contest",
+    "ComparisonJob",
     "Effort",
     "Failure",
     "Job",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure.measurement import Measurement
-from gpu_aware_tune.measure.worker import Contest, Job, Opened
+from gpu_aware_tune.measure.worker import ComparisonJob, Job, Opened
 from gpu_aware_tune.workers import Worker
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _SLICE_S = 0.1
 # ones have left.
 _REOPEN_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 
-# What came of a job or of each artifact of a contest, how all of it failed, or None for not yet.
+# What came of a job or of each artifact of a comparison, how all of it failed, or None for not yet.
 Answer = tuple[Measurement, ...] | Measurement | None
 
 
@@ -49,7 +49,7 @@ class BaseMeasurer(ABC):
         """
 
     @abstractmethod
-    def submit(self, job: Job | Contest) -> None:
+    def submit(self, job: Job | ComparisonJob) -> None:
         """Start measuring one artifact, or several in turns; `collect` gives the result."""
 
     @abstractmethod
@@ -80,16 +80,16 @@ class BaseMeasurer(ABC):
             pass
         return result
 
-    def compare(self, contest: Contest) -> tuple[Measurement, ...]:
+    def compare(self, comparison: ComparisonJob) -> tuple[Measurement, ...]:
         """Measure several artifacts in turns and wait; a fault of one is the failure of all."""
-        self.submit(contest)
+        self.submit(comparison)
         while (answer := self._answer(_SLICE_S)) is None:
             pass
-        return answer if isinstance(answer, tuple) else (answer,) * len(contest.paths)
+        return answer if isinstance(answer, tuple) else (answer,) * len(comparison.paths)
 
-    def _limit_s(self, job: Job | Contest) -> float:
+    def _limit_s(self, job: Job | ComparisonJob) -> float:
         """How long a job may take."""
-        return self._timeout_s * (len(job.paths) if isinstance(job, Contest) else 1)
+        return self._timeout_s * (len(job.paths) if isinstance(job, ComparisonJob) else 1)
 
 
 def opened(worker: Worker, what: str) -> tuple[dict[str, Any], ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gpu_aware_tune.measure.base import Answer, BaseMeasurer, opened, reopen
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
-from gpu_aware_tune.measure.worker import Contest, Job, Reply, serve
+from gpu_aware_tune.measure.worker import ComparisonJob, Job, Reply, serve
 from gpu_aware_tune.workers import Worker, WorkerHost
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Measurer(BaseMeasurer):
         (self.evidence,) = opened(worker, f"partition {self.partition}")
         self._worker = worker
 
-    def submit(self, job: Job | Contest) -> None:
+    def submit(self, job: Job | ComparisonJob) -> None:
         """Start measuring one artifact, or several in turns; `collect` gives the result."""
         if self._worker is None:
             reopen(self.open, self.partition)

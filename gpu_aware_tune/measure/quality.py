@@ -20,11 +20,11 @@ SENTINEL_DRIFT = 0.03  # a sentinel further from its first time than this flags 
 _PAUSE_S = 0.05  # before a repeat: clocks that fell come back
 
 
-class Watch:
+class DisturbanceMonitor:
     """Takes samples of one share and flags the disturbed ones.
 
     Args:
-        look: one glance at the GPU.
+        look: one quick_snapshot at the GPU.
         sentinel_s: seconds of the sentinel kernel now, or None where there is none.
         pause: waits so many seconds before a repeat.
     """

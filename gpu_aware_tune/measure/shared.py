@@ -1,7 +1,7 @@
 """Slices that measure at the same time in one worker: a thread and a stream for each.
 
 Workers of their own would not run together on a GPU without MPS: contexts of several processes take
-turns there. Each slice has a line to its own thread, so that jobs and answers of the slices do not
+turns there. Each slice has a pipe to its own thread, so that jobs and answers of the slices do not
 wait for one another.
 """
 
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure.base import Answer, BaseMeasurer, opened, reopen
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
-from gpu_aware_tune.measure.worker import Contest, Job, Reply, serve_slices
+from gpu_aware_tune.measure.worker import ComparisonJob, Job, Reply, serve_slices
 from gpu_aware_tune.workers import Worker, WorkerHost
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Partition
 
-_EXIT_S = 1.0  # a worker that closed one line closes the others within this
+_EXIT_S = 1.0  # a worker that closed one pipe closes the others within this
 
 
 class SharedWorker:
@@ -60,17 +60,17 @@ class SharedWorker:
         self._host = host
         self._memory_bytes = memory_bytes * len(slices)
         self._worker: Worker | None = None
-        self._lanes = [
-            _Lane([SharedMeasurer(self, partition, timeout_s) for partition in own])
+        self._states = [
+            _SliceState([SharedMeasurer(self, partition, timeout_s) for partition in own])
             for own in slices
         ]
-        self._lane_of = {user: lane for lane in self._lanes for user in lane.measurers}
-        self._suspects: list[_Lane] = []  # to be measured alone, the first one now
+        self._state_of = {user: state for state in self._states for user in state.measurers}
+        self._suspects: list[_SliceState] = []  # to be measured alone, the first one now
 
     @property
     def slices(self) -> list[list[SharedMeasurer]]:
         """For each slice what measures on its shares."""
-        return [lane.measurers for lane in self._lanes]
+        return [state.measurers for state in self._states]
 
     @property
     def is_open(self) -> bool:
@@ -83,12 +83,12 @@ class SharedWorker:
         Raises:
             SetupError: one is not what it says it is, or two have a unit in common.
         """
-        measurers = list(self._lane_of)
+        measurers = list(self._state_of)
         env = {k: v for measurer in measurers for k, v in measurer.partition.env().items()}
-        partitions = [[m.partition for m in lane.measurers] for lane in self._lanes]
+        partitions = [[m.partition for m in state.measurers] for state in self._states]
         worker = self._host.spawn(serve_slices, partitions, env=env)
-        for lane in self._lanes:
-            lane.line = _line_to(worker)
+        for state in self._states:
+            state.connection = _connection_to(worker)
         names = ", ".join(str(measurer.partition) for measurer in measurers)
         try:
             evidence = opened(worker, f"partitions {names}")
@@ -99,45 +99,45 @@ class SharedWorker:
             measurer.evidence = seen
         self._worker = worker
 
-    def submit(self, user: SharedMeasurer, job: Job | Contest, limit_s: float) -> None:
+    def submit(self, user: SharedMeasurer, job: Job | ComparisonJob, limit_s: float) -> None:
         """Give a slice a job; it begins at once unless others have to be measured alone first."""
-        lane = self._lane_of[user]
-        assert lane.user is None, "a slice has one job at a time"
-        lane.user, lane.job, lane.limit_s = user, job, limit_s
+        state = self._state_of[user]
+        assert state.user is None, "a slice has one job at a time"
+        state.user, state.job, state.limit_s = user, job, limit_s
         self._send_waiting()
 
     def works_for(self, user: SharedMeasurer) -> bool:
         """Whether a slice's job is of this one of its shares."""
-        return self._lane_of[user].user is user
+        return self._state_of[user].user is user
 
     def answer(self, user: SharedMeasurer, wait_s: float) -> Answer:
         """What came of a job, waiting so long for it."""
-        lane = self._lane_of[user]
+        state = self._state_of[user]
         self._send_waiting()
-        if lane.answer is None:  # a job that waits for its turn helps the one whose turn it is
-            self._read(self._suspects[0] if lane.since is None else lane, wait_s)
-        answer, lane.answer = lane.answer, None
+        if state.answer is None:  # a job that waits for its turn helps the one whose turn it is
+            self._read(self._suspects[0] if state.since is None else state, wait_s)
+        answer, state.answer = state.answer, None
         if answer is not None:
-            lane.user = None
+            state.user = None
         return answer
 
     def abandon(self, user: SharedMeasurer) -> None:
         """Give up a job; the others under way begin anew, since the process has to end for it."""
-        lane = self._lane_of[user]
-        began = lane.since is not None
-        self._finish(lane, None)
-        lane.user = None
+        state = self._state_of[user]
+        began = state.since is not None
+        self._finish(state, None)
+        state.user = None
         if began:
             self.close_worker()
 
     def fileno(self, user: SharedMeasurer) -> int:
-        """The descriptor of a slice's line."""
-        lane = self._lane_of[user]
+        """The descriptor of a slice's pipe."""
+        state = self._state_of[user]
         self._send_waiting()
-        if lane.line is None:  # there is an answer, of a job that ended the process
+        if state.connection is None:  # there is an answer, of a job that ended the process
             self._reopen()
-        assert lane.line is not None
-        return lane.line.fileno()
+        assert state.connection is not None
+        return state.connection.fileno()
 
     def close_worker(self, died: bool = False) -> str:
         """End the process; the next job starts a new one. Returns how it ended.
@@ -156,81 +156,81 @@ class SharedWorker:
 
     def _send_waiting(self) -> None:
         """Begin with the jobs that wait, or with one of them where it has to be alone."""
-        waiting = [lane for lane in self._lanes if lane.job is not None and lane.since is None]
+        waiting = [state for state in self._states if state.job is not None and state.since is None]
         if self._suspects:
-            waiting = [lane for lane in waiting if lane is self._suspects[0]]
+            waiting = [state for state in waiting if state is self._suspects[0]]
         if waiting and self._worker is None:
             self._reopen()
-        for lane in waiting:
-            lane.send()
+        for state in waiting:
+            state.send()
 
-    def _read(self, lane: _Lane, wait_s: float) -> None:
+    def _read(self, state: _SliceState, wait_s: float) -> None:
         """Take the answer to a job that has begun, or end a process that gives none."""
-        assert lane.line is not None and lane.since is not None and self._worker is not None
-        if select.select([lane.line], [], [], wait_s)[0]:
+        assert state.connection is not None and state.since is not None and self._worker is not None
+        if select.select([state.connection], [], [], wait_s)[0]:
             try:
-                reply: Reply = lane.line.recv()
+                reply: Reply = state.connection.recv()
             except (EOFError, OSError):
-                self._end(lane, None)
+                self._end(state, None)
                 return
             if reply.ends:
-                self._end(lane, reply.measurements)
+                self._end(state, reply.measurements)
             else:
-                self._finish(lane, reply.measurements)
-        elif time.monotonic() - lane.since > lane.limit_s:
-            text = f"no answer in {lane.limit_s:.0f} s"
-            self._end(lane, Measurement.failed(FailureKind.TIMEOUT, text))
+                self._finish(state, reply.measurements)
+        elif time.monotonic() - state.since > state.limit_s:
+            text = f"no answer in {state.limit_s:.0f} s"
+            self._end(state, Measurement.failed(FailureKind.TIMEOUT, text))
         elif self._worker.rss_bytes() > self._memory_bytes:
             text = f"over {self._memory_bytes >> 20} MiB"
-            self._end(lane, Measurement.failed(FailureKind.MEMORY, text))
+            self._end(state, Measurement.failed(FailureKind.MEMORY, text))
 
-    def _end(self, lane: _Lane, answer: Answer) -> None:
+    def _end(self, state: _SliceState, answer: Answer) -> None:
         """End the process over a job; None: it crashed. What was under way beside it is suspect too."""
-        beside = [other for other in self._lanes if other is not lane and other.since is not None]
+        beside = [other for other in self._states if other is not state and other.since is not None]
         how = self.close_worker(died=answer is None)
         if beside:
-            self._suspects = [lane, *beside]
+            self._suspects = [state, *beside]
         else:
-            self._finish(lane, answer or Measurement.failed(FailureKind.CRASH, how))
+            self._finish(state, answer or Measurement.failed(FailureKind.CRASH, how))
 
-    def _finish(self, lane: _Lane, answer: Answer) -> None:
-        lane.job, lane.since, lane.answer = None, None, answer
-        if lane in self._suspects:
-            self._suspects.remove(lane)
+    def _finish(self, state: _SliceState, answer: Answer) -> None:
+        state.job, state.since, state.answer = None, None, answer
+        if state in self._suspects:
+            self._suspects.remove(state)
 
     def _reopen(self) -> None:
-        reopen(self.open, self._lanes[0].measurers[0].partition)
+        reopen(self.open, self._states[0].measurers[0].partition)
 
     def _hang_up(self) -> None:
-        for lane in self._lanes:
-            lane.hang_up()
+        for state in self._states:
+            state.hang_up()
 
 
 @dataclass(eq=False)
-class _Lane:
-    """A slice: the line to its thread, and the job it has."""
+class _SliceState:
+    """A slice: the pipe to its thread, and the job it has."""
 
     measurers: list[SharedMeasurer]
-    line: Connection | None = None
+    connection: Connection | None = None
     user: SharedMeasurer | None = None  # whose job it is, until its answer is taken
-    job: Job | Contest | None = None
+    job: Job | ComparisonJob | None = None
     limit_s: float = 0.0
     since: float | None = None  # when it began; None: it waits
     answer: Answer = None
 
     def send(self) -> None:
         """Begin with the job; a worker that died meanwhile is noticed when it is read from."""
-        assert self.line is not None and self.user is not None
+        assert self.connection is not None and self.user is not None
         self.since = time.monotonic()
         with contextlib.suppress(OSError):
-            self.line.send((self.measurers.index(self.user), self.job))
+            self.connection.send((self.measurers.index(self.user), self.job))
 
     def hang_up(self) -> None:
-        """Close the line; a job that had begun waits again."""
+        """Close the pipe; a job that had begun waits again."""
         self.since = None
-        if self.line is not None:
-            self.line.close()
-            self.line = None
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
 
 class SharedMeasurer(BaseMeasurer):
@@ -254,7 +254,7 @@ class SharedMeasurer(BaseMeasurer):
         if not self._shared.is_open:
             self._shared.open()
 
-    def submit(self, job: Job | Contest) -> None:
+    def submit(self, job: Job | ComparisonJob) -> None:
         """Start measuring one artifact, or several in turns; `collect` gives the result."""
         self._shared.submit(self, job, self._limit_s(job))
 
@@ -264,7 +264,7 @@ class SharedMeasurer(BaseMeasurer):
             self._shared.abandon(self)
 
     def fileno(self) -> int:
-        """The descriptor of the slice's line, for `select`; only while busy."""
+        """The descriptor of the slice's pipe, for `select`; only while busy."""
         return self._shared.fileno(self)
 
     def close(self) -> None:
@@ -277,8 +277,8 @@ class SharedMeasurer(BaseMeasurer):
         return self._shared.answer(self, wait_s)
 
 
-def _line_to(worker: Worker) -> Connection:
-    """A line of its own to one thread of a worker, whose other end is sent there."""
+def _connection_to(worker: Worker) -> Connection:
+    """A pipe of its own to one thread of a worker, whose other end is sent there."""
     mine, theirs = socket.socketpair()
     with theirs, contextlib.suppress(OSError):  # a worker that died is noticed when it is asked
         send_handle(worker, theirs.fileno(), worker.pid)

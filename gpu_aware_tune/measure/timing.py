@@ -78,19 +78,19 @@ def compare(timers: Sequence[Timer], effort: Effort) -> list[Measurement]:
             used_s += seconds * numbers[place]
         if turn + 1 < effort.min_repeats:
             continue
-        best_s = min(lowest_tenth(samples[place]) for place in racing)
+        best_s = min(percentile_10(samples[place]) for place in racing)
         for place in list(racing):
-            ratio = lowest_tenth(samples[place]) / best_s
+            ratio = percentile_10(samples[place]) / best_s
             if ratio > effort.leave_ratio + spread_of(samples[place]):
                 behind[place] = ratio
                 racing.remove(place)
         decided = len(racing) == 1 or all(spread_of(samples[p]) < effort.spread for p in racing)
         if decided or used_s > effort.budget_s * len(timers):
             break
-    best_s = min(lowest_tenth(samples[place]) for place in racing)
+    best_s = min(percentile_10(samples[place]) for place in racing)
     return [
         Measurement(
-            best_s * behind[place] if place in behind else lowest_tenth(each),
+            best_s * behind[place] if place in behind else percentile_10(each),
             spread_of(each),
             len(each),
         )
@@ -106,11 +106,18 @@ def spread_of(samples: Sequence[float]) -> float:
     return (high - low) / 2 / middle
 
 
-def lowest_tenth(samples: Sequence[float]) -> float:
+def percentile_10(samples: Sequence[float]) -> float:
     """What a call takes undisturbed: on a shared machine disturbances only ever add time."""
-    if len(samples) < 3:
-        return min(samples)
-    return statistics.quantiles(samples, n=10, method="inclusive")[0]
+    return min(samples) if len(samples) < 3 else quantile(samples, 0.1)
+
+
+def quantile(samples: Sequence[float], part: float) -> float:
+    """What this part of the samples stays below, by linear interpolation as NumPy's."""
+    ordered = sorted(samples)
+    place = part * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def measure(timer: Timer, best_s: float | None, effort: Effort = SEARCH) -> Measurement:
@@ -134,4 +141,4 @@ def measure(timer: Timer, best_s: float | None, effort: Effort = SEARCH) -> Meas
         used_s = sum(samples) * number
         if used_s > effort.budget_s or spread_of(samples) < effort.spread:
             break
-    return Measurement(lowest_tenth(samples), spread_of(samples), len(samples))
+    return Measurement(percentile_10(samples), spread_of(samples), len(samples))

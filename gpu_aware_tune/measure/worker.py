@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
-from gpu_aware_tune.measure.quality import Watch
+from gpu_aware_tune.measure.quality import DisturbanceMonitor
 from gpu_aware_tune.measure.timing import Effort, Timer, compare, measure
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contest:
+class ComparisonJob:
     """Several artifacts of one task to measure in turns; fields as of `Job`."""
 
     paths: tuple[str, ...]
@@ -66,7 +66,7 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """The answer to a job or to a contest: a measurement for each artifact.
+    """The answer to a job or to a comparison: a measurement for each artifact.
 
     `ends` says that the worker goes now.
     """
@@ -83,7 +83,7 @@ def serve(connection: Connection, partition: Partition) -> None:
     """
     with contextlib.ExitStack() as stack:
         try:
-            station = stack.enter_context(_station(partition))
+            station = stack.enter_context(_measuring(partition))
         except Exception as error:  # told to the parent, which names the partition
             connection.send(Opened(refusal=f"{type(error).__name__}: {error}"))
             return
@@ -103,7 +103,7 @@ def serve_slices(connection: Connection, slices: Sequence[Sequence[Partition]]) 
     A thread for each slice, since TVM's current stream is the thread's. When one of them ends, the
     process does.
     """
-    from gpu_aware_tune.partition import check_apart
+    from gpu_aware_tune.partition import check_disjoint
 
     lines = [Connection(recv_handle(connection)) for _ in slices]
     opened: SimpleQueue[Opened] = SimpleQueue()
@@ -119,7 +119,7 @@ def serve_slices(connection: Connection, slices: Sequence[Sequence[Partition]]) 
             return
         evidence += answer.evidence
     try:
-        apart = check_apart(slices)
+        apart = check_disjoint(slices)
     except SetupError as error:
         connection.send(Opened(refusal=str(error)))
         return
@@ -136,7 +136,7 @@ def _serve_slice(
     try:
         with contextlib.ExitStack() as stack:
             try:
-                stations = [stack.enter_context(_station(each)) for each in partitions]
+                stations = [stack.enter_context(_measuring(each)) for each in partitions]
             except Exception as error:  # as in `serve`
                 opened.put(Opened(refusal=f"{type(error).__name__}: {error}"))
                 return
@@ -154,21 +154,22 @@ def _serve_slice(
 
 
 @contextlib.contextmanager
-def _station(partition: Partition) -> Iterator[_Station]:
+def _measuring(partition: Partition) -> Iterator[MeasurementSession]:
     """Enter and check a partition, and open NVML beside it where it is of a GPU."""
     from gpu_aware_tune.partition import Nvml, own_processes
 
     partition.enter_worker()
     partition.verify()
     if partition.tvm_device != "cuda":
-        yield _Station(partition, measure)
+        yield MeasurementSession(partition, measure)
         return
     device = partition.share.device
     with Nvml(device.uuid or device.index, own_processes()) as nvml:
-        yield _Station(partition, Watch(nvml.glance, partition.sentinel_s).measure)
+        monitor = DisturbanceMonitor(nvml.quick_snapshot, partition.sentinel_s)
+        yield MeasurementSession(partition, monitor.measure)
 
 
-class _Station:
+class MeasurementSession:
     """One partition, ready to measure on."""
 
     def __init__(
@@ -180,9 +181,9 @@ class _Station:
         self._policy = policy
         self._inputs = _Inputs(partition)
 
-    def answer(self, job: Job | Contest) -> Reply:
+    def answer(self, job: Job | ComparisonJob) -> Reply:
         """Do what is asked for."""
-        return self.compare(job) if isinstance(job, Contest) else self.measure(job)
+        return self.compare(job) if isinstance(job, ComparisonJob) else self.measure(job)
 
     def measure(self, job: Job) -> Reply:
         """Measure one artifact; whatever it does short of killing the process is its failure."""
@@ -201,25 +202,27 @@ class _Station:
             return self._failed(FailureKind.RUN, error)
         return Reply((dataclasses.replace(result, how=how),))
 
-    def compare(self, contest: Contest) -> Reply:
+    def compare(self, comparison: ComparisonJob) -> Reply:
         """Measure several artifacts in turns; one that fails fails them all."""
         import tvm
 
         kinds: list[Callable[[], tuple[str, ...]]] = []
         timers: list[Timer] = []
         try:
-            buffers = self._inputs.of(contest)
+            buffers = self._inputs.of(comparison)
             with contextlib.ExitStack() as stack:
-                for path in contest.paths:
+                for path in comparison.paths:
                     module = tvm.runtime.load_module(path)
-                    timer, kind = stack.enter_context(self._timer(module, buffers, contest.effort))
+                    timer, kind = stack.enter_context(
+                        self._timer(module, buffers, comparison.effort)
+                    )
                     timers.append(timer)
                     kinds.append(kind)
-                results = compare(timers, contest.effort)
+                results = compare(timers, comparison.effort)
                 told = [kind() for kind in kinds]
         except Exception as error:  # as in `measure`
             failed = self._failed(FailureKind.RUN, error)
-            return Reply(failed.measurements * len(contest.paths), failed.ends)
+            return Reply(failed.measurements * len(comparison.paths), failed.ends)
         pairs = zip(results, told, strict=True)
         return Reply(tuple(dataclasses.replace(result, how=how) for result, how in pairs))
 
@@ -272,7 +275,7 @@ class _Inputs:
         self._task = ""
         self._buffers: list[Any] = []
 
-    def of(self, job: Job | Contest) -> list[Any]:
+    def of(self, job: Job | ComparisonJob) -> list[Any]:
         """Random floats in [0, 1); zeros for integers, so that an index is always valid."""
         if job.task != self._task:
             import numpy as np

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.errors import UserError, one_line
 from gpu_aware_tune.settings import TF32
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Model:
     in the order of `weights`, and has the attribute `num_input`; for a CPU its kernels are marked
     with which of their arguments are weights (see `packing`), and images are in blocks of channels
     where that fits (see `layouts`). `prepared` is the ONNX graph it was made from, `hash`
-    identifies that by content, `notes` say what could not be done for it, and `is_quantised` whether
+    identifies that by content, `notes` say what was assumed or could not be done, and `is_quantised` whether
     it rounds to integers on its way.
     """
 
@@ -93,9 +93,10 @@ def load_model(
     path = Path(path)
     original = read_model(path)
     is_quantised = any(node.op_type in _QUANTISING for node in walk(original.graph))
-    proto = prepare(original, input_shapes or {}, dtype, supported_operators())
+    notes: list[str] = []
+    proto = prepare(original, input_shapes or {}, dtype, supported_operators(), notes)
     model = import_prepared(proto, path.stem, target, dtype, blocks)
-    return dataclasses.replace(model, is_quantised=is_quantised)
+    return dataclasses.replace(model, is_quantised=is_quantised, notes=(*notes, *model.notes))
 
 
 def import_prepared(
@@ -148,7 +149,7 @@ def random_inputs(specs: Sequence[TensorSpec], seed: int) -> dict[str, np.ndarra
     arrays = {}
     for spec in specs:
         dtype = np.dtype(spec.dtype)
-        is_float = dtype.kind == "f"
+        is_float = dtype.kind == "f" or spec.dtype == "bfloat16"
         draw = generator.standard_normal if is_float else partial(generator.integers, 0, 2)
         arrays[spec.name] = np.asarray(draw(size=spec.shape)).astype(dtype)
     return arrays
@@ -186,8 +187,8 @@ def _imported(proto: onnx.ModelProto) -> tvm.IRModule:
             except Exception as error:
                 node = attrs["tvm_custom"]["name"]
                 raise UserError(
-                    f"operator {op_name} (node {node!r}, opset {opset}) cannot be imported: "
-                    f"{_first_line(error)}"
+                    f"operator {one_line(op_name, 40)} (node {one_line(repr(node), 60)}, opset "
+                    f"{opset}) cannot be imported: {_first_line(error)}; change its export"
                 ) from error
 
     try:
@@ -251,21 +252,30 @@ def _diagnosis(proto: onnx.ModelProto, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    text = re.sub(r"ir\.Op\(.*?name=\"([\w.]+)\".*", r"\1 ...", str(error))  # not a dump of TVM's
+    return one_line(f"{type(error).__name__}: {text.lstrip()}", 160)
 
 
 def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    import tvm
     from tvm import relax
     from tvm.ir.transform import Sequential
 
+    from gpu_aware_tune.model.constants import fold_constants
+    from gpu_aware_tune.model.legalize import LEGALIZERS
+
+    fold = tvm.transform.module_pass(
+        lambda module, _context: fold_constants(module), opt_level=0, name="FoldInNumPy"
+    )
     stages = Sequential(
         [
             relax.transform.DecomposeOpsForInference(),
             relax.transform.CanonicalizeBindings(),
+            fold,
             # The zero pipeline legalizes sorts and scans for one thread of a CPU otherwise.
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
+            relax.transform.LegalizeOps(LEGALIZERS),
             relax.get_pipeline("zero"),
         ]
     )

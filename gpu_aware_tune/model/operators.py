@@ -107,9 +107,43 @@ def _convolved(
     return relax.op.astype(builder.normalize(result), dtype)
 
 
+def _clip(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    """Clip of floats in one selection per bound, which keeps NaN; see `legalize`."""
+    from gpu_aware_tune.model.legalize import clamped, is_float, scalar
+
+    if not is_float(inputs[0]):
+        return None
+    bounds = [inputs[place] if place < len(inputs) else None for place in (1, 2)]
+    numbers = [None if bound is None else scalar(bound) for bound in bounds]
+    chosen = [b if n is None else n for b, n in zip(bounds, numbers, strict=True)]
+    return builder.emit_te(clamped, inputs[0], *chosen, primfunc_name_hint="clip")
+
+
+def _chained(name: str) -> Converter:
+    """Max, Min and Sum of several values as so many binary operators, which TVM can fuse.
+
+    Its importer stacks the values and reduces the stack.
+    """
+
+    def convert(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+        from tvm import relax
+
+        operator = getattr(relax.op, name)
+        result = inputs[0]
+        for value in inputs[1:]:
+            result = builder.normalize(operator(result, value))
+        return result
+
+    return convert
+
+
 CONVERTERS: dict[str, Converter] = {
+    "Clip": _clip,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "Gemm": _gemm,
     "MatMul": _matmul,
+    "Max": _chained("maximum"),
+    "Min": _chained("minimum"),
+    "Sum": _chained("add"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,13 @@ class Task:
     weight: int
     flops: float
     args: Args
+
+    @functools.cached_property
+    def module_json(self) -> str:
+        """The module as JSON, as workers and the record store take it."""
+        from gpu_aware_tune.kernels.traces import module_to_json
+
+        return module_to_json(self.module)
 
 
 def extract(model: Model, target: tvm.target.Target) -> list[Task]:

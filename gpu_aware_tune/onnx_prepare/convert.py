@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import graphlib
 import logging
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.onnx_prepare.facts import uses_types, walk
+from gpu_aware_tune.onnx_prepare.order import sort_nodes
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def detach_weights(model: ModelProto) -> tuple[ModelProto, list[TensorProto]]:
         is_large = len(tensor.raw_data) > WEIGHT_BYTES or elements > WEIGHT_BYTES // 4
         (weights if is_large else small).append(tensor)
     skeleton = ModelProto()
-    kept = list(graph.node), list(graph.input), list(graph.output), list(graph.sparse_initializer)
+    kept = list(graph.node), list(graph.input), list(graph.output)
     skeleton.ir_version = model.ir_version
     skeleton.opset_import.extend(model.opset_import)
     skeleton.functions.extend(model.functions)
@@ -40,7 +40,6 @@ def detach_weights(model: ModelProto) -> tuple[ModelProto, list[TensorProto]]:
     skeleton.graph.node.extend(kept[0])
     skeleton.graph.input.extend(kept[1])
     skeleton.graph.output.extend(kept[2])
-    skeleton.graph.sparse_initializer.extend(kept[3])
     skeleton.graph.initializer.extend(small)
     skeleton.graph.input.extend(
         helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
@@ -98,19 +97,5 @@ def to_float16(model: ModelProto) -> ModelProto:
     converted: ModelProto = convert_float_to_float16(
         model, keep_io_types=True, max_finite_val=float(np.finfo(np.float16).max)
     )
-    _sort(converted.graph)
+    sort_nodes(converted.graph)  # the converter appends its casts
     return converted
-
-
-def _sort(graph: GraphProto) -> None:
-    """Put the nodes in an order in which inputs come first; the converter appends its casts."""
-    producer = {name: index for index, node in enumerate(graph.node) for name in node.output}
-    order = graphlib.TopologicalSorter(
-        {
-            index: {producer[name] for name in node.input if name in producer}
-            for index, node in enumerate(graph.node)
-        }
-    ).static_order()
-    nodes = [graph.node[index] for index in order]
-    del graph.node[:]
-    graph.node.extend(nodes)

@@ -77,7 +77,7 @@ def lp_pool(node: NodeProto, to: Rewriter) -> list[str] | None:
     if data is None or dtype is None:
         return None
     kernel = values["kernel_shape"]
-    pads = _full_windows(data[2:], values)
+    pads = full_windows(data[2:], values)
     power = values.get("p", 2)
     raised = to.op("Abs", node.input[0])
     if power != 1:
@@ -92,7 +92,7 @@ def lp_pool(node: NodeProto, to: Rewriter) -> list[str] | None:
     return [total if power == 1 else to.op("Pow", total, to.constant(1 / power, dtype))]
 
 
-def _full_windows(extents: Sequence[int], values: dict[str, Any]) -> list[int]:
+def full_windows(extents: Sequence[int], values: dict[str, Any]) -> list[int]:
     """Return the padding of a pool with what ceil_mode adds behind."""
     kernel = values["kernel_shape"]
     rank = len(kernel)

@@ -7,28 +7,42 @@ from collections.abc import Callable, Collection
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.errors import UserError, one_line
 from gpu_aware_tune.onnx_prepare.facts import FLOATS, Facts, attributes, input_of, opset_of, walk
 from gpu_aware_tune.onnx_prepare.resize import resize_is_wrong
+from gpu_aware_tune.onnx_prepare.rewriter import operator_name
 
+MESSAGE_LENGTH = 300
+MORE = "; and {} operators more"
 Reason = Callable[[NodeProto, Facts], str]
 
 
 def refuse_unsupported(model: ModelProto, supported: Collection[tuple[str, str]]) -> None:
-    """Raise one error naming every operator that cannot be imported, or not correctly."""
+    """Raise one error naming the operators that cannot be imported, or not correctly."""
     facts = Facts(model)
     opset = opset_of(model)
-    problems: dict[str, None] = {}  # ordered and unique
+    problems: dict[str, list[str]] = {}  # an operator and what is wrong -> its nodes
     for node in walk(model.graph):
-        name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        where = f"node {node.name or node.output[0]!r}, opset {opset}"
+        name = one_line(operator_name(node), 60)
+        where = one_line(repr(node.name or node.output[0]), 60)
         if (node.domain, node.op_type) not in supported:
-            problems[f"operator {name} ({where}) is not supported"] = None
+            problems.setdefault(f"operator {name} ({{}}) is not supported", []).append(where)
         elif node.op_type in WRONG and (reason := WRONG[node.op_type](node, facts)):
-            problems[f"operator {name} ({where}): {reason}"] = None
-    if problems:
-        text = "; ".join(problems)
-        raise UserError(f"the model cannot be imported: {text}; change the model or its export")
+            problems.setdefault(f"operator {name} ({{}}): {reason}", []).append(where)
+    if not problems:
+        return
+    lines = [
+        text.format(f"node {nodes[0]}{f' and {len(nodes) - 1} more' if nodes[1:] else ''}")
+        for text, nodes in problems.items()
+    ]
+    ending = f" (opset {opset}); change the model or its export"
+    text = "the model cannot be imported: "
+    for number, line in enumerate(lines):
+        if number and len(text) + len(line) + len(ending) > MESSAGE_LENGTH - len(MORE):
+            ending = MORE.format(len(lines) - number) + ending
+            break
+        text += f"; {line}" if number else line
+    raise UserError(one_line(text, MESSAGE_LENGTH - len(ending)) + ending)
 
 
 def _batch_normalization(node: NodeProto, facts: Facts) -> str:

@@ -11,12 +11,20 @@ from onnx import NodeProto, TensorProto
 
 from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
 from gpu_aware_tune.onnx_prepare.half import IN_FLOAT32, in_float32, in_float32_or
+from gpu_aware_tune.onnx_prepare.integers import (
+    power,
+    reduce_booleans,
+    reduce_in_float64,
+    reduce_mean,
+    sign,
+)
 from gpu_aware_tune.onnx_prepare.norms import (
     group_normalization,
     lp_normalization,
     training_batch_norm,
 )
 from gpu_aware_tune.onnx_prepare.padding import explicit_padding, lp_pool
+from gpu_aware_tune.onnx_prepare.pools import max_pool, max_unpool, top_k
 from gpu_aware_tune.onnx_prepare.refuse import dropout_trains
 from gpu_aware_tune.onnx_prepare.resize import resize
 from gpu_aware_tune.onnx_prepare.rewriter import Rewriter, Rule
@@ -77,16 +85,6 @@ def _one_hot(node: NodeProto, to: Rewriter) -> list[str] | None:
     off = to.op("Gather", node.input[2], to.constant(0))
     on = to.op("Gather", node.input[2], to.constant(1))
     return [to.op("Where", hit, on, off)]
-
-
-def _pow(node: NodeProto, to: Rewriter) -> list[str] | None:
-    base, exponent = to.dtype(node.input[0]), to.dtype(node.input[1])
-    if base is None or exponent is None or base == exponent:
-        return None
-    if np.issubdtype(base, np.integer) and np.issubdtype(exponent, np.floating):
-        wide = to.op("CastLike", node.input[0], node.input[1])
-        return [to.op("CastLike", to.op("Pow", wide, node.input[1]), node.input[0])]
-    return [to.op("Pow", node.input[0], to.op("CastLike", node.input[1], node.input[0]))]
 
 
 def _split(node: NodeProto, to: Rewriter) -> list[str] | None:
@@ -183,8 +181,20 @@ def _scalar(to: Rewriter, value: str) -> str:
     return to.op("Reshape", value, to.constant([], np.int64)) if to.shape(value) == (1,) else value
 
 
+def _thresholded_relu(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """TVM multiplies by 0 what is below the threshold, which is NaN for infinities."""
+    dtype = to.dtype(node.input[0])
+    if dtype is None:
+        return None
+    threshold = to.constant(attributes(node).get("alpha", 1.0), dtype)
+    above = to.op("Greater", node.input[0], threshold)
+    return [to.op("Where", above, node.input[0], to.constant(0, dtype))]
+
+
 SPECIAL: dict[str, Rule] = {
-    **dict.fromkeys(("AveragePool", "Conv", "MaxPool"), explicit_padding),
+    **dict.fromkeys(("AveragePool", "Conv"), explicit_padding),
+    **dict.fromkeys(("ReduceL2", "ReduceLogSum", "ReduceLogSumExp"), reduce_in_float64),
+    **dict.fromkeys(("ReduceMax", "ReduceMin"), reduce_booleans),
     "BatchNormalization": training_batch_norm,
     "ConvTranspose": _conv_transpose,
     "Dropout": _dropout,
@@ -193,13 +203,19 @@ SPECIAL: dict[str, Rule] = {
     "IsInf": _is_inf,
     "LpNormalization": lp_normalization,
     "LpPool": lp_pool,
+    "MaxPool": max_pool,
+    "MaxUnpool": max_unpool,
     "NonMaxSuppression": _non_max_suppression,
     "OneHot": _one_hot,
-    "Pow": _pow,
+    "Pow": power,
     "QLinearConv": _qlinear_conv,
     "QLinearMatMul": _qlinear_matmul,
+    "ReduceMean": reduce_mean,
     "Resize": resize,
+    "Sign": sign,
     "Split": _split,
+    "ThresholdedRelu": _thresholded_relu,
+    "TopK": top_k,
 }
 RULES: dict[str, Rule] = {
     **dict.fromkeys(IN_FLOAT32, in_float32),

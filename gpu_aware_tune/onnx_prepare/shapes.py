@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnx import ModelProto, TensorProto, ValueInfoProto
+from onnx import ModelProto, TensorProto, TensorShapeProto, ValueInfoProto
 
-from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.errors import UserError, one_line
+
+NAMELESS = {"", "?", "-1", "None"}  # what exporters write for dimensions that they do not know
 
 
 def drop_weight_inputs(model: ModelProto) -> None:
@@ -18,8 +20,17 @@ def drop_weight_inputs(model: ModelProto) -> None:
     graph.input.extend(inputs)
 
 
-def fix_inputs(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Leave only real inputs, static, with the shapes given, or say what is missing."""
+def fix_inputs(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Leave only real inputs, static, with the shapes given.
+
+    A first dimension that is neither given nor known is taken for the batch, and becomes 1.
+
+    Returns:
+        Notes on what was assumed, for the user.
+
+    Raises:
+        UserError: another dimension is missing, or a shape does not fit.
+    """
     drop_weight_inputs(model)
     inputs = {value.name: value for value in model.graph.input}
     for name in input_shapes:
@@ -38,15 +49,54 @@ def fix_inputs(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -
             raise UserError(f"input {name!r} holds strings; only numbers are taken")
         if name in input_shapes:
             _fix_input(value, tuple(input_shapes[name]), symbols)
+    # Exporters of old wrote 0 for a dimension that they did not know.
+    smallest = 1 if model.ir_version < 4 else 0
+    _set_symbols(inputs, symbols)
+    notes = _assume_batch(inputs, symbols, smallest)
+    _refuse_dynamic(list(inputs.values()), smallest)
+    for value in model.graph.output:  # a stale batch size there contradicts the one just set
+        if input_shapes and value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    return notes
+
+
+def _set_symbols(inputs: Mapping[str, ValueInfoProto], symbols: Mapping[str, int]) -> None:
     for value in inputs.values():
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in symbols:
                 dim.dim_value = symbols[dim.dim_param]
-    # Exporters of old wrote 0 for a dimension that they did not know.
-    _refuse_dynamic(list(inputs.values()), smallest=1 if model.ir_version < 4 else 0)
-    for value in model.graph.output:  # a stale batch size there contradicts the one just set
-        if input_shapes and value.type.HasField("tensor_type"):
-            value.type.tensor_type.ClearField("shape")
+
+
+def _is_dynamic(dim: TensorShapeProto.Dimension, smallest: int) -> bool:
+    return not dim.HasField("dim_value") or dim.dim_value < smallest
+
+
+def _assume_batch(
+    inputs: Mapping[str, ValueInfoProto], symbols: dict[str, int], smallest: int
+) -> list[str]:
+    """Make the first dimension 1 where it alone is dynamic in every input that has dynamic ones."""
+    found: dict[str, TensorShapeProto.Dimension] = {}
+    for name, value in inputs.items():
+        dynamic = [dim for dim in value.type.tensor_type.shape.dim if _is_dynamic(dim, smallest)]
+        first = list(value.type.tensor_type.shape.dim[:1])
+        if not value.type.tensor_type.HasField("shape") or dynamic not in ([], first):
+            return []
+        if dynamic:
+            found[name] = dynamic[0]
+    for dim in found.values():
+        if dim.dim_param not in NAMELESS:
+            symbols[dim.dim_param] = 1
+        dim.dim_value = 1
+    _set_symbols(inputs, symbols)
+    if not found:
+        return []
+    name = next(iter(found))
+    shown = _shape_text(inputs[name])
+    names = ", ".join(one_line(repr(name), 60) for name in list(found)[:3])
+    return [
+        f"the first dimension of {names} is dynamic and taken as 1; "
+        f"for another batch use --input {one_line(name, 60)}:{shown}"
+    ]
 
 
 def _fix_input(value: ValueInfoProto, shape: tuple[int, ...], symbols: dict[str, int]) -> None:
@@ -70,7 +120,7 @@ def _fix_input(value: ValueInfoProto, shape: tuple[int, ...], symbols: dict[str,
                 f"{given}: dimension {axis} is fixed to {dim.dim_value} in the model "
                 f"({_shape_text(value)}); only dynamic dimensions can be set"
             )
-        if dim.dim_param and symbols.setdefault(dim.dim_param, extent) != extent:
+        if dim.dim_param not in NAMELESS and symbols.setdefault(dim.dim_param, extent) != extent:
             raise UserError(
                 f"{given}: dimension {axis} ({dim.dim_param}) is already "
                 f"{symbols[dim.dim_param]} elsewhere; use one value for it"
@@ -87,11 +137,7 @@ def _refuse_dynamic(values: list[ValueInfoProto], smallest: int) -> None:
             flags.append(f"--input {value.name}:1x3x224x224")
             continue
         dims = list(tensor.shape.dim)
-        unknown = [
-            axis
-            for axis, dim in enumerate(dims)
-            if not dim.HasField("dim_value") or dim.dim_value < smallest
-        ]
+        unknown = [axis for axis, dim in enumerate(dims) if _is_dynamic(dim, smallest)]
         if not unknown:
             continue
         named = ", ".join(f"{axis} ({dims[axis].dim_param or 'unnamed'})" for axis in unknown)

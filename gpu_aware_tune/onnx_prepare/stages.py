@@ -29,6 +29,7 @@ def prepare(
     input_shapes: Mapping[str, tuple[int, ...]],
     dtype: str | None,
     supported: Collection[tuple[str, str]],
+    notes: list[str] | None = None,
 ) -> ModelProto:
     """Return the model static, folded and expanded; `model` itself is used up.
 
@@ -39,10 +40,13 @@ def prepare(
             result is called like the original. None, "float32" and "tf32" leave the types as they
             are; the last two are for float32 models.
         supported: (domain, operator) pairs that the importer can take.
+        notes: gets a line for each thing that was assumed and that the user should know.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    fix_inputs(model, input_shapes)  # looks at the IR version, which is raised next
+    assumed = fix_inputs(model, input_shapes)  # looks at the IR version, which is raised next
+    if notes is not None:
+        notes.extend(assumed)
     _tidy(model)
     model, weights = detach_weights(model)
     if model.functions:

@@ -7,7 +7,7 @@ from gpu_aware_tune.partition.backends import (
     BACKENDS,
     GPU_BACKENDS,
     SIDE_BY_SIDE,
-    check_apart,
+    check_disjoint,
     choose_backend,
     instance_units,
     open_partitions,
@@ -25,7 +25,7 @@ from gpu_aware_tune.partition.mps import MpsPartition
 from gpu_aware_tune.partition.null import NullPartition
 from gpu_aware_tune.partition.nvml import Nvml, Snapshot, disturbances, own_processes
 from gpu_aware_tune.partition.shares import Share
-from gpu_aware_tune.partition.topology import spare_cpus, usable_cores
+from gpu_aware_tune.partition.topology import cpu_quota, usable_cores
 
 __all__ = [
     "BACKENDS",
@@ -43,8 +43,9 @@ __all__ = [
     "Partition",
     "Share",
     "Snapshot",
-    "check_apart",
+    "check_disjoint",
     "choose_backend",
+    "cpu_quota",
     "disturbances",
     "find_device",
     "host_mcpu",
@@ -55,6 +56,5 @@ __all__ = [
     "partition_for",
     "probe_backends",
     "share_of",
-    "spare_cpus",
     "usable_cores",
 ]

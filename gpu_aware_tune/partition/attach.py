@@ -15,7 +15,7 @@ from gpu_aware_tune.partition.base import Partition
 from gpu_aware_tune.partition.device import from_facts
 from gpu_aware_tune.partition.driver import started_driver
 from gpu_aware_tune.partition.full import FullPartition
-from gpu_aware_tune.partition.gpus import GpuFacts, read_gpus
+from gpu_aware_tune.partition.gpu_query import GpuFacts, read_gpus
 from gpu_aware_tune.partition.green import plan_partitions
 from gpu_aware_tune.partition.shares import Share, mps_percentage
 

@@ -11,7 +11,7 @@ from gpu_aware_tune.partition import cores, green, mig, mps
 from gpu_aware_tune.partition.base import Availability, Partition
 from gpu_aware_tune.partition.device import Device
 from gpu_aware_tune.partition.full import FullPartition
-from gpu_aware_tune.partition.gpus import query_gpus
+from gpu_aware_tune.partition.gpu_query import query_gpus
 from gpu_aware_tune.partition.null import NullPartition
 from gpu_aware_tune.partition.shares import (
     Share,
@@ -179,7 +179,7 @@ def open_slices(
     return [[next(opened) for _ in shares] for shares in slices]
 
 
-def check_apart(slices: Sequence[Sequence[Partition]]) -> bool:
+def check_disjoint(slices: Sequence[Sequence[Partition]]) -> bool:
     """Whether all slices tell which units they run on; call it after `Partition.verify`.
 
     Raises:

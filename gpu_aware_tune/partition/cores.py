@@ -47,7 +47,6 @@ _TASKS = Path("/proc/self/task")
 class _Pool:
     """TVM's pool of the current thread, as far as it is known here."""
 
-    configure: Callable[[int, int, list[str]], Any]
     size: Callable[[], int]
     caller: int  # thread id of the launching thread, which does the first part of every kernel
     workers: list[int]
@@ -55,10 +54,6 @@ class _Pool:
     before: frozenset[int]  # what the launching thread was bound to
     active: tuple[int, ...] = ()
     users: set[int] = field(default_factory=set)
-
-    def use(self, cpus: Sequence[int]) -> None:
-        """Let launches use as many threads as there are `cpus`; binds none of them."""
-        self.configure(_MODE_ONE_CORE_PER_THREAD, len(cpus), [str(cpu) for cpu in cpus])
 
 
 _local = threading.local()
@@ -136,7 +131,7 @@ class CoresPartition(Partition):
         if not pool.users:
             pool.active = ()
             remember_unbound(None)
-            pool.use(range(pool.capacity))
+            set_pool(range(pool.capacity))
             for thread in (pool.caller, *pool.workers):
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(thread, pool.before)
@@ -151,7 +146,7 @@ class CoresPartition(Partition):
         if pool.active == self.cores:
             return
         cores = self.cores
-        pool.use(cores)
+        set_pool(cores)
         try:
             for thread, core in zip([pool.caller, *pool.workers], cores, strict=False):
                 os.sched_setaffinity(thread, {core})
@@ -184,14 +179,23 @@ def choose_cores(
     return [cores[start : start + count] for start, count in zip(starts, units, strict=True)]
 
 
+def set_pool(cpus: Sequence[int]) -> None:
+    """Let what this thread launches use as many of TVM's threads as there are `cpus`.
+
+    The first call of a thread makes its pool. TVM binds each of the pool's threads to one of `cpus`,
+    unless TVM_BIND_THREADS is 0, and never the calling one.
+    """
+    configure, _ = _tvm_functions()
+    configure(_MODE_ONE_CORE_PER_THREAD, len(cpus), [str(cpu) for cpu in cpus])
+
+
 def _start_pool(size: int) -> _Pool:
     """Make TVM's pool for this thread and find out which threads it consists of."""
-    configure, count = _tvm_functions()
     before = frozenset(os.sched_getaffinity(0))
     caller = threading.get_native_id()
     known = _named_threads()
     with _thread_name(caller, _POOL_NAME):  # threads inherit the name of the one that makes them
-        configure(_MODE_ONE_CORE_PER_THREAD, size, [str(number) for number in range(size)])
+        set_pool(range(size))
     workers = sorted(_named_threads() - known - {caller})
     if len(workers) != size - 1:
         raise SetupError(
@@ -199,7 +203,7 @@ def _start_pool(size: int) -> _Pool:
             f"forked from ({len(workers)} new threads, not {size - 1}): enter the partition before "
             "TVM runs anything, or in a new thread"
         )
-    return _Pool(configure, count, caller, workers, size, before)
+    return _Pool(_tvm_functions()[1], caller, workers, size, before)
 
 
 def _tvm_functions() -> tuple[Callable[[int, int, list[str]], Any], Callable[[], int]]:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gpu_aware_tune.errors import SetupError, UserError
-from gpu_aware_tune.partition.gpus import GpuFacts, granularity, query_gpus
+from gpu_aware_tune.partition.gpu_query import GpuFacts, granularity, query_gpus
 from gpu_aware_tune.partition.topology import usable_cores
 
 TARGETS = ("auto", "cuda", "llvm")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.partition.gpu import GpuPartition
+from gpu_aware_tune.partition.gpu_partition import GpuPartition
 from gpu_aware_tune.partition.shares import Share
 
 

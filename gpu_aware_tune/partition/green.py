@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition.driver import call, quietly
-from gpu_aware_tune.partition.gpu import GpuPartition
+from gpu_aware_tune.partition.gpu_partition import GpuPartition
 from gpu_aware_tune.partition.shares import Share
 
 

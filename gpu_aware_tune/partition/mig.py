@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.partition.gpu import GpuPartition
+from gpu_aware_tune.partition.gpu_partition import GpuPartition
 from gpu_aware_tune.partition.nvml import load_nvml
 from gpu_aware_tune.partition.shares import Share
 

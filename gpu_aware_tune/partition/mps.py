@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.partition.gpu import GpuPartition
+from gpu_aware_tune.partition.gpu_partition import GpuPartition
 from gpu_aware_tune.partition.shares import Share, mps_percentage
 
 CONTROL = "nvidia-cuda-mps-control"

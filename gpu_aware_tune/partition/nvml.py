@@ -105,7 +105,7 @@ class Nvml:
             neighbours=self._neighbours(),
         )
 
-    def glance(self) -> Snapshot:
+    def quick_snapshot(self) -> Snapshot:
         """Read only what `disturbances` looks at: a fraction of a millisecond, fit for every sample."""
         if self._handle is None:
             return Snapshot()

@@ -58,12 +58,6 @@ def physical_cores(cpus: Collection[int], sysfs: Path = SYSFS_CPU) -> list[tuple
     return [tuple(group) for _, group in ordered]
 
 
-def spare_cpus(used: Collection[int], sysfs: Path = SYSFS_CPU) -> tuple[int, ...]:
-    """Logical CPUs on physical cores not in `used`: where builds disturb no measurement."""
-    groups = physical_cores(allowed_cpus(), sysfs)
-    return tuple(cpu for group in groups if not set(group) & set(used) for cpu in group)
-
-
 def cpu_quota(cgroup: Path = CGROUP) -> float | None:
     """CPUs granted by this container's cgroup (version 2 or 1), None where there is no limit."""
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import math
 import select
 import statistics
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.measure.timing import quantile
 from gpu_aware_tune.partition import Partition
 from gpu_aware_tune.partition.nvml import Nvml
 from gpu_aware_tune.profiling.knee import efficacy, knees
@@ -210,8 +210,8 @@ def _point(subject: Subject, slices: Sequence[_Slice]) -> Point:
     for taken in slices:
         timed = taken.samples_s[1:] or taken.samples_s  # the first finds cold caches
         medians.append(statistics.median(timed))
-        p10s.append(_quantile(timed, 0.1))
-        p90s.append(_quantile(timed, 0.9))
+        p10s.append(quantile(timed, 0.1))
+        p90s.append(quantile(timed, 0.9))
         rates.append(batch * len(timed) / sum(timed))
     latency_s, rate = statistics.median(medians), statistics.median(rates)
     power_w, energy_j = _power(slices, batch)
@@ -238,12 +238,3 @@ def _power(slices: Sequence[_Slice], batch: int) -> tuple[float | None, float | 
         return None, None
     inferences = batch * sum(len(taken.samples_s) for taken in slices)
     return sum(spent) / sum(taken.elapsed_s for taken in slices), sum(spent) / inferences
-
-
-def _quantile(samples: Sequence[float], part: float) -> float:
-    """By linear interpolation, as NumPy's."""
-    ordered = sorted(samples)
-    place = part * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

@@ -26,7 +26,17 @@ from gpu_aware_tune.workers import WorkerHost
 if TYPE_CHECKING:
     from gpu_aware_tune.model.importer import Model
 
-__all__ = ["ROUNDS", "SECONDS", "Curve", "Point", "grid", "profile", "profile_untuned", "share_for"]
+__all__ = [
+    "ROUNDS",
+    "SECONDS",
+    "Curve",
+    "Point",
+    "grid",
+    "group_by_model",
+    "profile",
+    "profile_untuned",
+    "share_for",
+]
 
 SECONDS, ROUNDS = 0.3, 7
 _GRID_PERCENT = tuple(range(10, 101, 10))
@@ -208,6 +218,36 @@ def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[Tun
             )
         batches[batch] = folder.path
     return sorted(folders, key=lambda folder: batch_of(folder.specs))
+
+
+def group_by_model(paths: Sequence[Path], batches: Sequence[int] | None = None) -> list[list[Path]]:
+    """Sort folders that `tune` wrote by their model, in the order in which models are first named.
+
+    Args:
+        paths: the folders.
+        batches: keep those with these batch sizes only; all by default.
+
+    Raises:
+        UserError: a folder cannot be used, or a model has none with a batch size that is wanted.
+    """
+    if len(paths) == 1 and batches is None:
+        return [list(paths)]
+    models: dict[str, dict[Path, int]] = {}
+    for path in paths:
+        folder = TunedFolder(path, read_manifest(path), None)
+        models.setdefault(folder.manifest.model.name, {})[path] = batch_of(folder.specs)
+    for model, found in models.items():
+        for batch in batches or ():
+            if batch not in found.values():
+                has = ", ".join(str(each) for each in sorted(found.values()))
+                raise UserError(
+                    f"--batch {batch}: there is no folder of {model} with that batch size (there is"
+                    f" {has}): tune it with `tune MODEL --input NAME:{batch}x...`"
+                )
+    return [
+        [path for path, batch in found.items() if batches is None or batch in batches]
+        for found in models.values()
+    ]
 
 
 def _device(folders: Sequence[TunedFolder], index: int) -> Device:

@@ -204,7 +204,7 @@ def record_of(row: tuple[Any, ...]) -> Record:
     return Record(*fields)
 
 
-def doomed(
+def prune_condition(
     keep: int | None, failures_older_s: float | None, wrong: bool
 ) -> tuple[str, list[float]]:
     """Return the condition and the values that `Store.prune` finds records by."""

@@ -29,9 +29,9 @@ from gpu_aware_tune.records.rows import (
     StoredTask,
     check_seconds,
     digest,
-    doomed,
     log_entry_of,
     packed,
+    prune_condition,
     row_of,
     unpacked,
 )
@@ -185,7 +185,7 @@ class Store(OpenStore):
         Raises:
             SetupError: another process writes the store; it may be using what would be removed.
         """
-        where, values = doomed(keep, failures_older_s, wrong)
+        where, values = prune_condition(keep, failures_older_s, wrong)
         if dry_run:
             with self._using() as db:
                 query = f"SELECT COUNT(*) FROM records WHERE {where}"

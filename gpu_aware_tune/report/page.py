@@ -25,7 +25,7 @@ _HEAT = (
     " and pass <code>--profile</code> once for each."
 )
 _STOCK = (
-    "Run <code>python benchmarks/vs_metaschedule.py</code> for this model and pass its results with"
+    "Run <code>python -m benchmarks.vs_metaschedule</code> for this model and pass its results with"
     " <code>--stock FILE</code>."
 )
 _WEIGHTS = (

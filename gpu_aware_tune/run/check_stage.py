@@ -190,11 +190,9 @@ def _without_wrong(
     session: Session, model: ImportedModel, workers: RunWorkers
 ) -> tuple[RunWorkers, list[str]]:
     """Leave out the model's baseline schedules that compute something else than their kernel."""
-    from gpu_aware_tune.kernels.traces import module_to_json
-
     target, seed = dict(workers.pools.target), session.settings.seed
     calls: dict[tuple[str, str], tuple[Any, tuple[Any, ...]]] = {
-        (task.hash, trace): (check_kernel, (module_to_json(task.module), trace, target, seed))
+        (task.hash, trace): (check_kernel, (task.module_json, trace, target, seed))
         for task in model.tasks
         for trace in workers.baselines[task.hash]
         if trace

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.run.jobs import ModelGoal
 from gpu_aware_tune.settings import RunSettings, check_replaceable
+
+_LIBRARY_BYTES = 32 << 20  # code, besides the weights
+_RECORDS_BYTES = 16 << 20
 
 
 def check_files(goal: ModelGoal, settings: RunSettings) -> None:
@@ -33,20 +37,40 @@ def check_files(goal: ModelGoal, settings: RunSettings) -> None:
         raise UserError(f"model {str(model)!r} is empty: give the path of a .onnx file")
     if not settings.dry_run:
         check_replaceable(goal.output)
-        _check_writable("-o", goal.output)
-        _check_writable("--db", settings.db)
+        weights = _bytes_of(model)
+        _check_writable("-o", goal.output, _LIBRARY_BYTES + 2 * weights)
+        _check_writable("--db", settings.db, _RECORDS_BYTES)
+        if goal.verify_inputs is not None and not goal.verify_inputs.is_file():
+            raise UserError(
+                f"--verify-inputs {str(goal.verify_inputs)!r} is no file: give an .npz file with an"
+                " array for each input"
+            )
 
 
-def _check_writable(flag: str, folder: Path) -> None:
-    """Tries to write next to or in `folder`, as permissions alone do not tell (root, /proc)."""
+def _bytes_of(model: Path) -> int:
+    """The size of a model, with the external data that may lie beside it."""
+    beside = [*model.parent.glob(f"{model.name}*data"), *model.parent.glob(f"{model.stem}*.data")]
+    return sum(path.stat().st_size for path in {model, *beside} if path.is_file())
+
+
+def _check_writable(flag: str, folder: Path, needed: int) -> None:
+    """Tries to write next to or in `folder`, as permissions alone do not tell (root, /proc).
+
+    Args:
+        needed: bytes that have to be free there.
+    """
     existing = folder.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     try:
         with tempfile.TemporaryDirectory(prefix=".tune-", dir=existing):
-            return
+            free = shutil.disk_usage(existing).free
     except OSError as error:
         reason = error.strerror
+    else:
+        if free >= needed:
+            return
+        reason = f"{free >> 20} MiB are free there, about {needed >> 20} MiB are needed"
     raise SetupError(
         f"{flag} {str(folder)!r} cannot be written ({reason}): give a folder you may write to"
     )

@@ -71,7 +71,7 @@ def import_models(
         yield Stage(StageName.MODEL, f"importing {goal.path.name}")
         model = _import(goal, session.device)
         for note in model.model.notes:
-            yield Note(f"{model.name}: {note}", Level.WARNING)
+            yield Note(f"{model.name}: {note}")
         models.append(model)
     total = sum(model.work for model in models) or 1.0
     shared = []
@@ -136,7 +136,6 @@ def _with_known_tasks(
     session: Session, model: ImportedModel
 ) -> Generator[Event, None, ImportedModel]:
     """Keep a model's tasks in the store; of two different kernels with one hash only the first."""
-    from gpu_aware_tune.kernels.traces import module_to_json
     from gpu_aware_tune.records.tvm_database import adopt_task, args_json, is_same_task
 
     unfit = 0
@@ -147,8 +146,8 @@ def _with_known_tasks(
             continue
         tasks.append(task)
         if not session.settings.dry_run:
-            module_json, args = module_to_json(task.module), args_json(task.module)
-            session.store.add_task(task.hash, task.name, module_json, args)
+            args = args_json(task.module)
+            session.store.add_task(task.hash, task.name, task.module_json, args)
             unfit += adopt_task(session.store, task.module)
     if unfit:
         yield Note(f"{model.name}: {unfit} schedules in the records do not fit; left out")

@@ -41,11 +41,9 @@ def start_workers(
     Args:
         here: only this machine's, though the run has a cluster.
     """
-    from gpu_aware_tune.kernels.traces import module_to_json
-
     settings = _pool_settings(session, models)
     specs = {task.hash: TaskSpec(task.args, work.units_of(task.hash)) for task in work.tasks}
-    modules = {task.hash: module_to_json(task.module) for task in work.tasks}
+    modules = {task.hash: task.module_json for task in work.tasks}
     pools = session.stack.enter_context(Pools(session.host, settings))
     text = pools.start(specs, modules)
     pipeline: Workers = pools.pipeline

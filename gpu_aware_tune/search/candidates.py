@@ -67,7 +67,7 @@ class NewTask:
 
 
 @dataclass(frozen=True)
-class Draft:
+class DraftRequest:
     """Message: learn from `results` (task, candidate number, seconds or None), then draft."""
 
     task: str
@@ -109,7 +109,7 @@ class Searcher:
     def ask(self, task: str) -> None:
         """Request a draft; the answer is read from `worker`."""
         results, self._results = tuple(self._results), []
-        self.worker.send(Draft(task, results), job=task)
+        self.worker.send(DraftRequest(task, results), job=task)
 
     def cpu_s(self) -> float:
         """CPU seconds of this searcher so far."""
@@ -136,7 +136,7 @@ def serve(
 
     search = _Search(tvm.target.Target(target), settings, number)
     while True:
-        message: NewTask | Draft = connection.recv()
+        message: NewTask | DraftRequest = connection.recv()
         if isinstance(message, NewTask):
             search.add(message)
             continue

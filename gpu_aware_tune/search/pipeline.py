@@ -237,7 +237,7 @@ class Pipeline:
             if len(self._ready) >= 4 * _WINDOW * max(1, len(self._slices)):
                 return  # bounded: measuring has to catch up
             candidate = self._to_build.popleft()
-            self._builders.submit(candidate, candidate.task, candidate.trace or None)
+            self._builders.submit(candidate, candidate.task, candidate.trace)
 
     def _finish_measurements(self) -> Iterator[Outcome]:
         """Take what the slices have measured; an artifact is through when all its units are."""

@@ -13,6 +13,7 @@ from typing import Protocol
 from gpu_aware_tune.events import Event, Level, Note, Origin, Progress, StoppedBy, Trial
 from gpu_aware_tune.measure import SEARCH, Effort
 from gpu_aware_tune.measure.measurement import Measurement
+from gpu_aware_tune.model.tasks import Task
 from gpu_aware_tune.records.store import Record
 from gpu_aware_tune.search.budget import Budget, StopRequest
 from gpu_aware_tune.search.candidates import Candidate, NewTask
@@ -153,17 +154,17 @@ class _Search:
             budget.done = self._resumed[model] = min(spent, limit)
             budget.start()
         for task in self._work.tasks:
-            pipeline.add_task(self._new_task(task.hash, task.module))
+            pipeline.add_task(self._new_task(task))
 
-    def _new_task(self, task: str, module: object) -> NewTask:
+    def _new_task(self, task: Task) -> NewTask:
         """A task with its best known schedules, as its searcher gets it."""
-        from gpu_aware_tune.kernels.traces import module_to_json
-
-        past = self._known.past[task]
-        scored = sorted((self._objective(task, s), trace) for trace, s, _ in past.known if trace)
+        past = self._known.past[task.hash]
+        scored = sorted(
+            (self._objective(task.hash, s), trace) for trace, s, _ in past.known if trace
+        )
         pairs = tuple((trace, score) for score, trace in scored[:_KNOWN])
-        tried = (*self._context.baselines[task], *past.tried)
-        return NewTask(task, module_to_json(module), pairs, tried)
+        tried = (*self._context.baselines[task.hash], *past.tried)
+        return NewTask(task.hash, task.module_json, pairs, tried)
 
     def baseline(self) -> Iterator[Event]:
         """Measure the baseline schedules that no record holds yet, and seeds from other units.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.children import tell
+from benchmarks.scaffold import tell
 from gpu_aware_tune.errors import TuneError
 
 
@@ -145,12 +145,10 @@ def green_fault(lab: Any, size: int) -> dict[str, Any]:
     """What an illegal access on one green partition does to the other one of its process."""
     found: dict[str, Any] = {}
     with lab.split([size, size]) as lanes:
-        for name, action in (
-            ("faulty", lambda: (lanes[0].illegal(), lanes[0].wait())),
-            ("other", lambda: (lanes[1].launch("compute", 100), lanes[1].wait())),
-        ):
+        for name, lane in zip(("faulty", "other"), lanes, strict=True):
             try:
-                action()
+                lane.illegal() if name == "faulty" else lane.launch("compute", 100)
+                lane.wait()
                 found[name] = None
             except TuneError as error:
                 found[name] = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import threading
@@ -180,9 +181,10 @@ def interference(lab: Any) -> dict[str, Any]:
             rounds = victim.rounds_for(own, 0.01)
             idle_s = statistics.median(victim.timed(own, rounds, 5))
             for other in LOADS:
-                before = nvml.glance()
-                beside_s = _beside(neighbour, other, lambda o=own, r=rounds: victim.timed(o, r, 5))
-                flags.update(disturbances(before, nvml.glance()))
+                before = nvml.quick_snapshot()
+                timed = functools.partial(victim.timed, own, rounds, 5)
+                beside_s = _beside(neighbour, other, timed)
+                flags.update(disturbances(before, nvml.quick_snapshot()))
                 slower.setdefault(own, {})[other] = beside_s / idle_s
         snapshot = nvml.snapshot()
     turns = _two_processes(lab, size)

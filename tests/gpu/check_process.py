@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from benchmarks.children import die_with_parent, tell
+from benchmarks.scaffold import die_with_parent, tell
 from gpu.check_children import CHILDREN
 from gpu.check_faults import fault_containment, mps_as_a_user, numerics_under_caps
 from gpu.check_green import (

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for benchmarks
-
-from benchmarks.gpu.environment import NO_GPU, RESULTS
+from benchmarks.environment import NO_GPU, RESULTS
 from gpu_aware_tune.codegen.cuda_toolchain import preload_runtime, runtime_environment
 from gpu_aware_tune.partition import Device, find_device
-from gpu_aware_tune.partition.gpus import query_gpus
+from gpu_aware_tune.partition.gpu_query import query_gpus
 from gpu_aware_tune.workers import WorkerHost
 
 preload_runtime()  # before a test imports TVM

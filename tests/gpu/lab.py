@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.children import ROOT, told
+from benchmarks.environment import ROOT
+from benchmarks.scaffold import told
 from gpu_aware_tune.partition import FullPartition, Share, find_device
 from gpu_aware_tune.partition import probe as sm_probe
 from gpu_aware_tune.partition.driver import call
-from gpu_aware_tune.partition.gpu import GpuPartition
+from gpu_aware_tune.partition.gpu_partition import GpuPartition
 from gpu_aware_tune.partition.green import plan_partitions
 
 CHILD_TIMEOUT_S = 60.0

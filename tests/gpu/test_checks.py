@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu.environment import write_results
+from benchmarks.environment import environment, gpu_results, write_results
 from gpu.check_process import CHECKS
 from gpu.lab import Lab, answer
 
@@ -26,14 +25,15 @@ Check = Callable[[int], None]
 @pytest.fixture(scope="module")
 def check(request: pytest.FixtureRequest) -> Check:
     """Runs a check by its number, writes what was found so far, and fails where it did not pass."""
-    folder: Path = request.config.getoption("--gpu-results")
+    path = gpu_results("gpu-checks", request.config.getoption("--gpu-results"))
+    about = environment("cuda")
     end = time.monotonic() + request.config.getoption("--check-seconds")
     lab = Lab()
     found: dict[str, dict[str, Any]] = {}
 
     def run(number: int) -> None:
         result = found[str(number)] = checked(lab, number, end - time.monotonic())
-        write_results("gpu-checks", {"checks": found}, False, folder)
+        write_results(path, about, {"checks": found})
         if "error" in result or result["passed"] is False:
             pytest.fail(result.get("error") or result["text"], pytrace=False)
         print(result["text"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import mock_gpu
-from gpu_aware_tune.partition import backends, device, gpus
+from gpu_aware_tune.partition import backends, device, gpu_query
 from gpu_aware_tune.partition.driver import call, started_driver
 
 _KINDS = ("primary context", "green context", "stream", "module", "memory", "event", "graph",
@@ -33,8 +33,8 @@ class MockGpu:
         for name in (n for n in os.environ if n.startswith("MOCK_GPU") or n in _LEFT):
             monkeypatch.delenv(name)
         monkeypatch.setenv("MOCK_GPU", "1")
-        query = functools.cache(lambda: (tuple(gpus.read_gpus(started_driver())), ""))
-        for module in (gpus, backends, device):
+        query = functools.cache(lambda: (tuple(gpu_query.read_gpus(started_driver())), ""))
+        for module in (gpu_query, backends, device):
             monkeypatch.setattr(module, "query_gpus", query)
 
     def set(self, **settings: object) -> None:

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from gpu_aware_tune.cli import main as cli_main
 from gpu_aware_tune.errors import SetupError, UserError
-from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, ShareResult
+from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, ShareResult, StoppedBy
 from gpu_aware_tune.run.jobs import TuningJob, make_jobs
 from gpu_aware_tune.search.budget import StopRequest
 
@@ -25,7 +25,7 @@ PLANNED = Planned("net", "CPU", ("100 % of 2 cores = 2 cores",), (2,), "cores", 
 PROGRESS = Progress("net", 1.0, 2, 4, 120.0, {2: 0.02}, {2: 0.01}, {"crash": 1}, 1.0)
 SHARE = ShareResult("100 % of 2 cores = 2 cores", 2, 0.02, 0.01, True, 1e-7)
 FINISHED = Finished("net", Path("net.tuned"), (), (SHARE,), 4, 2.0, interrupted=False)
-NO_RESULT = Finished("net", None, (), (), 0, 2.0, interrupted=True, stopped_by="interrupt")
+NO_RESULT = Finished("net", None, (), (), 0, 2.0, interrupted=True, stopped_by=StoppedBy.INTERRUPT)
 
 Capture = pytest.CaptureFixture[str]
 Steps = Callable[[], Iterator[Event]]

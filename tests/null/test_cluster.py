@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +14,14 @@ from mock_gpu.devices import fake_gpu
 
 from gpu_aware_tune.cluster import ClusterPipeline
 from gpu_aware_tune.cluster.connection import connected
-from gpu_aware_tune.cluster.ledger import Ledger
+from gpu_aware_tune.cluster.ledger import PendingCandidates
 from gpu_aware_tune.cluster.members import Member, Members, _places, gpu_fraction
 from gpu_aware_tune.cluster.messages import (
     Artifact,
     Ask,
     Batch,
     Begin,
-    Draft,
+    DraftRequest,
     End,
     Gone,
     Learn,
@@ -85,7 +85,7 @@ class Machine:
                     Candidate(message.task, name, "search", number)
                     for number, name in enumerate(names)
                 )
-                found.append(Draft(self.runs[-1].run, message.task, drafted))
+                found.append(DraftRequest(self.runs[-1].run, message.task, drafted))
         del self.inbox[:at_most]
         return found
 
@@ -208,6 +208,7 @@ def test_only_one_draft_at_a_time_is_asked_of_a_searcher() -> None:
     next(stream)
     under_way = [message for message in one.inbox if isinstance(message, Ask)]
     assert len({int(ask.task) % 2 for ask in under_way}) == len(under_way)
+    assert isinstance(stream, Generator)
     stream.close()
     members.flush()
     assert isinstance(one.heard[-1], End)
@@ -237,7 +238,7 @@ def test_a_lost_machines_candidates_and_searches_go_elsewhere() -> None:
 
 
 def test_a_candidate_that_two_machines_died_with_is_a_failure() -> None:
-    ledger = Ledger()
+    ledger = PendingCandidates()
     ledger.add(given(2))
     ledger.give("one", 2)
     assert ledger.lose("one") == [] and ledger.waiting == 2
@@ -399,7 +400,7 @@ def test_a_run_waits_for_a_measuring_machine_that_is_on_its_way_back() -> None:
 
 
 def test_the_ledger_keeps_artifacts_and_counts_what_each_machine_has() -> None:
-    ledger, artifact = Ledger(), Artifact(b"code", "digest")
+    ledger, artifact = PendingCandidates(), Artifact(b"code", "digest")
     ledger.add(given(3))
     (number, first), _ = ledger.give("builder", 2)
     assert (ledger.load("builder"), ledger.waiting, ledger.open()) == (2, 1, 3)

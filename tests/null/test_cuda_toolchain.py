@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from gpu_aware_tune.codegen import cuda_toolchain
+from gpu_aware_tune.codegen.cuda_source import lean_source
 from gpu_aware_tune.codegen.cuda_toolchain import (
     compile_cubin,
     environment,
     find_toolchain,
-    lean_source,
     packed_imports,
 )
 from gpu_aware_tune.errors import SetupError

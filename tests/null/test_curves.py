@@ -58,7 +58,8 @@ class ScriptedHost:
     """Gives a scripted worker for each partition, by its units."""
 
     def __init__(self, answers: dict[int, Sequence[list[float] | None]]) -> None:
-        self.answers, self.log = answers, []
+        self.answers = answers
+        self.log: list[str] = []
         self.workers: list[ScriptedWorker] = []
 
     def spawn(self, entry: object, partition: Any, *args: Any, env: Any) -> ScriptedWorker:

@@ -9,7 +9,7 @@ import pytest
 from gpu_aware_tune.cli import machine
 from gpu_aware_tune.cli.doctor import lines
 from gpu_aware_tune.cli.machine import Check
-from gpu_aware_tune.codegen.linking import find_compiler
+from gpu_aware_tune.codegen.linking import find_compiler, find_linker
 from gpu_aware_tune.errors import SetupError
 
 PINS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
@@ -74,12 +74,18 @@ def test_no_compiler_is_a_failure_and_no_linker_only_a_warning(
     assert found == {"compiler": "fail", "linker": "warn"}
 
 
-def test_the_quota_of_a_control_group_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "cpu.max"
-    for text, cores in (("150000 100000", 1.5), ("max 100000", None), ("nonsense", None)):
-        file.write_text(text)
-        assert machine.cpu_quota(file) == cores
-    assert machine.cpu_quota(tmp_path / "missing") is None
+def test_a_linker_is_found_else_the_compiler_in_front_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SetupError, match="install binutils"):
+        find_linker()
+    (tmp_path / "gcc").touch(0o755)
+    assert find_linker() == [str(tmp_path / "gcc"), "-nostdlib"]
+    with pytest.raises(SetupError, match="install binutils"):
+        find_linker(packs=True)
+    (tmp_path / "ld").touch(0o755)
+    assert find_linker() == find_linker(packs=True) == [str(tmp_path / "ld")]
 
 
 def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_records_as_csv_and_table(db: Path) -> None:
 def test_a_profile_as_csv(tmp_path: Path) -> None:
     fields = {field.name: 1 for field in dataclasses.fields(Point)}
     curve = Curve("=1+1", "llvm/a/b", "cores", "core", 2, (Point(**fields),))
-    profile_command._write_csv(curve, tmp_path / "curve.csv")
+    profile_command._write_csv([curve], tmp_path / "curve.csv")
     with (tmp_path / "curve.csv").open(newline="") as file:
         assert next(csv.DictReader(file))["model"] == "'=1+1"
 

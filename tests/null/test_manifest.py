@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_the_libraries_are_in_the_order_of_their_units(folder: Path) -> None:
     assert found.library(4).entry == "main_4"
 
 
-DAMAGE: list[tuple[dict[str, Any], str]] = [
+DAMAGE: list[tuple[dict[str, Any], str | None]] = [
     ({"format": True}, "format is true, not a whole number"),
     ({"format": 0}, "format is 0, not from 1 to"),
     ({"format": None}, "format is null, not a whole number"),
@@ -216,12 +217,13 @@ def test_only_regular_files_are_read(folder: Path) -> None:
     path.rename(aside)
     path.symlink_to(aside)
     assert read_manifest(folder).model.name == "net"
-    for make in (
+    odd: list[Callable[[], None]] = [
         lambda: os.mkfifo(path),
         lambda: path.symlink_to("/dev/zero"),
         lambda: path.symlink_to(path.name),
         lambda: path.symlink_to(aside.parent),
-    ):
+    ]
+    for make in odd:
         path.unlink()
         make()
         told: list[str] = []

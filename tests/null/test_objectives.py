@@ -7,6 +7,7 @@ import pytest
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.run.jobs import make_jobs
 from gpu_aware_tune.search.objectives import combined, most_throughput, one_for_all
+from gpu_aware_tune.settings import Objective
 
 # Seconds on 1 and 4 units: one kernel is best on each, one is near the best on both.
 KERNELS = {
@@ -19,28 +20,36 @@ KERNELS = {
 
 def test_robust_takes_the_least_worst_loss_and_mean_the_least_on_average() -> None:
     kernels = {name: KERNELS[name] for name in ("narrow", "wide", "even")}
-    assert [name for name, _ in one_for_all(kernels, "robust")] == ["even", "wide", "narrow"]
+    assert [name for name, _ in one_for_all(kernels, Objective.ROBUST)] == [
+        "even",
+        "wide",
+        "narrow",
+    ]
     uneven = {**kernels, "wide": {1: 1.2, 4: 1.0}}
-    assert one_for_all(uneven, "mean")[0] == ("wide", pytest.approx(1.1))
-    assert one_for_all(uneven, "robust")[0] == ("even", pytest.approx(1.12))
+    for objective, wanted, loss in (
+        (Objective.MEAN, "wide", 1.1),
+        (Objective.ROBUST, "even", 1.12),
+    ):
+        name, seen = one_for_all(uneven, objective)[0]
+        assert name == wanted and seen == pytest.approx(loss)
 
 
 def test_a_kernel_that_lacks_a_share_is_no_answer_but_sets_the_mark() -> None:
-    ranked = dict(one_for_all(KERNELS, "robust"))
+    ranked = dict(one_for_all(KERNELS, Objective.ROBUST))
     assert "half" not in ranked
     assert ranked["even"] == pytest.approx(1.12 / 0.5)
 
 
 def test_with_one_share_every_objective_is_the_fastest_kernel() -> None:
     kernels = {"a": {2: 3.0}, "b": {2: 2.0}}
-    for objective in ("share", "robust", "mean"):
+    for objective in (Objective.SHARE, Objective.ROBUST, Objective.MEAN):
         assert one_for_all(kernels, objective)[0][0] == "b"
-    assert one_for_all({}, "robust") == []
+    assert one_for_all({}, Objective.ROBUST) == []
 
 
 def test_combined() -> None:
-    assert combined([1.0, 1.5], "robust") == 1.5
-    assert combined([1.0, 1.5], "share") == 1.25
+    assert combined([1.0, 1.5], Objective.ROBUST) == 1.5
+    assert combined([1.0, 1.5], Objective.SHARE) == 1.25
 
 
 def test_throughput_counts_whole_instances() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx_graphs import (
     F16,
@@ -78,6 +78,124 @@ def test_external_data_is_loaded_and_its_absence_named(tmp_path: Path) -> None:
         read_model(path)
 
 
+def linked_model(folder: Path, location: str = "model.onnx.data") -> Path:
+    """Saves a model and its weights as a Hugging Face cache does: both are links to blobs."""
+    weight = numbers(64, 64)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    model = make_model([node], [value("x", F32, [1, 64])], [("y", F32)], {"w": weight})
+    tensor = model.graph.initializer[0]
+    blobs, snapshot = folder / "blobs", folder / "snapshots" / "1" / "onnx"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "weights").write_bytes(bytes(16) + tensor.raw_data)
+    external = {"location": location, "offset": 16, "length": len(tensor.raw_data)}
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, text in external.items():
+        tensor.external_data.add(key=key, value=str(text))
+    (blobs / "graph").write_bytes(model.SerializeToString())
+    (snapshot / "model.onnx").symlink_to("../../../blobs/graph")
+    (snapshot / "model.onnx.data").symlink_to("../../../blobs/weights")
+    return snapshot / "model.onnx"
+
+
+def test_external_data_may_be_a_link(tmp_path: Path) -> None:
+    read = read_model(linked_model(tmp_path))
+    weight = numpy_helper.to_array(read.graph.initializer[0])
+    np.testing.assert_array_equal(weight, numbers(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("../../../blobs/weights", "not beside the model"),
+        ("/etc/passwd", "not beside the model"),
+        ("C:\\weights", "not beside the model"),
+        ("", "not beside the model"),
+        ("out/weights", "not beside the model"),
+        ("absent", "not in"),
+        ("x" * 5000, "cannot be read"),
+        ("a\0b", "not in"),
+        ("folder", "not a regular file"),
+        ("short", "too short"),
+    ],
+)
+def test_external_data_stays_beside_the_model(tmp_path: Path, location: str, words: str) -> None:
+    path = linked_model(tmp_path, location)
+    (path.parent / "folder").mkdir()
+    (path.parent / "out").symlink_to(tmp_path / "blobs")
+    (path.parent / "short").write_bytes(bytes(99))
+    with pytest.raises(UserError, match=words) as caught:
+        read_model(path)
+    message = str(caught.value).replace(str(path.parent), "")
+    assert "\n" not in message and "\0" not in message and len(message) < 300
+
+
+@pytest.mark.parametrize("by_axis", [True, False])
+def test_sparse_initializers_become_dense(tmp_path: Path, by_axis: bool) -> None:
+    dense = np.zeros((3, 4), np.float32)
+    dense[0, 2], dense[2, 1] = 1.5, -2
+    places = np.array([[0, 2], [2, 1]]) if by_axis else np.array([2, 9])
+    sparse = helper.make_sparse_tensor(
+        numpy_helper.from_array(np.array([1.5, -2], np.float32), "w"),
+        numpy_helper.from_array(places, "w_indices"),
+        [3, 4],
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Constant", [], ["c"], sparse_value=sparse),
+        helper.make_node("Add", ["m", "c"], ["y"]),
+    ]
+    model = make_model(nodes, [value("x", F32, [3, 3])], [("y", F32)])
+    model.graph.sparse_initializer.append(sparse)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    prepared = prepare(read_model(path), {}, None, SUPPORTED)
+    x = numbers(3, 3)
+    got = ReferenceEvaluator(prepared).run(None, {"x": x})[0]
+    np.testing.assert_allclose(got, x @ dense + dense, rtol=1e-6)
+    sparse.dims[0] = 1 << 40
+    model.graph.sparse_initializer[0].CopyFrom(sparse)
+    onnx.save(model, path)
+    with pytest.raises(UserError, match="sparse tensor 'w' has"):
+        read_model(path)
+
+
+def test_nodes_out_of_order_are_sorted(tmp_path: Path) -> None:
+    branch = helper.make_graph(
+        [helper.make_node("Neg", ["a"], ["n"])], "b", [], [value("n", F32, None)]
+    )
+    nodes = [
+        helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch),
+        helper.make_node("Relu", ["x"], ["a"]),
+    ]
+    model = make_model(nodes, [value("x", F32, [3])], [("y", F32)], {"c": np.array(True)})
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    assert [node.op_type for node in read_model(path).graph.node] == ["Relu", "If"]
+    x = numbers(3)
+    got = ReferenceEvaluator(prepare(read_model(path), {}, None, SUPPORTED)).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(got, -np.maximum(x, 0))
+    model.graph.node[1].input[0] = "y"
+    onnx.save(model, path)
+    with pytest.raises(UserError, match="needs its own result"):
+        read_model(path)
+
+
+def test_refusals_stay_short() -> None:
+    names = [f"Op{number}\x1b[31m" for number in range(40)]
+    nodes = [helper.make_node(name, ["x"], ["y" * 4000], domain="z" * 9000) for name in names]
+    nodes += [helper.make_node("Det", ["x"], [f"d{number}"]) for number in range(5)]
+    outputs = [("y" * 4000, F32), *((f"d{number}", F32) for number in range(5))]
+    model = make_model(nodes[-5:] + nodes[:-5], [value("x", F32, [2, 2])], outputs)
+    model.opset_import.append(helper.make_opsetid("z" * 9000, 1))
+    with pytest.raises(UserError, match=r"Det \(node 'd0' and 4 more\)") as caught:
+        prepare(model, {}, None, SUPPORTED)
+    text = str(caught.value)
+    assert len(text) <= 300 and text.isprintable()
+    assert "operators more" in text
+
+
 # --- shapes --------------------------------------------------------------------------------------
 
 
@@ -88,7 +206,7 @@ def test_external_data_is_loaded_and_its_absence_named(tmp_path: Path) -> None:
         (["N", 3], {"x": (1, 3, 1)}, r"3 dimensions, but the model's input has 2: Nx3"),
         (["N", 3], {"x": (1, 4)}, r"dimension 1 is fixed to 3"),
         (["N", 3], {"x": (0, 3)}, r"at least 1"),
-        (["N", 3, 32, 32], {}, r"dynamic dimension 0 \(N\).*--input x:1x3x32x32"),
+        (["N", 3, "h", 32], {}, r"dynamic dimension 0 \(N\), 2 \(h\).*--input x:1x3x224x32"),
         (["N", "c", "h", "w"], {}, r"--input x:1x3x224x224"),
         (["N", "length"], {}, r"0 \(N\), 1 \(length\).*--input x:1x128"),
         (None, {}, r"has no shape"),
@@ -109,6 +227,39 @@ def test_a_given_shape_fixes_the_same_symbol_everywhere() -> None:
     assert shapes == [[2, 4], [2, 4]]
     with pytest.raises(UserError, match=r"\(N\) is already 2"):
         prepare(model, {"a": (2, 4), "b": (3, 4)}, None, SUPPORTED)
+
+
+def shapes_of(model: ModelProto) -> list[list[int]]:
+    return [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]
+
+
+def test_an_unknown_batch_is_1_with_a_note() -> None:
+    inputs = [value("a", F32, ["N", 4]), value("b", F32, ["N", 4]), value("c", F32, [1, 4])]
+    model = make_model([helper.make_node("Sum", ["a", "b", "c"], ["y"])], inputs, [("y", F32)])
+    notes: list[str] = []
+    supported = SUPPORTED | {("", "Sum")}
+    prepared = prepare(copy(model), {}, None, supported, notes)
+    assert shapes_of(prepared) == [[1, 4]] * 3
+    (note,) = notes
+    for word in ("'a', 'b'", "taken as 1", "--input a:1x4"):
+        assert word in note
+    notes = []
+    prepared = prepare(copy(model), {"a": (2, 4)}, None, supported, notes)
+    assert shapes_of(prepared) == [[2, 4], [2, 4], [1, 4]]
+    assert notes == []
+
+
+def test_a_batch_is_1_only_where_nothing_else_is_unknown() -> None:
+    inputs = [value("a", F32, ["N", 4]), value("b", F32, ["N", "m"])]
+    model = make_model([helper.make_node("MatMul", ["a", "b"], ["y"])], inputs, [("y", F32)])
+    with pytest.raises(UserError, match=r"'b' has dynamic dimension 0 \(N\), 1 \(m\)"):
+        prepare(model, {}, None, SUPPORTED)
+
+
+@pytest.mark.parametrize("name", ["?", "", "-1", "None"])
+def test_dimensions_without_a_name_are_not_one(name: str) -> None:
+    model = relu_model([1, name, name])
+    assert shapes_of(prepare(model, {"x": (1, 2, 3)}, None, SUPPORTED)) == [[1, 2, 3]]
 
 
 def test_initializers_are_not_inputs() -> None:

@@ -69,14 +69,14 @@ def test_every_mode_is_computed_as_by_onnxruntime(coordinates: str, kind: dict[s
     if coordinates == "half_pixel_symmetric" and kind.get("nearest_mode") in ("floor", "ceil"):
         pytest.skip("whole coordinates, and only ONNX Runtime's rounding errors decide")
     for targets in TARGETS:
-        attributes = {"coordinate_transformation_mode": coordinates, **kind}
+        attributes: dict[str, Any] = {"coordinate_transformation_mode": coordinates, **kind}
         assert_as_onnxruntime(resize_model(targets, IMAGE["x"], **attributes), IMAGE)
 
 
 @pytest.mark.parametrize("policy", ["not_larger", "not_smaller"])
 @pytest.mark.parametrize("sizes", [[5, 9], [12, 8], [3, 3]])
 def test_an_aspect_ratio_is_kept(policy: str, sizes: list[int]) -> None:
-    attributes = {"axes": [2, 3], "keep_aspect_ratio_policy": policy}
+    attributes: dict[str, Any] = {"axes": [2, 3], "keep_aspect_ratio_policy": policy}
     assert_as_onnxruntime(resize_model(sizes, IMAGE["x"], **attributes), IMAGE)
 
 
@@ -104,7 +104,10 @@ def test_inputs_without_elements_count_as_absent(order: str, size: int) -> None:
 
 
 def test_half_pixel_for_nearest_is_taken() -> None:
-    attributes = {"coordinate_transformation_mode": "tf_half_pixel_for_nn", "nearest_mode": "floor"}
+    attributes: dict[str, Any] = {
+        "coordinate_transformation_mode": "tf_half_pixel_for_nn",
+        "nearest_mode": "floor",
+    }
     scales = {"r": np.zeros(0, np.float32), "s": np.array([1, 1, 2, 0.6], np.float32)}
     model = node_model("Resize", IMAGE, scales, opset=11, order="x,r,s", **attributes)
     assert_as_onnxruntime(model, IMAGE)
@@ -112,7 +115,10 @@ def test_half_pixel_for_nearest_is_taken() -> None:
 
 def test_a_constant_is_not_resized_by_the_reference() -> None:
     """Its matrix for one value is of an unrounded length."""
-    attributes = {"coordinate_transformation_mode": "pytorch_half_pixel", "mode": "linear"}
+    attributes: dict[str, Any] = {
+        "coordinate_transformation_mode": "pytorch_half_pixel",
+        "mode": "linear",
+    }
     constants = {"x": IMAGE["x"], "s": np.array([1, 1, 0.25, 0.3], np.float32)}
     model = node_model("Resize", {}, constants, opset=18, order="x,,s", **attributes)
     assert_as_onnxruntime(model, {})
@@ -145,7 +151,10 @@ def test_ties_are_broken_as_by_onnxruntime() -> None:
         ROUNDINGS[:2], [(7, 8), (10, 12), (11, 26), (14, 19), (23, 28)]
     ):
         for coordinates in ("asymmetric", "half_pixel"):
-            attributes = {"coordinate_transformation_mode": coordinates, "nearest_mode": rounding}
+            attributes: dict[str, Any] = {
+                "coordinate_transformation_mode": coordinates,
+                "nearest_mode": rounding,
+            }
             feeds = {"x": np.arange(extent, dtype=np.float32).reshape(1, 1, extent, 1)}
             assert_as_onnxruntime(resize_model([size, 1], feeds["x"], **attributes), feeds)
 

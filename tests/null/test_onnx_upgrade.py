@@ -107,7 +107,7 @@ def test_an_old_operator_means_what_it_meant(name: str, opset: int) -> None:
 
 @pytest.mark.parametrize("opset", [7, 9, 10, 11])
 def test_an_old_top_k_keeps_both_outputs(opset: int) -> None:
-    attributes = {"k": 2} if opset < 10 else {}
+    attributes: dict[str, Any] = {"k": 2} if opset < 10 else {}
     constants = {} if opset < 10 else {"k": np.array([2])}
     model = node_model("TopK", X, constants, [("v", F32), ("i", I64)], opset, axis=1, **attributes)
     assert_as_onnxruntime(model, X)

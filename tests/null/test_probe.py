@@ -13,7 +13,7 @@ from mock_gpu.in_process import MockGpu
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition import FullPartition, Share, green, probe
 from gpu_aware_tune.partition.driver import DriverError, call
-from gpu_aware_tune.partition.gpu import GpuPartition
+from gpu_aware_tune.partition.gpu_partition import GpuPartition
 
 
 def entered(units: int = 32) -> GpuPartition:

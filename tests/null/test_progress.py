@@ -20,11 +20,14 @@ from gpu_aware_tune.display.tables import (
 from gpu_aware_tune.events import (
     Event,
     Finished,
+    Level,
     Note,
+    Origin,
     Planned,
     Progress,
     ShareResult,
     Stage,
+    StageName,
     TaskPlan,
     TaskResult,
     Trial,
@@ -66,7 +69,9 @@ def progress(done: int, failures: dict[str, int] | None = None) -> Progress:
 
 def finished(output: Path | None = Path("net.tuned"), tasks: int = 1) -> Finished:
     rows = [
-        TaskResult(f"task{index}", units, 2, 48, 1e-3 * (index + 1), 5e-4 * (index + 1), "search")
+        TaskResult(
+            f"task{index}", units, 2, 48, 1e-3 * (index + 1), 5e-4 * (index + 1), Origin.SEARCH
+        )
         for index in range(tasks)
         for units in (32, 132)
     ]
@@ -170,13 +175,15 @@ def test_cheap_tasks_are_left_out_unless_verbose() -> None:
 
 
 def test_failed_trials_are_told_one_by_one_only_when_verbose() -> None:
-    trial = Trial("conv", "search", {32: None}, failure="crash")
+    trial = Trial("conv", Origin.SEARCH, {32: None}, failure="crash")
     assert show(trial) == ("", "")
     assert "conv: candidate failed: crash" in show(trial, verbose=True)[0]
 
 
 def test_notes_and_stages() -> None:
-    messages, _ = show(Note("no GPU: tuning for the CPU", "warning"), Stage("model", "reading it"))
+    messages, _ = show(
+        Note("no GPU: tuning for the CPU", Level.WARNING), Stage(StageName.MODEL, "reading it")
+    )
     assert messages.splitlines() == ["warning: no GPU: tuning for the CPU", "reading it"]
 
 
@@ -206,7 +213,7 @@ def test_on_a_terminal_there_is_a_bar_and_the_cursor_comes_back(
     def interrupted() -> None:
         with Display(messages, None) as display:
             display.show(planned())
-            display.show(Stage("search", "searching"))
+            display.show(Stage(StageName.SEARCH, "searching"))
             display.show(progress(40))
             raise KeyboardInterrupt
 

@@ -8,8 +8,8 @@ from mock_gpu.in_process import MockGpu
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure import SEARCH
-from gpu_aware_tune.measure.measurer import reopen
-from gpu_aware_tune.measure.quality import Watch
+from gpu_aware_tune.measure.base import reopen
+from gpu_aware_tune.measure.quality import DisturbanceMonitor
 from gpu_aware_tune.partition import FullPartition, NullPartition, Nvml, Share, Snapshot, nvml
 
 QUIET = Snapshot(sm_clock_mhz=1980, throttle=(), neighbours=())
@@ -35,8 +35,8 @@ class Gpu:
         self.calls += 1
         return [2e-3 if self.looks[0].throttle else 1e-3] * repeat
 
-    def watch(self) -> Watch:
-        return Watch(self.look, self.sentinel_s, self.pauses.append)
+    def watch(self) -> DisturbanceMonitor:
+        return DisturbanceMonitor(self.look, self.sentinel_s, self.pauses.append)
 
 
 def test_a_quiet_sample_is_taken_once() -> None:
@@ -93,13 +93,13 @@ def test_a_glance_tells_neighbours_from_the_tuners_own(
     monkeypatch.setattr(nvml, "_parent", lambda pid: parents.get(pid, 1))
     gpu_here.set(pids="22,31,40", throttle=0x1)
     with Nvml(0, own_pids=(22, 21, 20)) as look:
-        assert look.glance() == Snapshot(
+        assert look.quick_snapshot() == Snapshot(
             sm_clock_mhz=1980, idle=True, throttle=(), neighbours=(31,)
         )
         gpu_here.set(pids="22,40")
-        assert look.glance().neighbours == ()
+        assert look.quick_snapshot().neighbours == ()
         gpu_here.set(pids="5,6")
-        assert look.glance().neighbours is None, "numbers of another PID namespace"
+        assert look.quick_snapshot().neighbours is None, "numbers of another PID namespace"
 
 
 def test_own_processes_end_with_the_tuner() -> None:

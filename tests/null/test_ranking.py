@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT))
 
 from benchmarks.ranking import (
     Replay,

@@ -165,7 +165,7 @@ def test_sections_without_data_say_what_gives_it(db: Path) -> None:
     page = run(db)
     missing = re.findall(r'<p class="missing">(.*?)</p>', page)
     assert len(missing) == 3
-    assert "vs_metaschedule.py" in missing[0]
+    assert "benchmarks.vs_metaschedule" in missing[0]
     assert "tune profile LIB --json" in missing[1]
     assert "--tuned-at" in missing[2]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,16 @@ def test_auto_is_the_knee_of_the_models_own_curve() -> None:
     assert make_settings(gpu_pct="auto").share == ShareRule.KNEE
     with pytest.raises(UserError, match="--gpu-pct auto measures"):
         make_jobs(["a.onnx"], gpu_pct="auto", dry_run=True)
+
+
+def test_a_full_disk_is_told_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "net.onnx"
+    model.write_bytes(b"x" * 1000)
+    settings = make_settings(output=tmp_path / "out", db=tmp_path / "db")
+    check(model, settings)
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SetupError, match=r"-o .*out' cannot be written \(3 MiB are free"):
+        check(model, settings)

@@ -9,24 +9,32 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from mock_gpu.devices import null_device
 
-from gpu_aware_tune.codegen.build_pool import Built
+from gpu_aware_tune.codegen.build_pool import BuildPool, Built
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.measure import SEARCH, Contest, Job, SharedMeasurer, SharedWorker, Slice, worker
-from gpu_aware_tune.measure.measurement import Measurement
+from gpu_aware_tune.measure import (
+    SEARCH,
+    ComparisonJob,
+    Job,
+    SharedMeasurer,
+    SharedWorker,
+    Slice,
+    worker,
+)
+from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.measure.worker import Reply
 from gpu_aware_tune.partition import MpsPartition, NullPartition, Partition, Share, open_slices
+from gpu_aware_tune.partition.mps import MpsDaemon
 from gpu_aware_tune.search.candidates import Candidate
 from gpu_aware_tune.search.pipeline import Outcome, Pipeline, TaskSpec
-from gpu_aware_tune.workers.pool import Worker
+from gpu_aware_tune.workers import Worker, WorkerHost
 
 DEVICE = null_device(10)
 MIB = 1 << 20
@@ -40,15 +48,15 @@ class Script:
     def __init__(self, partition: Partition) -> None:
         self._units = partition.share.units
 
-    def answer(self, job: Job | Contest) -> Reply:
-        if isinstance(job, Contest):
+    def answer(self, job: Job | ComparisonJob) -> Reply:
+        if isinstance(job, ComparisonJob):
             return Reply(tuple(self._one(path) for path in job.paths))
         return Reply((self._one(job.path),), "fault" in job.path)
 
     def _one(self, path: str) -> Measurement:
         verb, _, seconds = path.rpartition("/")[2].partition("-")[0].partition(":")
         if verb == "fault":
-            return Measurement.failed("run", "an illegal access")
+            return Measurement.failed(FailureKind.RUN, "an illegal access")
         if verb == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         eaten = b"x" * (200 * MIB) if verb == "eat" else b""
@@ -56,14 +64,14 @@ class Script:
         return Measurement(float(self._units + len(eaten)))
 
 
-class ForkingHost:
+class ForkingHost(WorkerHost):
     """Forks workers from the test's own process, which takes no time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:  # starts nothing
         self.scratch = folder
         self.pids: list[int] = []
 
-    def spawn(self, entry: object, *args: Any, env: dict[str, str] | None = None) -> Worker:
+    def spawn(self, entry: Any, *args: Any, env: Mapping[str, str] | None = None) -> Worker:
         assert entry is worker.serve_slices
         assert env, "the partitions' environment"
         mine, theirs = socket.socketpair()
@@ -101,7 +109,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ForkingHos
         partition.verify()
         yield Script(partition)
 
-    monkeypatch.setattr(worker, "_station", station)
+    monkeypatch.setattr(worker, "_measuring", station)
     made = ForkingHost(tmp_path)
     yield made
     assert made.leftovers() == []
@@ -153,7 +161,7 @@ def gathered(measurers: Sequence[SharedMeasurer]) -> list[Measurement]:
 
 
 def kinds(results: Sequence[Measurement]) -> list[str | None]:
-    return [result.failure and result.failure.kind for result in results]
+    return [None if each.failure is None else each.failure.kind for each in results]
 
 
 def test_slices_do_not_wait_for_one_another(start: Start) -> None:
@@ -281,9 +289,9 @@ def test_what_is_given_up_takes_nothing_with_it(start: Start, host: ForkingHost)
 
 def test_candidates_meet_in_turns(start: Start) -> None:
     first, _ = flat(start([4], [3]))
-    contest = Contest(("slow:0.6", "slow:0.6", "ok"), (), "1", SEARCH)
-    assert first.compare(contest) == (Measurement(4.0),) * 3, "the limit is one candidate's"
-    failed = first.compare(Contest(("ok", "crash"), (), "1", SEARCH))
+    comparison = ComparisonJob(("slow:0.6", "slow:0.6", "ok"), (), "1", SEARCH)
+    assert first.compare(comparison) == (Measurement(4.0),) * 3, "the limit is one candidate's"
+    failed = first.compare(ComparisonJob(("ok", "crash"), (), "1", SEARCH))
     assert kinds(failed) == ["crash", "crash"]
 
 
@@ -313,11 +321,17 @@ def test_what_is_not_known_to_be_apart_says_so(host: ForkingHost) -> None:
     shared.close_worker()
 
 
+class Daemon(MpsDaemon):
+    """One that was never started."""
+
+    def env(self) -> dict[str, str]:
+        return {}
+
+
 def test_a_backend_of_processes_has_no_shared_worker(host: ForkingHost) -> None:
     share = Share(30, 3, DEVICE)
-    daemon = SimpleNamespace(users=0, env=dict, fault_group=[])
     with pytest.raises(SetupError, match="mps needs a process for each share"):
-        SharedWorker(host, [[MpsPartition(share, daemon)]], 1, 1 << 40)
+        SharedWorker(host, [[MpsPartition(share, Daemon("0"))]], 1, 1 << 40)
 
 
 # The pipeline on top ------------------------------------------------------------------------------
@@ -343,7 +357,7 @@ class Builders:
     def fileno(self) -> int:
         return self._always
 
-    def submit(self, candidate: Candidate, task: str, trace: str | None) -> None:
+    def submit(self, candidate: Candidate, task: str, trace: str) -> None:
         self._done.append((candidate, Built(trace or "", 0.0, None, digest=trace or "")))
 
     def collect(self, ready: list[Any]) -> Iterator[tuple[Candidate, Built]]:
@@ -369,7 +383,7 @@ class Builders:
 def outcomes(shared: SharedWorker, paths: Sequence[str], alone: bool) -> list[Outcome]:
     slices = [Slice(own) for own in shared.slices]
     tasks = {"1": TaskSpec((), (3,)), "2": TaskSpec((), (4, 2))}
-    pipeline = Pipeline(tasks, [], Builders(), slices, cores=4, low_water=0)
+    pipeline = Pipeline(tasks, [], cast("BuildPool", Builders()), slices, cores=4, low_water=0)
     wanted = [
         Candidate("12"[number % 2], f"{path}-{number}", "search")
         for number, path in enumerate(paths)
@@ -401,7 +415,12 @@ def test_a_stopped_run_leaves_nothing_under_way(start: Start) -> None:
 
     shared = start([4, 3, 2], [3, 2], timeout_s=20)
     pipeline = Pipeline(
-        {"1": TaskSpec((), (3,))}, [], Builders(), [Slice(own) for own in shared.slices], 4, 0
+        {"1": TaskSpec((), (3,))},
+        [],
+        cast("BuildPool", Builders()),
+        [Slice(own) for own in shared.slices],
+        4,
+        0,
     )
     turns = iter(range(1000))
     demand = Demand(stop=lambda: next(turns) > 8)

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, light_model: Callable[[str]
     (folder / "text.onnx").write_text("This is not a model.\n" * 100)
     (folder / "empty.onnx").touch()
     save_model(folder / "good.onnx", "Relu", [1, 3, 8, 8])
-    save_model(folder / "dynamic.onnx", "Relu", ["N", 3, 8, 8])
+    save_model(folder / "dynamic.onnx", "Relu", ["N", 3, "H", 8])
     save_model(folder / "foreign.onnx", "Frobnicate", [1, 3], domain="my.company")
     save_model(folder / "det.onnx", "Det", [1, 3, 3])
     (folder / "corrupt").mkdir()

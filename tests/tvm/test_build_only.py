@@ -21,7 +21,7 @@ from gpu_aware_tune import __version__  # noqa: E402
 from gpu_aware_tune.cluster.messages import (  # noqa: E402
     Ask,
     Begin,
-    Draft,
+    DraftRequest,
     Gone,
     Made,
     Measure,
@@ -128,7 +128,7 @@ def test_a_machine_without_a_gpu_searches_and_builds_cubins(start: Any) -> None:
     assert data.startswith(b"\x7fELF") and b"\x7fELF" in data[1:], "no cubin inside"
     assert b"__global__" not in data
     node.post([Ask(TASK, NewTask(TASK, module_to_json(MODULE)))])
-    (draft,) = wait_for(node, Draft)
+    (draft,) = wait_for(node, DraftRequest)
     assert draft.task == TASK and draft.candidates
     drafted = draft.candidates[0]
     node.post([Work(Numbered(TASK, drafted.trace, "search", drafted.number, id=8), {})])

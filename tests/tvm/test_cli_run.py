@@ -37,7 +37,7 @@ def test_arrays_go_in_and_out(
 ) -> None:
     loaded = load(folder, units=1)
     inputs = random_inputs(loaded.inputs, 9)
-    np.savez(tmp_path / "in.npz", **inputs)
+    np.savez(tmp_path / "in.npz", allow_pickle=False, **inputs)
     args = [
         "run",
         str(folder),

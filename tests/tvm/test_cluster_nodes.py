@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 from test_tuning import network, records, settings, wait_for_records  # noqa: E402, F401
 
-from gpu_aware_tune.cluster.ledger import Ledger  # noqa: E402
+from gpu_aware_tune.cluster.ledger import PendingCandidates  # noqa: E402
 from gpu_aware_tune.events import Event, Finished, Note, Trial  # noqa: E402
 from gpu_aware_tune.partition import usable_cores  # noqa: E402
 from gpu_aware_tune.tuning import tune_events  # noqa: E402
@@ -154,25 +154,29 @@ def test_a_machine_that_is_too_small_builds_for_one_that_is_not(
     built: list[str] = []
     passed_on: dict[int, str] = {}
     measured: list[str] = []
-    keep, pass_on, finish = Ledger.keep, Ledger.pass_on, Ledger.finish
+    keep, pass_on, finish = (
+        PendingCandidates.keep,
+        PendingCandidates.pass_on,
+        PendingCandidates.finish,
+    )
 
-    def see_kept(ledger: Ledger, number: int, artifact: Any) -> None:
+    def see_kept(ledger: PendingCandidates, number: int, artifact: Any) -> None:
         built.append(ledger._given[number].candidate.trace)
         assert artifact.data.startswith(b"\x7fELF")
         keep(ledger, number, artifact)
 
-    def see_passed_on(ledger: Ledger, node: str, count: int) -> Any:
+    def see_passed_on(ledger: PendingCandidates, node: str, count: int) -> Any:
         given = pass_on(ledger, node, count)
         passed_on.update((number, candidate.trace) for number, candidate, _ in given)
         return given
 
-    def see_finished(ledger: Ledger, number: int) -> Any:
+    def see_finished(ledger: PendingCandidates, number: int) -> Any:
         measured.extend([passed_on[number]] if number in passed_on else [])
         return finish(ledger, number)
 
-    monkeypatch.setattr(Ledger, "keep", see_kept)
-    monkeypatch.setattr(Ledger, "pass_on", see_passed_on)
-    monkeypatch.setattr(Ledger, "finish", see_finished)
+    monkeypatch.setattr(PendingCandidates, "keep", see_kept)
+    monkeypatch.setattr(PendingCandidates, "pass_on", see_passed_on)
+    monkeypatch.setattr(PendingCandidates, "finish", see_finished)
     with one_core():
         small = cluster.add_node(num_cpus=1)
     events = list(tune_events(network, settings(tmp_path, ray=cluster.address, trials=12)))

@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 import tvm
-from conftest import ROOT
 from tvm import te
 
+from benchmarks.cubin import machine_code
 from gpu_aware_tune.codegen import cuda_toolchain
+from gpu_aware_tune.codegen.cuda_source import lean_source
 from gpu_aware_tune.errors import SetupError, last_line
 from gpu_aware_tune.partition import find_device
-
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.cubin import machine_code
 
 try:
     cuda_toolchain.find_toolchain()
@@ -73,7 +70,7 @@ def no_gpu() -> bool:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_machine_code_is_the_one_tvm_would_have_made(dtype: str) -> None:
     (source,) = cuda_toolchain.cuda_sources(build(dtype))
-    assert cuda_toolchain.lean_source(source) is not None, "TVM's head has changed"
+    assert lean_source(source) is not None, "TVM's head has changed"
     ours = cuda_toolchain.compile_cubin(source, ARCH)
     theirs = cuda_toolchain._compile_as_tvm(source, ARCH)
     assert machine_code(ours) == machine_code(theirs)
@@ -102,18 +99,6 @@ def test_tvms_own_flags_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         "--ptxas-options=--warn-on-local-memory-usage",
     }
     assert ours <= theirs
-
-
-def test_tvms_compile_callback_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tvm.get_global_func("tvm_callback_cuda_compile")
-    try:
-        cuda_toolchain.install_compile_hook()
-        (source,) = cuda_toolchain.cuda_sources(build())
-        with tvm.target.Target({"kind": "cuda", "arch": ARCH}):
-            cubin = tvm.get_global_func("tvm_callback_cuda_compile")(source)
-        assert bytes(cubin) == cuda_toolchain.compile_cubin(source, ARCH)
-    finally:
-        tvm.register_global_func("tvm_callback_cuda_compile", before, override=True)
 
 
 def test_a_source_that_does_not_compile_gives_the_reason() -> None:
@@ -182,6 +167,7 @@ RELOAD = """
 import ctypes, sys
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 from gpu_aware_tune.codegen import cuda_toolchain
+from gpu_aware_tune.codegen.cuda_source import lean_source
 assert cuda_toolchain.preload_runtime()
 import tvm
 assert "tvm_runtime_cuda" in tvm.base._LOADED_LIBS, "the mock's libcuda was not enough"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ import pytest
 import tvm
 import tvm_ffi
 from click.testing import CliRunner
-from conftest import ROOT
 from tvm import relax
 
+from benchmarks.draws import random_schedules
 from gpu_aware_tune.cli.records import records as records_command
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
 from gpu_aware_tune.kernels.traces import (
@@ -31,9 +30,6 @@ from gpu_aware_tune.kernels.traces import (
 from gpu_aware_tune.records import tvm_database
 from gpu_aware_tune.records.store import Record, RecordKey, Store
 from gpu_aware_tune.workers.warm import load_tvm
-
-sys.path.insert(0, str(ROOT))
-from benchmarks.draws import random_schedules
 
 load_tvm()
 ms = tvm.s_tir.meta_schedule

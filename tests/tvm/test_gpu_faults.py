@@ -136,7 +136,9 @@ def all_at_once(
             if number not in results and (result := measurer.collect(0.01)) is not None:
                 results[number] = result
     failures = [results[number].failure for number in range(len(measurers))]
-    return [failure and failure.kind for failure in failures], time.monotonic() - begun
+    return [
+        None if failure is None else failure.kind for failure in failures
+    ], time.monotonic() - begun
 
 
 def test_a_fault_costs_the_other_slices_nothing(

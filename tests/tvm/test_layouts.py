@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ CONV3 = {"pads": [1, 1, 1, 1]}
 def load(
     path: Path,
     nodes: Sequence[Node],
-    filters: dict[str, tuple[int, ...]],
+    filters: Mapping[str, tuple[int, ...]],
     shape: tuple[int, ...] = (1, 16, 12, 12),
     cpu: tvm.target.Target = AVX512,
     halves: Sequence[int] = (),

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -105,12 +106,16 @@ def test_a_child_that_is_forked_during_calls_ends(folder: Path) -> None:
                 library(inputs)
                 library.use(1)
 
+        def close() -> str:
+            library.close()
+            return "closed"
+
         callers = [threading.Thread(target=call) for _ in range(3)]
         for caller in callers:
             caller.start()
         try:
             for _ in range(20):
-                assert in_fork(lambda: (library.close(), "closed")[1], 10) == (0, "closed")
+                assert in_fork(close, 10) == (0, "closed")
         finally:
             done.set()
             for caller in callers:
@@ -268,7 +273,7 @@ def library(folder: Path) -> Library:
     return load(folder)
 
 
-MISTAKES: list[tuple[Callable[[Library], object], str]] = [
+MISTAKES: list[tuple[Callable[[Any], object], str]] = [
     (lambda lib: lib(None), "the inputs are a NoneType: give arrays by name, library({'image': "),
     (lambda lib: lib(np.zeros(3)), "the inputs are a ndarray: give arrays by name"),
     (lambda lib: lib([np.zeros(3)]), "the inputs are a list: give arrays by name"),
@@ -278,7 +283,7 @@ MISTAKES: list[tuple[Callable[[Library], object], str]] = [
     (lambda lib: lib.use("2"), "'2' units: give a whole number"),
     (lambda lib: lib.use(True), "True units: give a whole number"),
     (lambda lib: lib.use(0), "0 units: a share has at least 1"),
-    (lambda lib: load(lib.path, units=1.5), "1.5 units: give a whole number"),
+    (lambda lib: load(lib.path, units=cast(Any, 1.5)), "1.5 units: give a whole number"),
     (lambda lib: lib.benchmark(repeat=0), "repeat=0: give a whole number of runs, at least 1"),
     (lambda lib: lib.benchmark(repeat=1.5), "repeat=1.5: give a whole number of runs"),
     (lambda lib: lib.benchmark(seconds=0), "seconds=0: give a number of seconds above 0"),
@@ -308,7 +313,7 @@ def test_tensors_are_taken_through_dlpack(library: Library) -> None:
         def __init__(self, array: np.ndarray) -> None:
             self._array = array
 
-        def __dlpack__(self, **options: object) -> object:
+        def __dlpack__(self, **options: Any) -> object:
             return self._array.__dlpack__(**options)
 
         def __dlpack_device__(self) -> tuple[int, int]:
@@ -331,6 +336,6 @@ def test_tensors_are_taken_through_dlpack(library: Library) -> None:
         library({**arrays, "image": Broken(arrays["image"])})
 
 
-def test_units_may_be_numpys(library: Library) -> None:
+def test_units_may_be_numpys(library: Any) -> None:
     assert library.use(np.int64(1)).units == 1
     assert library.benchmark(repeat=np.int32(2)).n == 2

@@ -137,7 +137,7 @@ def test_the_same_machine_code_is_measured_once(tmp_path: Path) -> None:
         wanted = [Candidate(task, trace, "default") for trace in (*traces, *traces, traces[0])]
         outcomes = list(workers.pipeline.run(wanted))
     assert len(outcomes) == 5
-    measured = {}
+    measured: dict[str | None, set[int]] = {}
     for outcome in outcomes:
         measured.setdefault(outcome.candidate.trace, set()).add(id(outcome.measurements))
     assert len(measured) == 2

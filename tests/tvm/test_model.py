@@ -14,17 +14,14 @@ import onnx
 import onnxruntime
 import pytest
 import tvm
+from conftest import ROOT
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
+from benchmarks.light_models import seeded
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.model.importer import Model, TensorSpec, load_model, random_inputs
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.light_models import seeded  # noqa: E402
 
 F32 = TensorProto.FLOAT
 LLVM = tvm.target.Target("llvm")
@@ -225,8 +222,7 @@ def test_a_residual_block_in_float16_matches(block: Path) -> None:
 
 def test_a_transformer_layer_matches(tmp_path: Path) -> None:
     path = transformer(tmp_path / "encoder.onnx")
-    with pytest.raises(UserError, match=r"dynamic dimension 0 \(batch\).*--input x:1x16x32"):
-        load_model(path, LLVM)
+    assert "--input x:1x16x32" in load_model(path, LLVM).notes[0]
     model = load_model(path, LLVM, {"x": (2, 16, 32)})
     inputs = random_inputs(model.inputs, seed=1)
     got, want = run(model, inputs)[0], run_onnxruntime(path.read_bytes(), inputs)[0]
@@ -315,7 +311,8 @@ def test_sorting_is_legalized_for_the_gpu(tmp_path: Path) -> None:
     assert "threadIdx.x" not in load_model(path, LLVM).module.script()
 
 
-def test_loading_prints_nothing(block: Path, tmp_path: Path) -> None:
+def test_loading_prints_nothing_but_what_tvm_writes_from_c(block: Path, tmp_path: Path) -> None:
+    """Python's side is silent; file descriptors are the caller's, the command line redirects them."""
     program = (
         "import sys, tvm\nfrom pathlib import Path\nfrom gpu_aware_tune.model.importer import load_model\n"
         "load_model(Path(sys.argv[1]), tvm.target.Target('llvm'))\n"
@@ -329,7 +326,8 @@ def test_loading_prints_nothing(block: Path, tmp_path: Path) -> None:
             [sys.executable, "-c", program, str(path)], capture_output=True, text=True, cwd=ROOT
         )
         assert done.stdout == ""
-        last = done.stderr.splitlines()[-1:]  # of Python's traceback, where there is one
+        lines = [line for line in done.stderr.splitlines() if "/src/" not in line]
+        last = lines[-1:]  # of Python's traceback, where there is one
         assert [line.split(":")[0] for line in last] == ([said] if said else [])
 
 

@@ -75,6 +75,7 @@ CASES: list[Case] = [
     *((name, {"x": large(7, 9)}, {}, {}, 20) for name in ("Sigmoid", "Softplus", "Mish", "Gelu")),
     ("Gelu", {"x": large(7, 9)}, {}, {"approximate": "tanh"}, 20),
     ("Swish", {"x": large(7, 9)}, {}, {}, 24),
+    ("Clip", {"x": large(7, 9)}, {"lo": np.float32(-2), "hi": np.float32(3)}, {}, 17),
     ("PRelu", {"x": large(7, 9)}, {"a": numbers(9)}, {}, 17),
 ]  # fmt: skip
 

@@ -259,7 +259,12 @@ def test_libraries_with_other_layouts_share_one_weights_file(convs: Model, tmp_p
     save_weights(convs.weights, tmp_path / "weights.bin")
     inputs = random_inputs(convs.inputs, 0)
     layouts, results = [], []
-    choices = (packing_traces(convs, 0), packing_traces(convs, 7), default_traces(convs), {})
+    choices: tuple[dict[str, str], ...] = (
+        packing_traces(convs, 0),
+        packing_traces(convs, 7),
+        default_traces(convs),
+        {},
+    )
     for number, traces in enumerate(choices):
         path = tmp_path / f"lib-{number}.so"
         compile_model(convs, target(), traces).export_library(str(path))

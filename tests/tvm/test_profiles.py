@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import RunTune
@@ -22,7 +23,7 @@ from gpu_aware_tune.profiling.profiles import Curve, grid, profile, profile_untu
 from gpu_aware_tune.workers import WorkerHost
 
 CORES = len(usable_cores())
-QUICK = {"seconds": 0.02, "rounds": 2}
+QUICK: dict[str, Any] = {"seconds": 0.02, "rounds": 2}
 two_cores = pytest.mark.skipif(CORES < 2, reason="shares of a CPU need two cores")
 
 
@@ -156,3 +157,23 @@ def test_units_that_are_not_there_are_told_in_one_line(
     assert f"allowed: 1 to {CORES}" in capsys.readouterr().err
     assert main(["profile", str(tiny[1]), "--partition", "green"]) == 2
     assert "does not fit" in capsys.readouterr().err
+
+
+def test_saved_curves_are_planned_with(
+    tiny: tuple[Model, Path],
+    batch_of_four: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    curves = str(tmp_path / "curves")
+    folders = [str(batch_of_four), str(tiny[1])]
+    quick = ["--seconds", "0.02", "--rounds", "2", "--json"]
+    assert main(["profile", *folders, "--batch", "1,4", "--save", curves, *quick]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert {point["batch"] for point in measured["points"]} == {1, 4}
+    demand = ["--rate", "10", "--slo", "1s", "--simulate", "1s"]
+    assert main(["plan", folders[0], "--curves", curves, *demand, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert (plan["device"]["units"], plan["device"]["unit"]) == (CORES, "core")
+    assert plan["simulation"][0]["attainment"] == 1.0

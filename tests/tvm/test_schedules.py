@@ -17,7 +17,7 @@ from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
 
 from gpu_aware_tune.finalize.kernel_check import kernel_inputs, verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING, mark_weights, without_packing
-from gpu_aware_tune.kernels.schedules import default_schedule, default_schedules
+from gpu_aware_tune.kernels.schedules import default_schedules
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
 from gpu_aware_tune.kernels.schedules.blocks import block_of, inline_maps
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
@@ -196,8 +196,7 @@ def test_results_stay_in_registers_and_threads_share_the_work(name: str) -> None
     make, specs = CASES[name]
     big = tuple((_grown(shape), dtype) for shape, dtype in specs)
     (module,) = kernels(make, *big)
-    schedule = default_schedule(module, target())
-    assert schedule is not None
+    (schedule,) = default_schedules(module, target(), most=1)
     text = schedule.mod.script()
     assert "T.parallel" in text
     assert "T.vectorized" in text
@@ -207,8 +206,7 @@ def test_results_stay_in_registers_and_threads_share_the_work(name: str) -> None
 
 def test_conv_is_far_faster_than_its_plain_loops() -> None:
     (module,) = kernels(conv(padding=1), f32(1, 64, 28, 28), f32(64, 64, 3, 3), f32(1, 64, 1, 1))
-    schedule = default_schedule(module, target())
-    assert schedule is not None
+    (schedule,) = default_schedules(module, target(), most=1)
     plain, scheduled = _seconds(module, 1), _seconds(schedule.mod, 5)
     assert plain / scheduled > 6  # 40 on a quiet machine
 
@@ -259,8 +257,8 @@ def test_an_index_that_is_computed_has_no_stride() -> None:
     block = block_of(tvm.s_tir.Schedule(module), "resize")
     (read,) = accesses_of(block, block.reads) or []
     assert read.strides[1:] == (100, None, None)
-    schedule = default_schedule(module, target())
-    assert schedule is None or "T.vectorized" not in schedule.mod.script()
+    for schedule in default_schedules(module, target(), most=1):
+        assert "T.vectorized" not in schedule.mod.script()
 
 
 def test_a_1x1_convolution_walks_its_images_along_one_axis() -> None:
@@ -342,3 +340,24 @@ def _seconds(module: tvm.IRModule, repeat: int) -> float:
         built["main"](*arrays)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 196, 196), (1, 12, 197, 197), (16, 8, 64)])
+def test_parallel_loops_are_never_nested(shape: tuple[int, ...]) -> None:
+    """The thread pool refuses them when the kernel runs."""
+    (softmax,) = kernels(lambda _, x: op.nn.softmax(x), f32(*shape))
+    found = default_schedules(softmax, target())
+    assert found
+    for schedule in found:
+        deepest = 0
+
+        def visit(node: Any) -> None:
+            nonlocal deepest
+            if int(node.kind) == 1:  # parallel
+                inner: list[Any] = []
+                tvm_ffi.structural_walk(node.body, (tvm.tirx.For, inner.append))
+                deepest = max(deepest, 1 + any(int(loop.kind) == 1 for loop in inner))
+
+        tvm_ffi.structural_walk(schedule.mod["main"].body, (tvm.tirx.For, visit))
+        assert deepest <= 1
+        assert verify_kernel(softmax, trace_to_json(schedule.trace), target(), 0).ok

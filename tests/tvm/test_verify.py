@@ -194,7 +194,7 @@ def test_half_precision_that_onnxruntime_cannot_run_is_widened(tmp_path: Path) -
 def test_a_users_own_inputs_come_first(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "net.onnx")
     mine = {"image": np.ones((1, 3, 12, 12), "float32"), "bias": np.full((1, 20), 7, "float32")}
-    np.savez(tmp_path / "mine.npz", **mine)
+    np.savez(tmp_path / "mine.npz", allow_pickle=False, **mine)
     reference = make_reference(path, {}, 0, tmp_path / "mine.npz", None)
     assert reference.draws[0].kind == DrawKind.USER
     np.testing.assert_array_equal(reference.plan.arrays(DrawKind.USER)["bias"], mine["bias"])
@@ -216,7 +216,7 @@ def test_inputs_that_do_not_fit_are_one_line(
     if arrays is None:
         given.write_text("no arrays")
     else:
-        np.savez(given, **arrays)
+        np.savez(given, allow_pickle=False, **arrays)
     with pytest.raises(UserError, match=f"--verify-inputs .*{told}"):
         make_reference(path, {}, 0, given, None)
 

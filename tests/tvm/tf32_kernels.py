@@ -18,7 +18,6 @@ import numpy as np
 from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.workers.warm import load_tvm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if __name__ == "__main__":
     cuda_toolchain.preload_runtime()
     os.environ.update(cuda_toolchain.environment())

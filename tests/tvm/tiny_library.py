@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from gpu_aware_tune.codegen.compile import compile_model
 from gpu_aware_tune.finalize.oracle import make_reference
 from gpu_aware_tune.finalize.verify import VerifyReport, base_error, compare, computed_in
-from gpu_aware_tune.kernels.schedules import default_schedule
+from gpu_aware_tune.kernels.schedules import default_schedules
 from gpu_aware_tune.kernels.traces import trace_to_json
 from gpu_aware_tune.library import RunFacts, export, link, open_vm, save_weights
 from gpu_aware_tune.library.manifest import ShareFacts
@@ -76,8 +76,7 @@ def default_traces(model: Model) -> dict[str, str]:
     """The untuned schedule of each task."""
     traces = {}
     for task in extract(model, target()):
-        schedule = default_schedule(task.module, target())
-        if schedule is not None:
+        for schedule in default_schedules(task.module, target(), most=1):
             traces[task.hash] = trace_to_json(schedule.trace)
     return traces
 

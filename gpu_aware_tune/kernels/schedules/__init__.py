@@ -16,24 +16,19 @@ if TYPE_CHECKING:
 DEFAULTS = 3  # default schedules of a kernel that are measured before anything is searched
 
 
-def default_schedule(module: tvm.IRModule, target: tvm.target.Target) -> Schedule | None:
-    """Give candidate 0 of a kernel: the untuned schedule that is best by rule.
+def default_schedules(
+    module: tvm.IRModule, target: tvm.target.Target, most: int = DEFAULTS
+) -> list[Schedule]:
+    """Give up to `most` alternatives, the one expected to be fastest first: candidate 0.
 
     Args:
         module: one PrimFunc named "main", not scheduled; left as it is.
         target: what the kernel is for; its `num-cores` decides how loops are shared out.
+        most: how many.
 
     Returns:
-        A traced schedule, or None where the plain loops are all there is.
+        Traced schedules; none where the plain loops are all there is.
     """
-    found = default_schedules(module, target, most=1)
-    return found[0] if found else None
-
-
-def default_schedules(
-    module: tvm.IRModule, target: tvm.target.Target, most: int = DEFAULTS
-) -> list[Schedule]:
-    """Give up to `most` alternatives, the one expected to be fastest first."""
     if str(target.kind.name) == "llvm":
         from gpu_aware_tune.kernels.schedules.cpu import cpu_schedules, machine_of
 

@@ -14,6 +14,7 @@ from tvm.tirx import BufferStore, Select
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
 
 # Calls that cost tens of instructions an element: never computed twice to save a pass over memory.
+_SERIAL = 0  # tirx.ForKind
 _COSTLY = ("exp", "log", "erf", "tanh", "sigmoid", "pow", "sin", "cos", "tan", "sqrt", "hypot")
 
 
@@ -43,7 +44,11 @@ def block_of(schedule: Schedule, name: str) -> Any:
 
 
 def loops_of_axes(schedule: Schedule, name: str) -> list[Any] | None:
-    """Give the loop behind each axis of a block; None where an axis is not exactly one loop."""
+    """Give the loop behind each axis of a block; None where an axis is not exactly one loop.
+
+    Nor where a loop has been scheduled: a block that is computed inside another one's parallel loop
+    may have one loop for each axis all the same, and parallel loops must not be nested.
+    """
     realizes: list[Any] = []
 
     def visit(realize: Any) -> None:
@@ -52,6 +57,8 @@ def loops_of_axes(schedule: Schedule, name: str) -> list[Any] | None:
 
     tvm_ffi.structural_walk(schedule.mod["main"].body, (SBlockRealize, visit))
     loops = schedule.get_loops(schedule.get_sblock(name))
+    if any(int(schedule.get(loop).kind) != _SERIAL for loop in loops):
+        return None
     variables = [schedule.get(loop).loop_var for loop in loops]
     found = []
     for value in realizes[0].iter_values:

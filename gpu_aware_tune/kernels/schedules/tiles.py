@@ -115,6 +115,7 @@ def _tiles(
 ) -> Iterator[Tile]:
     spatial = [axis for axis in axes if not axis.reduce and axis.extent > 1]
     registers = machine.registers * 3 // 4
+    shared = shared_dimensions(axes, result)
     for vector in spatial:
         packed = _packed(vector, operands)
         for lanes in divisors(vector.extent, machine.lanes)[:3]:
@@ -126,9 +127,9 @@ def _tiles(
                     whole = {axis.position: axis.extent for axis in spatial}
                     kept = {axis.position for axis in held(tile, axes, operands)}
                     block = {**whole, **{at: sizes[at] for at in kept & set(sizes)}}
-                    if is_box(block, axes, result):
+                    if is_box(block, shared):
                         yield _priced_in_passes(tile, axes, operands, machine)
-                if not is_box(sizes, axes, result):
+                if not is_box(sizes, shared):
                     continue
                 yield _priced(tile, axes, operands, result, machine, weights)
                 if packed:
@@ -136,33 +137,44 @@ def _tiles(
                     yield _priced(plain, axes, operands, result, machine, weights)
 
 
-def is_box(sizes: Mapping[int, int], axes: Sequence[Axis], result: Access) -> bool:
-    """Whether a tile's results fill a box of the result's dimensions.
+def shared_dimensions(axes: Sequence[Axis], result: Access) -> list[tuple[Axis, Axis]] | None:
+    """Pairs of axes that share a dimension of the result, the outer one first.
 
-    What TVM computes at the loops over tiles (`reverse_compute_at`, `cache_write`) covers the
-    smallest box around a tile's results. Where two axes share a dimension (NCHWc channels written as
-    one, `outer * 8 + inner`), that box holds results of other tiles, which are not there yet.
-
-    Args:
-        sizes: results along each spatial axis, by position; axes of extent 1 are left out.
-        axes: of the block.
-        result: what it writes.
+    As NCHWc channels do that are written as one, `outer * 8 + inner`. None where the result is not
+    linear in an axis.
     """
     moving = [axis for axis in axes if not axis.reduce and axis.extent > 1]
     steps = {axis.position: result.strides[axis.position] for axis in moving}
-    for outer in moving:
-        for inner in moving:
-            far, near = steps[outer.position], steps[inner.position]
-            if far is None or near is None:
-                return False
-            if (
-                far > near
-                and _dimension(far, result) == _dimension(near, result)
-                and sizes[outer.position] > 1
-                and sizes[inner.position] < inner.extent
-            ):
-                return False
-    return True
+    dims = {}
+    for axis in moving:
+        step = steps[axis.position]
+        if step is None:
+            return None
+        dims[axis.position] = step, _dimension(step, result)
+    return [
+        (outer, inner)
+        for outer in moving
+        for inner in moving
+        if dims[outer.position][0] > dims[inner.position][0]
+        and dims[outer.position][1] == dims[inner.position][1]
+    ]
+
+
+def is_box(sizes: Mapping[int, int], shared: Sequence[tuple[Axis, Axis]] | None) -> bool:
+    """Whether a tile's results fill a box of the result's dimensions.
+
+    What TVM computes at the loops over tiles (`reverse_compute_at`, `cache_write`) covers the
+    smallest box around a tile's results. Where two axes share a dimension, that box may hold results
+    of other tiles, which are not there yet.
+
+    Args:
+        sizes: results along each spatial axis, by position; axes of extent 1 may be left out.
+        shared: see `shared_dimensions`.
+    """
+    return shared is not None and not any(
+        sizes[outer.position] > 1 and sizes[inner.position] < inner.extent
+        for outer, inner in shared
+    )
 
 
 def _dimension(stride: int, access: Access) -> int:

@@ -1,6 +1,6 @@
 """What this machine's GPUs are, asked in a child process so that this one stays free of CUDA.
 
-`python -m gpu_aware_tune.partition.gpus` prints the answer as JSON.
+`python -m gpu_aware_tune.partition.gpu_query` prints the answer as JSON.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def query_gpus() -> tuple[tuple[GpuFacts, ...], str]:
     """This machine's GPUs, and why there are none where there are none; never raises."""
     package_root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "gpu_aware_tune.partition.gpus"]
+    command = [sys.executable, "-m", "gpu_aware_tune.partition.gpu_query"]
     try:
         done = subprocess.run(
             command,
