@@ -52,7 +52,7 @@ check: lint
 	$(BIN)/python -m pytest tests/null -n $(CHECK_JOBS)
 
 test: lint
-	$(BIN)/python -m pytest tests/null tests/tvm -n $(TEST_JOBS) --durations=15
+	$(BIN)/python -m pytest tests/null tests/tvm tests/fuzz -n $(TEST_JOBS) --durations=15
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict

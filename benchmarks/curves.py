@@ -84,7 +84,7 @@ def make_folders(name: str, slim: Path, scratch: Path) -> dict[str, Path]:
     import tvm
 
     from gpu_aware_tune.codegen.compile import compile_model, compile_shares
-    from gpu_aware_tune.library import export, link
+    from gpu_aware_tune.library import RunFacts, export, link
     from gpu_aware_tune.model.importer import load_model
 
     path = model_file(name, slim, scratch)
@@ -95,18 +95,18 @@ def make_folders(name: str, slim: Path, scratch: Path) -> dict[str, Path]:
     }
     model = load_model(path, targets[1])
     shares = {units: (target, default_traces(model, target)) for units, target in targets.items()}
-    manifest = {"device": f"llvm/benchmark/{cpu}"}
+    facts = RunFacts(device=f"llvm/benchmark/{cpu}")
     folders = {}
     for count in SHARES:
         made = {units: shares[units] for units in range(1, count + 1)}
         link(compile_shares(model.module, made), scratch / f"{name}-{count}.so")
         paths = dict.fromkeys(made, scratch / f"{name}-{count}.so")
         folder = scratch / f"{name}-{count}.tuned"
-        folders[str(count)] = export(folder, model, paths, manifest, entry="main_{units}")
+        folders[str(count)] = export(folder, model, paths, facts, entry="main_{units}")
     paths = {units: scratch / f"{name}-apart-{units}.so" for units in shares}
     for units, (target, traces) in shares.items():
         link(compile_model(model, target, traces), paths[units])
-    folders["4 apart"] = export(scratch / f"{name}-apart.tuned", model, paths, manifest)
+    folders["4 apart"] = export(scratch / f"{name}-apart.tuned", model, paths, facts)
     return folders
 
 

@@ -98,11 +98,11 @@ def measured(folders: dict[str, Path], seconds: float, rounds: int) -> dict[str,
     backend, _ = choose_backend(device)
     (plain,) = open_folders([folders["share"]])
     sets: dict[str, tuple[Path, int | None]] = {
-        f"tuned at {units}": (folders["share"], units) for units in plain.known
+        f"tuned at {units}": (folders["share"], units) for units in plain.manifest.units
     }
     sets["robust"] = (folders["robust"], None)
     with contextlib.ExitStack() as stack:
-        shares = [share_for(device, backend, units) for units in plain.known]
+        shares = [share_for(device, backend, units) for units in plain.manifest.units]
         partitions = open_partitions(shares, device, backend)
         for partition in partitions:
             stack.callback(partition.close)
@@ -114,7 +114,14 @@ def measured(folders: dict[str, Path], seconds: float, rounds: int) -> dict[str,
     curves = {}
     for number, label in enumerate(sets):
         own = tuple(points[number * len(partitions) : (number + 1) * len(partitions)])
-        facts = (plain.model, device.key, backend, device.unit, device.units_total, own)
+        facts = (
+            plain.manifest.model.name,
+            device.key,
+            backend,
+            device.unit,
+            device.units_total,
+            own,
+        )
         curves[label] = Curve(*facts).as_dict()
     return curves
 

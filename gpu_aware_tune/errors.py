@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
+# What changes how a terminal shows other text: control characters, but for the end of a line and
+# tabs; marks of the direction of writing; halves of characters, which cannot be written at all.
+_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
 
 class TuneError(Exception):
     """An error of this package; its text is one line: the value, what is allowed, the fix."""
@@ -33,3 +41,8 @@ def one_line(text: object, limit: int = 300) -> str:
     first = next((line for line in lines if line), type(text).__name__)
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in first)
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
+
+
+def printable(text: str) -> str:
+    """A text with everything escaped that would control a terminal; lines and tabs stay."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

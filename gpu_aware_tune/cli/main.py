@@ -12,7 +12,7 @@ from click_default_group import DefaultGroup
 
 from gpu_aware_tune import __version__
 from gpu_aware_tune.cli.options import CONTEXT
-from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.errors import TuneError, printable
 
 INTERRUPTED = 130
 
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(text: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {printable(text)}", file=sys.stderr)
     return code
 
 

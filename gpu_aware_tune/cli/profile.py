@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpu_aware_tune.cli.csv_cells import csv_row
 from gpu_aware_tune.cli.options import CONTEXT, debug_option
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.settings import PARTITIONS
@@ -192,11 +193,11 @@ def _progress() -> Iterator[Callable[[float], None] | None]:
 
 def _write_csv(curves: Sequence[Curve], path: Path) -> None:
     try:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             rows = [_row(curve, point, curve.knees) for curve in curves for point in curve.points]
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(map(csv_row, rows))
     except OSError as error:
         raise SetupError(f"cannot write --csv {path} ({error.strerror})") from error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from gpu_aware_tune.cli.csv_cells import csv_row
 from gpu_aware_tune.cli.options import CONTEXT, DIRECTORY, Command, db_option
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.records.store import Counts, Record, Store
@@ -283,7 +284,7 @@ def show(
         text = io.StringIO()
         writer = csv.DictWriter(text, fields, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(csv_row, rows))
         if csv_file == "-":
             click.echo(text.getvalue(), nl=False)
         else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpu_aware_tune.cli.options import CONTEXT, db_option
-from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.errors import SetupError, UserError, printable
 
 if TYPE_CHECKING:
     from gpu_aware_tune.report.drawing import Drawing
@@ -63,15 +63,10 @@ def report(
 
     It is one file that needs no network, light or dark as the reader likes, and can be printed.
     """
+    from gpu_aware_tune.library.manifest import read_manifest
     from gpu_aware_tune.records.store import Store
     from gpu_aware_tune.report.history import read_history
-    from gpu_aware_tune.report.inputs import (
-        find_run,
-        find_tasks,
-        read_manifest,
-        read_profiles,
-        read_stock,
-    )
+    from gpu_aware_tune.report.inputs import find_run, find_tasks, read_profiles, read_stock
     from gpu_aware_tune.report.page import Report, page
 
     if output.is_dir():
@@ -82,7 +77,8 @@ def report(
         run = find_run(store, run_id, manifest)
         history = read_history(store, run, find_tasks(store, run, manifest))
     for other in sorted({p.model for p in profiles} - {history.name, ""}):
-        click.echo(f"warning: --profile is of {other}, the run is of {history.name}", err=True)
+        text = f"warning: --profile is of {other}, the run is of {history.name}"
+        click.echo(printable(text), err=True)
     stocks = [] if stock_file is None else read_stock(stock_file, history.name)
     whole = Report(history, profiles, stocks)
     _write(output, page(whole))

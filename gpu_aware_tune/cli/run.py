@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,8 +116,8 @@ def _as_json(
     library: Library, outputs: dict[str, np.ndarray], stats: LatencyStats
 ) -> dict[str, Any]:
     return {
-        "model": library.manifest["model"]["name"],
-        "device": library.manifest.get("device"),
+        "model": library.about.model.name,
+        "device": library.about.device,
         "units": library.units,
         **({"partition": library.evidence} if library.evidence else {}),
         "latency": asdict(stats),
@@ -128,19 +129,20 @@ def _as_json(
 
 
 def _show(library: Library, outputs: dict[str, np.ndarray], stats: LatencyStats) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    device = library.manifest.get("device", "this device")
-    name = library.manifest["model"]["name"]
-    console.print(f"{name}: {library.units} units of {device}", highlight=False)
+    from gpu_aware_tune.display.console import open_console
+
+    console = open_console(sys.stdout)
+    device = library.about.device
+    name = library.about.model.name
+    console.print(f"{name}: {library.units} units of {device}")
     if seen := library.evidence:
-        console.print(f"partition {seen['backend']}: {seen['units']} SMs", highlight=False)
+        console.print(f"partition {seen['backend']}: {seen['units']} SMs")
     table = Table("median", "p10", "p90", "min", "mean", "runs")
     row = (stats.median_ms, stats.p10_ms, stats.p90_ms, stats.min_ms, stats.mean_ms)
     table.add_row(*(f"{value:.3f} ms" for value in row), str(stats.n))
     console.print(table)
     for output, array in outputs.items():
         shape = "x".join(str(extent) for extent in array.shape) or "scalar"
-        console.print(f"output {output}: {shape} {array.dtype}", highlight=False, markup=False)
+        console.print(f"output {output}: {shape} {array.dtype}")

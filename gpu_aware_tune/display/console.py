@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.segment import Segment
+
+from gpu_aware_tune.errors import printable
 
 PLAIN_WIDTH = 120
+
+
+class TextConsole(Console):
+    """A console on which no name of a model, a task or a device can control the terminal."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render as `Console` does, with control characters in texts escaped."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def open_console(stream: TextIO, plain_width: int = PLAIN_WIDTH) -> Console:
     """A console on a stream, so many columns wide where that is no terminal; text stays as it is."""
     width = None if stream.isatty() else plain_width
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    return TextConsole(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 class LiveView:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gpu_aware_tune.events import Reordered, ShareResult, TaskResult
 from gpu_aware_tune.finalize.retiming import Reorder
 from gpu_aware_tune.finalize.selection import Choice
 from gpu_aware_tune.finalize.verify import VerifyReport
+from gpu_aware_tune.library.manifest import (
+    OutputError,
+    RunFacts,
+    ShareFacts,
+    TaskFacts,
+    Verification,
+)
 from gpu_aware_tune.records.task_records import TaskRecords
 
 if TYPE_CHECKING:
@@ -77,58 +84,55 @@ def manifest(
     results: Sequence[ShareResult],
     choices: Sequence[Choice],
     reports: Mapping[int, VerifyReport],
-) -> dict[str, Any]:
+) -> RunFacts:
     """What the exported folder says about the run, besides the model and the files.
 
     `results` are those of `shares`, in their order; `reports` are of the shares that were verified.
     """
-    return {
-        "device": device.key,
-        "backend": backend,
-        "seed": settings.seed,
-        "objective": settings.objective,
-        "shares": [
-            {
-                "percent": share.percent,
-                "units": share.units,
-                "text": share.describe(),
-                "target": device.target(share.units),
-                "untuned_s": result.untuned_s,
-                "tuned_s": result.tuned_s,
-                "max_error": result.max_error,
-                "loss": result.loss,
-                "verification": _verification(reports.get(share.units)),
-            }
+    return RunFacts(
+        device=device.key,
+        backend=backend,
+        seed=settings.seed,
+        objective=settings.objective,
+        shares=tuple(
+            ShareFacts(
+                units=share.units,
+                percent=share.percent,
+                text=share.describe(),
+                target=device.target(share.units),
+                untuned_s=result.untuned_s,
+                tuned_s=result.tuned_s,
+                max_error=result.max_error,
+                loss=result.loss,
+                verification=_verification(reports.get(share.units)),
+            )
             for share, result in zip(shares, results, strict=True)
-        ],
-        "tasks": [
-            {
-                "name": choice.task.name,
-                "hash": choice.task.hash,
-                "units": choice.units,
-                "weight": choice.task.weight,
-                "seconds": choice.seconds,
-                "origin": choice.origin,
-            }
+        ),
+        tasks=tuple(
+            TaskFacts(
+                name=choice.task.name,
+                hash=choice.task.hash,
+                units=choice.units,
+                weight=choice.task.weight,
+                seconds=choice.seconds,
+                origin=choice.origin,
+            )
             for choice in choices
-        ],
-    }
+        ),
+    )
 
 
-def _verification(report: VerifyReport | None) -> dict[str, Any] | None:
+def _verification(report: VerifyReport | None) -> Verification | None:
     """Which oracle, which inputs, which error for each output; None where nothing was verified."""
     if report is None:
         return None
-    return {
-        "oracle": report.oracle,
-        "draws": list(report.draws),
-        "outputs": [
-            {"name": output.name, "error": output.error, "allowed": output.allowed}
-            for output in report.outputs
-        ],
-        "special": report.special,
-        "notes": list(report.notes),
-    }
+    return Verification(
+        oracle=report.oracle,
+        draws=tuple(report.draws),
+        outputs=tuple(OutputError(o.name, o.error, o.allowed) for o in report.outputs),
+        special=report.special,
+        notes=tuple(report.notes),
+    )
 
 
 def reordered(reorders: Sequence[Reorder]) -> Reordered | None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,22 +16,22 @@ import numpy as np
 
 from gpu_aware_tune.codegen.linking import find_compiler
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.settings import MANIFEST, check_replaceable
+from gpu_aware_tune.library.files import sha256_of
+from gpu_aware_tune.library.manifest import (
+    FileEntry,
+    LibraryEntry,
+    Manifest,
+    ModelId,
+    RunFacts,
+    write_manifest,
+)
+from gpu_aware_tune.library.recovery import OLD, PARTIAL, beside, remove_stale
+from gpu_aware_tune.settings import check_replaceable
 
 if TYPE_CHECKING:
     from gpu_aware_tune.model.importer import Model
 
-FORMAT = 1
 WEIGHTS = "weights.bin"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file of the folder, with what identifies its content."""
-
-    file: str
-    bytes: int
-    sha256: str
 
 
 def save_weights(weights: Mapping[str, np.ndarray], path: Path) -> None:
@@ -62,7 +59,7 @@ def export(
     folder: Path,
     model: Model,
     libraries: Mapping[int, Path],
-    manifest: Mapping[str, Any],
+    facts: RunFacts,
     entry: str = "main",
 ) -> Path:
     """Write a model's folder, whole or not at all; one that is there is replaced in one step.
@@ -71,7 +68,7 @@ def export(
         folder: where, such as `model.tuned`.
         model: the model the libraries were compiled from.
         libraries: the compiled `.so` (or a `VMExecutable`, which is linked now) by units.
-        manifest: what the caller knows: device, shares with their targets, tasks, verification.
+        facts: what the run knows: device, shares with their targets, tasks, verification.
         entry: the name of each library's function, "main_{units}" where one path holds them all.
 
     Returns:
@@ -82,9 +79,9 @@ def export(
         SetupError: it cannot be written, or no compiler is there to link with.
     """
     folder = Path(os.path.abspath(folder))
+    remove_stale(folder)
     check_replaceable(folder)
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    _remove_stale(folder)
+    fresh = beside(folder, PARTIAL)
     with _writing(folder):
         try:
             fresh.mkdir(parents=True)
@@ -92,24 +89,14 @@ def export(
                 fresh, {units: _library(fresh, units, made) for units, made in libraries.items()}
             )
             save_weights(model.weights, fresh / WEIGHTS)
-            facts = _manifest(model, parts, part_of(fresh / WEIGHTS), manifest, entry)
-            text = json.dumps(facts, indent=1)
-            (fresh / MANIFEST).write_text(text + "\n")
-            for path in fresh.iterdir():
+            write_manifest(fresh, _manifest(model, parts, fresh / WEIGHTS, facts, entry))
+            for path in (*fresh.iterdir(), fresh):
                 _flush(path)
             _put(fresh, folder)
+            _flush(folder.parent)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return folder
-
-
-def part_of(path: Path) -> Part:
-    """Describe a file of the folder."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return Part(path.name, path.stat().st_size, digest.hexdigest())
 
 
 def versions() -> dict[str, str]:
@@ -126,39 +113,39 @@ def versions() -> dict[str, str]:
 
 
 def _manifest(
-    model: Model,
-    parts: Mapping[int, Part],
-    weights: Part,
-    given: Mapping[str, Any],
-    entry: str,
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "model": {"name": model.name, "hash": model.hash},
-        "inputs": [asdict(spec) for spec in model.inputs],
-        "outputs": [asdict(spec) for spec in model.outputs],
-        "libraries": [
-            {"units": units, **asdict(parts[units]), "entry": entry.format(units=units)}
-            for units in sorted(parts)
-        ],
-        "weights": asdict(weights),
-        "versions": versions(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **given,
-    }
+    model: Model, parts: Mapping[int, FileEntry], weights: Path, facts: RunFacts, entry: str
+) -> Manifest:
+    libraries = (
+        LibraryEntry(units, part.file, part.bytes, part.sha256, entry.format(units=units))
+        for units, part in sorted(parts.items())
+    )
+    return Manifest(
+        **vars(facts),
+        model=ModelId(model.name, model.hash),
+        inputs=tuple(model.inputs),
+        outputs=tuple(model.outputs),
+        libraries=tuple(libraries),
+        weights=_entry(weights),
+        versions=versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
-def _library(folder: Path, units: int, made: Any) -> Part:
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(path.name, *sha256_of(path))
+
+
+def _library(folder: Path, units: int, made: Any) -> FileEntry:
     path = folder / f"lib-{units}.so"
     if isinstance(made, str | os.PathLike):
         shutil.copyfile(made, path)
     else:
         find_compiler()
         link(made, path)
-    return part_of(path)
+    return _entry(path)
 
 
-def _share_files(folder: Path, parts: Mapping[int, Part]) -> dict[int, Part]:
+def _share_files(folder: Path, parts: Mapping[int, FileEntry]) -> dict[int, FileEntry]:
     """Keep libraries of the same content once, in a file that names all of their units."""
     alike: dict[str, list[int]] = {}
     for units in sorted(parts):
@@ -169,7 +156,7 @@ def _share_files(folder: Path, parts: Mapping[int, Part]) -> dict[int, Part]:
         first = parts[together[0]]
         (folder / first.file).rename(folder / name)
         for units in together:
-            shared[units] = Part(name, first.bytes, first.sha256)
+            shared[units] = FileEntry(name, first.bytes, first.sha256)
             if units != together[0]:
                 (folder / parts[units].file).unlink()
     return shared
@@ -181,7 +168,7 @@ def _put(fresh: Path, folder: Path) -> None:
         fresh.rename(folder)
     elif not _exchange(fresh, folder):
         # No exchange on this file system: two renames, the old one back if the second fails.
-        old = fresh.with_suffix(".old")
+        old = beside(folder, OLD)
         folder.rename(old)
         try:
             fresh.rename(folder)
@@ -199,14 +186,6 @@ def _exchange(one: Path, other: Path) -> bool:
     except (OSError, AttributeError):
         return False
     return int(swap(here, os.fsencode(one), here, os.fsencode(other), exchange)) == 0
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what runs that were killed while exporting have left beside the folder."""
-    for path in folder.parent.glob(f".{folder.name}.*.partial"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -3,64 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from ml_dtypes import bfloat16
 
-from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.library.folder import WEIGHTS
-from gpu_aware_tune.library.manifest import (
+from gpu_aware_tune.errors import UserError, last_line
+from gpu_aware_tune.library.arguments import check_effort, check_inputs, check_units
+from gpu_aware_tune.library.checks import (
     check_library,
     check_versions,
     check_weights,
-    known_units,
-    library_of,
     nearest,
-    on_cpu,
-    read_manifest,
     visible_units,
 )
+from gpu_aware_tune.library.latency import LatencyStats
+from gpu_aware_tune.library.manifest import Manifest, read_manifest
 from gpu_aware_tune.library.places import places_for
 from gpu_aware_tune.library.program import Program, Weights, open_vm
-from gpu_aware_tune.library.threads import CoreThread, PartitionThread
-from gpu_aware_tune.measure.timing import quantile
-from gpu_aware_tune.model.importer import TensorSpec, random_inputs
+from gpu_aware_tune.library.threads import CoreThread, PartitionThread, check_process, run_apart
+from gpu_aware_tune.model.importer import random_inputs
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class LatencyStats:
-    """Milliseconds of one inference over `n` runs."""
-
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    min_ms: float
-    mean_ms: float
-    n: int
-
-    @staticmethod
-    def of(seconds: list[float]) -> LatencyStats:
-        """Sum up the seconds of single runs."""
-        ms = [1e3 * each for each in seconds]
-        p10, p90 = (quantile(ms, part) for part in (0.1, 0.9))
-        return LatencyStats(statistics.median(ms), p10, p90, min(ms), statistics.fmean(ms), len(ms))
-
-
-@dataclass(frozen=True)
 class _Lane:
-    """A program and the thread it runs in; no two lanes share a program, which is not reentrant."""
+    """A program and the thread it runs in; no two lanes share a program, which is not reentrant.
+
+    A closed library has no program.
+    """
 
     units: int
-    program: Program
+    program: Program | None
     thread: CoreThread | PartitionThread
 
 
@@ -72,8 +53,12 @@ class Library:
     runs in a thread of its own, on as many cores as it is used for (see `CoreThread`), so several
     can be used in one process, and the caller's threads keep their cores. On a GPU it runs in a
     thread inside the partition that the manifest names (see `PartitionThread`), and the libraries
-    of a process take turns. Calls wait for each other. The threads end with `close`, or with the
-    library.
+    of a process take turns. Calls wait for each other. The threads end with `close`, with the block
+    of `with load(...) as library`, or with the library.
+
+    A library belongs to the process that loaded it: a child that is forked loads its own.
+
+    `about` is the manifest; `manifest` is the same as a dictionary, as in the file.
 
     The folder needs nothing of this package; with TVM alone a library is run like this::
 
@@ -95,26 +80,45 @@ class Library:
     """
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], units: int | None, partition: str | None = None
+        self, path: Path, manifest: Manifest, units: int | None, partition: str | None = None
     ) -> None:
         """Open the library for a share; see `load`."""
         self.path = path
-        self.manifest = manifest
-        self.inputs = _specs(manifest["inputs"])
-        self.outputs = _specs(manifest["outputs"])
-        self._known = known_units(manifest)
-        self._weights = Weights(path / WEIGHTS)
+        self.about = manifest
+        self.inputs, self.outputs = manifest.inputs, manifest.outputs
+        self._process = os.getpid()
+        self._weights = Weights(path / manifest.weights.file)
         self._closed = False
         self._switching = threading.Lock()
         self._lanes: dict[tuple[str, str, CoreThread | PartitionThread], _Lane] = {}
         self._places = places_for(path, manifest, partition)
-        # A process that ends does not wait for a GPU: the driver takes everything back.
-        weakref.finalize(self, self._places.stop).atexit = on_cpu(manifest)
+        # At the end of the process the threads end otherwise: see `threads`.
+        weakref.finalize(self, self._places.stop).atexit = False
         check_weights(path, manifest)
-        self._lane = self._open_for(units)
+        try:
+            self._lane = self._open_for(units)
+        except BaseException:
+            self._places.stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         return f"Library({str(self.path)!r}, units={self.units})"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as the file has it, without its checksum."""
+        return self.about.as_dict()
 
     @property
     def units(self) -> int:
@@ -152,11 +156,12 @@ class Library:
             The library itself.
 
         Raises:
-            UserError: `units` is below 1, the library is closed, its file is damaged, or the GPU
-                has no partition of so many SMs.
+            UserError: `units` is no whole number from 1 on, the library is closed or of this
+                process's parent, its file is damaged, or the GPU has no partition of so many SMs.
             SetupError: the partition cannot be had.
         """
-        seen = visible_units(self.manifest) if units is None else units
+        seen = visible_units(self.about) if units is None else check_units(units)
+        self._check_open()
         with self._switching:
             self._check_open()
             self._lane = self._open_for(seen)
@@ -172,84 +177,105 @@ class Library:
             UserError: a library's file is damaged.
         """
         inputs = list(random_inputs(self.inputs, seed=0).values())
-        for units in self._known:
+        self._check_open()
+        for units in self.about.units:
             with self._switching:
                 self._check_open()
                 lane = self._open(units, units)
-            _run_once(lane, inputs)
+            _run(lane, lambda program: program(program.place(inputs)))
         return self
 
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run the model once.
 
         Args:
-            inputs: an array for each of `self.inputs`, of its shape and type.
+            inputs: an array for each of `self.inputs`, of its shape and type: of NumPy, or what
+                gives its content through DLPack, such as tensors of TVM and PyTorch.
 
         Returns:
             An array for each of `self.outputs`.
 
         Raises:
-            UserError: an array is missing, unknown, or of another shape or type.
+            UserError: an array is missing, unknown, or of another shape or type; the library is
+                closed, was loaded before this process was forked, or fails.
         """
         arrays = check_inputs(self.inputs, inputs)
         results = self._run(lambda program: program(program.place(arrays)))
+        if len(results) != len(self.outputs):
+            raise _failed(f"it gave {len(results)} outputs, not {len(self.outputs)}")
         return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
 
     def benchmark(
         self,
         repeat: int | None = None,
         seconds: float = 2.0,
-        inputs: Mapping[str, np.ndarray] | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> LatencyStats:
         """Time inferences one after the other; inputs and weights are on the device before.
 
         Args:
             repeat: how many; by default as many as fit into `seconds`.
             seconds: how long to go on where `repeat` is not given.
-            inputs: what to run on; seeded random arrays by default.
+            inputs: what to run on, as for a call; seeded random arrays by default.
+
+        Raises:
+            UserError: as for a call, or `repeat` or `seconds` is not above 0.
         """
-        arrays = check_inputs(self.inputs, inputs or random_inputs(self.inputs, seed=0))
+        count = check_effort(repeat, seconds)
+        given = random_inputs(self.inputs, seed=0) if inputs is None else inputs
+        arrays = check_inputs(self.inputs, given)
         named = {spec.name: array for spec, array in zip(self.inputs, arrays, strict=True)}
+        self._check_open()
+        thread = self._lane.thread
 
         def measure(program: Program) -> list[float]:
-            timer = program.timer(named)
-            return timer(seconds) if repeat is None else [timer(0.0)[0] for _ in range(repeat)]
+            timer = program.timer(named, lambda: thread.is_ending)
+            if count is None:
+                return timer(seconds)
+            return [timer(0.0)[0] for run in range(count) if run == 0 or not thread.is_ending]
 
         return LatencyStats.of(self._run(measure))
 
     def close(self) -> None:
-        """End the library's threads after what they are doing; it cannot be called afterwards.
+        """End the library's threads after what they have been given; it cannot be called afterwards.
 
-        On a GPU this waits until they have closed their partitions.
+        This waits until they have ended, and on a GPU have closed their partitions; then the memory
+        is given back. In a child that was forked it does nothing.
         """
+        if self._process != os.getpid():
+            return
         with self._switching:
             self._closed = True
             self._places.close()
+            self._lanes.clear()
+            self._weights.drop()
+            self._lane = dataclasses.replace(self._lane, program=None)
 
     def _run(self, function: Callable[[Program], Result]) -> Result:
         self._check_open()
-        lane = self._lane  # read once: a switch meanwhile is the next call's business
-        return lane.thread.run(lambda: function(lane.program))
+        return _run(
+            self._lane, function
+        )  # read once: a switch meanwhile is the next call's business
 
     def _check_open(self) -> None:
+        check_process(self._process)
         if self._closed:
             raise UserError(f"{self!r} is closed: load it again")
 
     def _open_for(self, units: int | None) -> _Lane:
         """The library for a share; without one the nearest to what is visible, on its own units."""
-        if units is not None and units < 1:
-            raise UserError(f"{units} units: a share has at least 1")
-        seen = visible_units(self.manifest) if units is None else units
-        chosen = nearest(self._known, seen)
-        return self._open(chosen, chosen if units is None else units)
+        seen = visible_units(self.about) if units is None else check_units(units)
+        chosen = nearest(self.about.units, seen)
+        return self._open(chosen, chosen if units is None else seen)
 
     def _open(self, units: int, place: int) -> _Lane:
         """The library for `units` on `place` cores or SMs, opened when it is first asked for."""
-        file, entry = library_of(self.manifest, units)
+        library = self.about.library(units)
+        file, entry = library.file, library.entry
         thread = self._places.thread_for(place)
         lane = self._lanes.get((file, entry, thread))
         if lane is None:
-            check_library(self.path, self.manifest, units)
+            check_library(self.path, self.about, units)
             program = self._program(file, entry, thread)
             lane = self._lanes[file, entry, thread] = _Lane(units, program, thread)
         return lane if lane.units == units else dataclasses.replace(lane, units=units)
@@ -257,7 +283,7 @@ class Library:
     def _program(self, file: str, entry: str, thread: CoreThread | PartitionThread) -> Program:
         path, weights = self.path / file, self._weights
         if isinstance(thread, CoreThread):
-            return open_vm(path, weights, entry=entry)
+            return run_apart(lambda: open_vm(path, weights, entry=entry))
         return thread.run(lambda: open_vm(path, weights, entry=entry))  # kernels pack the weights
 
 
@@ -280,8 +306,8 @@ def load(
             "mig", or "full" for all that this process sees.
 
     Raises:
-        UserError: the folder is missing, damaged, or was made by other versions, `units` is below 1,
-            or the GPU has no such partition.
+        UserError: the folder is missing, damaged, or was made by other versions, `units` is no whole
+            number from 1 on, or the GPU has no such partition.
         SetupError: the device it was tuned for is not there, or its share is one that this process
             would have to be started in.
     """
@@ -292,41 +318,17 @@ def load(
     return library.preload() if preload else library
 
 
-def check_inputs(
-    specs: tuple[TensorSpec, ...], inputs: Mapping[str, np.ndarray]
-) -> list[np.ndarray]:
-    """Give the arrays in the order of `specs`.
-
-    Raises:
-        UserError: one is missing, unknown, or of another shape or type.
-    """
-    names = ", ".join(spec.name for spec in specs)
-    for name in inputs:
-        if name not in {spec.name for spec in specs}:
-            raise UserError(f"unknown input {name!r}: the inputs are {names}")
-    arrays = []
-    for spec in specs:
-        if spec.name not in inputs:
-            raise UserError(f"input {spec.name!r} is missing: the inputs are {names}")
-        array = np.asarray(inputs[spec.name])
-        if spec.dtype == "bfloat16" and array.dtype == np.dtype("V2"):
-            array = array.view(bfloat16)  # a file of NumPy's does not keep the type's name
-        if str(array.dtype) != spec.dtype:
-            raise UserError(f"input {spec.name!r} has type {array.dtype}: it must be {spec.dtype}")
-        wanted = spec.shape
-        if array.ndim != len(wanted) or any(
-            w not in (-1, a) for w, a in zip(wanted, array.shape, strict=True)
-        ):
-            shown = "x".join(str(extent) for extent in array.shape) or "scalar"
-            shape = "x".join("?" if w == -1 else str(w) for w in wanted) or "scalar"
-            raise UserError(f"input {spec.name!r} has shape {shown}: it must be {shape}")
-        arrays.append(array)
-    return arrays
+def _run(lane: _Lane, function: Callable[[Program], Result]) -> Result:
+    program = lane.program
+    if program is None:  # closed meanwhile
+        raise UserError("the library is closed: load it again")
+    try:
+        return lane.thread.run(lambda: function(program))
+    except (ValueError, TypeError, RuntimeError) as error:  # TVM's; the arrays were checked before
+        raise _failed(last_line(error)) from error
 
 
-def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in entries)
-
-
-def _run_once(lane: _Lane, inputs: list[np.ndarray]) -> None:
-    lane.thread.run(lambda: lane.program(lane.program.place(inputs)))
+def _failed(text: str) -> UserError:
+    return UserError(
+        f"the library failed ({text}): load it again; if that does not help, tune again"
+    )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.library.manifest import on_cpu
+from gpu_aware_tune.library.manifest import Manifest
 from gpu_aware_tune.library.threads import CoreThread, PartitionThread
 from gpu_aware_tune.partition import Partition, attach, partition_for
 from gpu_aware_tune.partition.topology import allowed_cpus, usable_cores
@@ -37,8 +36,10 @@ class CorePlaces:
             thread.stop()
 
     def close(self) -> None:
-        """End the threads, without waiting for them."""
+        """End the threads after what they have been given, and wait for that."""
         self.stop()
+        for thread in self._threads.values():
+            thread.join()
 
 
 class PartitionPlaces:
@@ -52,9 +53,9 @@ class PartitionPlaces:
         backend: of the partitions, in place of the manifest's.
     """
 
-    def __init__(self, manifest: Mapping[str, Any], backend: str | None = None) -> None:
+    def __init__(self, manifest: Manifest, backend: str | None = None) -> None:
         self._manifest = manifest
-        self._backend = backend or str(manifest.get("backend", "full"))
+        self._backend = backend or manifest.backend or "full"
         self._visible: int | None = None
         self._threads: dict[int | None, PartitionThread] = {}
 
@@ -90,20 +91,19 @@ class PartitionPlaces:
         return min(units, self._visible or units)  # 0 without a GPU, which opening tells
 
 
-def places_for(
-    path: Path, manifest: Mapping[str, Any], backend: str | None
-) -> CorePlaces | PartitionPlaces:
+def places_for(path: Path, manifest: Manifest, backend: str | None) -> CorePlaces | PartitionPlaces:
     """Where the library of a folder can run.
 
     Raises:
         UserError: a GPU's backend is asked for and the library is for a CPU.
     """
-    if not on_cpu(manifest):
+    if not manifest.on_cpu:
         return PartitionPlaces(manifest, backend)
     if backend not in (None, "cores"):
         raise UserError(f"partition {backend!r} is for GPUs, and {path} is for a CPU: leave it out")
     return CorePlaces()
 
 
-def _open(manifest: Mapping[str, Any], sms: int | None, backend: str) -> Partition:
-    return cast("Partition", partition_for(manifest, sms, backend))  # None for a CPU's alone
+def _open(manifest: Manifest, sms: int | None, backend: str) -> Partition:
+    about = {"device": manifest.device, "backend": manifest.backend}
+    return cast("Partition", partition_for(about, sms, backend))  # None for a CPU's alone

@@ -51,6 +51,11 @@ class Weights:
                 device.sync()  # copies use the default stream, kernels a partition's
             return self._by_device[key]
 
+    def drop(self) -> None:
+        """Give the memory back; programs that are open keep theirs."""
+        with self._reading:
+            self._by_device.clear()
+
 
 class Program:
     """A library's `main`, with the weights already given, in the layout that its kernels want.
@@ -81,11 +86,14 @@ class Program:
         outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
         return [output.numpy() for output in outputs]
 
-    def timer(self, inputs: Mapping[str, np.ndarray]) -> Callable[[float], list[float]]:
+    def timer(
+        self, inputs: Mapping[str, np.ndarray], is_ending: Callable[[], bool] = lambda: False
+    ) -> Callable[[float], list[float]]:
         """Give a function that runs for so many seconds (at least once) and lists each run's.
 
         Args:
             inputs: arrays in the order of the model's inputs.
+            is_ending: whether to stop earlier, asked after each run.
         """
         placed = self.place(list(inputs.values()))
         call = (*placed, *self._weights)
@@ -96,7 +104,7 @@ class Program:
         def sample(seconds: float) -> list[float]:
             samples: list[float] = []
             end = time.perf_counter() + seconds
-            while not samples or time.perf_counter() < end:
+            while not samples or (time.perf_counter() < end and not is_ending()):
                 start = time.perf_counter()
                 self._main(*call)
                 wait(self.device)
@@ -142,7 +150,11 @@ def open_vm(
     if cuda and not device.exist:
         raise SetupError(f"{library} is for a CUDA GPU, and none is visible: see `tune doctor`")
     shared = weights if isinstance(weights, Weights) else Weights(weights)
-    return Program(module, shared.on(device), device, entry)
+    placed = shared.on(device)
+    try:
+        return Program(module, placed, device, entry)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # no such function
+        raise UserError(f"{library} cannot be used ({_said(error)}): tune again") from error
 
 
 def _on(tensor: Any, device: Any) -> Any:

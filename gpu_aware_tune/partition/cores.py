@@ -37,6 +37,7 @@ from gpu_aware_tune.partition.base import Partition
 from gpu_aware_tune.partition.shares import Share
 from gpu_aware_tune.partition.topology import remember_unbound, usable_cores
 
+SPIN_TURNS = "20000"  # of an idle pool thread before it sleeps; see above
 _MODE_ONE_CORE_PER_THREAD = -2  # threading::ThreadGroup::kSpecifyOneCorePerThread
 _POOL_NAME = "tvm-pool"
 _TASKS = Path("/proc/self/task")
@@ -81,7 +82,7 @@ class CoresPartition(Partition):
             "TVM_NUM_THREADS": str(self._pool_size),
             "OMP_NUM_THREADS": str(len(self.cores)),
             "TVM_BIND_THREADS": "0",
-            "TVM_THREAD_POOL_SPIN_COUNT": "20000",
+            "TVM_THREAD_POOL_SPIN_COUNT": SPIN_TURNS,
         }
 
     def enter_worker(self) -> None:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.library.manifest import Manifest, read_manifest
 from gpu_aware_tune.partition import (
     Device,
     Partition,
@@ -80,7 +81,7 @@ def profile(
     folders = open_folders([Path(path) for path in given], tuned_at)
     found = _device(folders, device)
     backend, _ = choose_backend(found, partition, _GRID_PERCENT)
-    known = {count for folder in folders for count in folder.known}
+    known = {count for folder in folders for count in folder.manifest.units}
     shares = (
         [share_for(found, backend, count) for count in dict.fromkeys(units)]
         if units
@@ -93,7 +94,7 @@ def profile(
         subjects = [folder.subject(opened) for folder in folders for opened in partitions]
         host = stack.enter_context(WorkerHost(runtime_environment()))
         points = measure(host, subjects, seconds, rounds, progress)
-    return _curve(folders[0].model, partitions, points)
+    return _curve(folders[0].manifest.model.name, partitions, points)
 
 
 def profile_untuned(
@@ -117,7 +118,7 @@ def profile_untuned(
         seconds: length of one slice.
         rounds: slices of each share.
     """
-    from gpu_aware_tune.library.manifest import nearest
+    from gpu_aware_tune.library.checks import nearest
 
     specs = tuple((spec.name, tuple(spec.shape), spec.dtype) for spec in model.inputs)
     known = sorted(libraries)
@@ -165,34 +166,26 @@ def share_for(device: Device, backend: str, units: int) -> Share:
 
 @dataclass(frozen=True)
 class TunedFolder:
-    """A tuned model to profile, checked; `known` are the units that it has libraries for."""
+    """A tuned model to profile, checked; `tuned_at` is the library to run on every share, if one."""
 
     path: Path
-    manifest: dict[str, Any]
-    known: list[int]
+    manifest: Manifest
     tuned_at: int | None
-
-    @property
-    def model(self) -> str:
-        """Its name."""
-        return str(self.manifest["model"]["name"])
 
     @property
     def specs(self) -> tuple[Spec, ...]:
         """Its inputs."""
-        entries = self.manifest["inputs"]
-        return tuple((e["name"], tuple(e["shape"]), e["dtype"]) for e in entries)
+        return tuple((spec.name, spec.shape, spec.dtype) for spec in self.manifest.inputs)
 
     def subject(self, partition: Partition) -> Subject:
         """What runs on a share: the library that `load` would pick there, or the one pinned."""
-        from gpu_aware_tune.library.folder import WEIGHTS
-        from gpu_aware_tune.library.manifest import check_library, library_of, nearest
+        from gpu_aware_tune.library.checks import check_library, nearest
 
-        units = self.tuned_at or nearest(self.known, partition.share.units)
+        units = self.tuned_at or nearest(self.manifest.units, partition.share.units)
         check_library(self.path, self.manifest, units)
-        file, entry = library_of(self.manifest, units)
-        weights = self.path / WEIGHTS
-        return Subject(partition, self.path / file, weights, self.specs, units, entry)
+        library, weights = self.manifest.library(units), self.path / self.manifest.weights.file
+        file = self.path / library.file
+        return Subject(partition, file, weights, self.specs, units, library.entry)
 
 
 def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[TunedFolder]:
@@ -205,13 +198,7 @@ def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[Tun
     Raises:
         UserError: a folder cannot be used, with why.
     """
-    from gpu_aware_tune.library.manifest import (
-        check_units,
-        check_versions,
-        check_weights,
-        known_units,
-        read_manifest,
-    )
+    from gpu_aware_tune.library.checks import check_units, check_versions, check_weights
 
     folders: list[TunedFolder] = []
     for path in paths:
@@ -220,7 +207,7 @@ def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[Tun
         if tuned_at is not None:
             check_units(path, manifest, tuned_at)
         check_weights(path, manifest)
-        folders.append(TunedFolder(path, manifest, known_units(manifest), tuned_at))
+        folders.append(TunedFolder(path, manifest, tuned_at))
     batches: dict[int, Path] = {}
     for folder in folders:
         batch = batch_of(folder.specs)
@@ -243,14 +230,12 @@ def group_by_model(paths: Sequence[Path], batches: Sequence[int] | None = None) 
     Raises:
         UserError: a folder cannot be used, or a model has none with a batch size that is wanted.
     """
-    from gpu_aware_tune.library.manifest import read_manifest
-
     if len(paths) == 1 and batches is None:
         return [list(paths)]
     models: dict[str, dict[Path, int]] = {}
     for path in paths:
-        folder = TunedFolder(path, read_manifest(path), [], None)
-        models.setdefault(folder.model, {})[path] = batch_of(folder.specs)
+        folder = TunedFolder(path, read_manifest(path), None)
+        models.setdefault(folder.manifest.model.name, {})[path] = batch_of(folder.specs)
     for model, found in models.items():
         for batch in batches or ():
             if batch not in found.values():
@@ -267,7 +252,7 @@ def group_by_model(paths: Sequence[Path], batches: Sequence[int] | None = None) 
 
 def _device(folders: Sequence[TunedFolder], index: int) -> Device:
     """The device of this machine that the folders are for."""
-    keys = {str(folder.manifest.get("device", "llvm")) for folder in folders}
+    keys = {folder.manifest.device for folder in folders}
     kinds = {key.partition("/")[0] for key in keys}
     if len(kinds) > 1:
         raise UserError(f"the folders are for different devices ({', '.join(sorted(keys))})")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.library.manifest import Manifest, read_manifest
 from gpu_aware_tune.records.store import Run, Store
 from gpu_aware_tune.report.history import TaskInfo, task_infos
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,7 @@ class Stock:
     tasks: Mapping[str, float] = field(default_factory=dict)
 
 
-def find_run(
-    store: Store, run_id: int | None = None, manifest: Mapping[str, Any] | None = None
-) -> Run:
+def find_run(store: Store, run_id: int | None = None, manifest: Manifest | None = None) -> Run:
     """Return the run asked for: by its number, else the latest, of the library's model if given.
 
     Raises:
@@ -88,29 +85,13 @@ def find_run(
     same = [run for run in runs if _is_of(run, manifest)]
     if not same:
         raise UserError(
-            f"{store.path} has no run of {manifest['model']['name']}: it has {_numbers(runs)};"
+            f"{store.path} has no run of {manifest.model.name}: it has {_numbers(runs)};"
             " give one with --run, or another folder with --db"
         )
     return same[-1]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of an exported library.
-
-    Raises:
-        UserError: `folder` is no exported library.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder} is no tuned model: give the folder that `tune MODEL` wrote")
-    manifest = read_json(path)
-    model = manifest.get("model") if isinstance(manifest, dict) else None
-    if not isinstance(model, dict) or not {"name", "hash"} <= set(model):
-        raise UserError(f"{path} is damaged (no model): tune again")
-    return dict(manifest)
-
-
-def find_tasks(store: Store, run: Run, manifest: Mapping[str, Any] | None = None) -> list[TaskInfo]:
+def find_tasks(store: Store, run: Run, manifest: Manifest | None = None) -> list[TaskInfo]:
     """Return the tasks of a run's model with their weights, from wherever they are written.
 
     That is the run's row, else a manifest of the model, else the row of another run of it.
@@ -120,7 +101,7 @@ def find_tasks(store: Store, run: Run, manifest: Mapping[str, Any] | None = None
     return infos or next(filter(None, map(task_infos, same)), [])
 
 
-def _manifest_of(run: Run) -> dict[str, Any] | None:
+def _manifest_of(run: Run) -> Manifest | None:
     """Return the manifest of the library that a run wrote, where that folder is still there."""
     folder = run.settings.get("output") or f"{run.machine.get('model')}.tuned"
     try:
@@ -130,12 +111,10 @@ def _manifest_of(run: Run) -> dict[str, Any] | None:
     return manifest if _is_of(run, manifest) else None
 
 
-def _manifest_tasks(manifest: Mapping[str, Any] | None) -> list[TaskInfo]:
+def _manifest_tasks(manifest: Manifest | None) -> list[TaskInfo]:
     """Return the tasks that a manifest names, each once."""
-    found = {}
-    for task in (manifest or {}).get("tasks", ()):
-        found[task["hash"]] = TaskInfo(str(task["hash"]), str(task["name"]), int(task["weight"]))
-    return list(found.values())
+    tasks = manifest.tasks if manifest is not None else ()
+    return list({task.hash: TaskInfo(task.hash, task.name, task.weight) for task in tasks}.values())
 
 
 def read_profiles(path: Path) -> list[Profile]:
@@ -233,8 +212,8 @@ def _share_latency(point: Mapping[str, Any]) -> ShareLatency:
     )
 
 
-def _is_of(run: Run, manifest: Mapping[str, Any]) -> bool:
-    return _model_hash(run) == manifest["model"]["hash"]
+def _is_of(run: Run, manifest: Manifest) -> bool:
+    return _model_hash(run) == manifest.model.hash
 
 
 def _model_hash(run: Run) -> str:

@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from gpu_aware_tune.display.tables import format_clock, format_gain, format_seconds
+from gpu_aware_tune.errors import printable
 from gpu_aware_tune.report import figures, shares, tables
 from gpu_aware_tune.report.drawing import Drawing, to_svg
 from gpu_aware_tune.report.history import History, Latency, latencies
@@ -64,7 +65,7 @@ def page(report: Report) -> str:
     title = escape(f"Tuning report: {history.name}")
     body = "\n".join(part for part in _sections(report, svgs) if part)
     data = json.dumps(plain_data(report)).replace("<", "\\u003c")
-    return (
+    whole = (
         "<!DOCTYPE html>\n"
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -72,6 +73,7 @@ def page(report: Report) -> str:
         f'{_head(history)}\n{body}\n<script type="application/json" id="data">{data}</script>\n'
         "</body>\n</html>\n"
     )
+    return printable(whole)  # HTML has no control characters, and UTF-8 no halves of characters
 
 
 def plain_data(report: Report) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gpu_aware_tune.display.console import PLAIN_WIDTH, LiveView, open_console
+from gpu_aware_tune.display.console import PLAIN_WIDTH, LiveView, TextConsole, open_console
 from gpu_aware_tune.display.tables import (
     format_clock,
     format_failures,
@@ -73,7 +73,9 @@ def draw(state: State, console: Console) -> RenderableType:
 def lines(state: State) -> list[str]:
     """The same as plain lines, for `--once`, for the end, and where there is no terminal."""
     history = state.history
-    console = Console(width=PLAIN_WIDTH, highlight=False, markup=False, emoji=False, no_color=True)
+    console = TextConsole(
+        width=PLAIN_WIDTH, highlight=False, markup=False, emoji=False, no_color=True
+    )
     with console.capture() as captured:
         console.print(task_table(history, _ROWS))
     table = [line.rstrip() for line in captured.get().splitlines()]

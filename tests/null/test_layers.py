@@ -156,6 +156,7 @@ def test_modules_stay_small(file: Path) -> None:
         "import gpu_aware_tune.cli.main, gpu_aware_tune.cli.tune, gpu_aware_tune.display.progress",
         "import gpu_aware_tune.cli.run, gpu_aware_tune.cli.records, gpu_aware_tune.cli.doctor",
         "import gpu_aware_tune.cli.profile, gpu_aware_tune.profiling.profiles, gpu_aware_tune.profiling.knee",
+        "from gpu_aware_tune.library import Manifest, RunFacts, read_manifest",
         "import gpu_aware_tune.cli.plan, gpu_aware_tune.planning.fleet, gpu_aware_tune.report.plan_page",
         "import gpu_aware_tune.cli.report, gpu_aware_tune.cli.watch, gpu_aware_tune.report.page",
     ],

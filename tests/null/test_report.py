@@ -12,11 +12,13 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
+from manifests import write_some
 from matplotlib.figure import Figure
 from report_store import FACTS, add, finished_store, key, machine, start
 
 from gpu_aware_tune.cli.report import report
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
+from gpu_aware_tune.library.manifest import TaskFacts
 from gpu_aware_tune.records.store import Record, Store
 from gpu_aware_tune.report.drawing import LIGHT
 from gpu_aware_tune.report.figures import model_figure
@@ -220,9 +222,7 @@ def test_weights_from_the_library_s_manifest(tmp_path: Path) -> None:
     plain = run(tmp_path / "db")
     assert "so each counts once here" in plain
     assert data_of(plain)["untuned_s"]["2"] == pytest.approx(0.005)
-    tasks = [{"hash": "1", "name": "conv", "weight": 3, "units": 2, "seconds": 1.0}]
-    model = {"name": "net", "hash": "abc"}
-    write(tmp_path / "lib" / "manifest.json", {"model": model, "tasks": tasks})
+    write_some(tmp_path / "lib", tasks=(TaskFacts("conv", "1", units=2, weight=3, seconds=1.0),))
     page = run(tmp_path / "db", tmp_path / "lib")
     assert "so each counts once here" not in page
     assert data_of(page)["untuned_s"]["2"] == pytest.approx(0.012)
@@ -234,7 +234,7 @@ def test_which_run(db: Path, tmp_path: Path) -> None:
         store.finish_run(other.id, "finished")
     assert data_of(run(db))["run"]["id"] == 2
     assert data_of(run(db, "--run", "1"))["run"]["id"] == 1
-    write(tmp_path / "lib" / "manifest.json", {"model": {"name": "net", "hash": "abc"}})
+    write_some(tmp_path / "lib")
     assert data_of(run(db, tmp_path / "lib"))["run"]["id"] == 1
 
 
@@ -324,7 +324,7 @@ def test_one_task_s_candidates_do_not_hide_behind_another_target(db: Path) -> No
 
 BAD = [
     (["--run", "7"], UserError, "--run 7 is not in .*: it has 1 \\(net\\)"),
-    (["nowhere"], UserError, "nowhere is no tuned model"),
+    (["nowhere"], UserError, "nowhere is no folder"),
     (["--profile", "missing.json"], UserError, "missing.json cannot be read"),
     (["--profile", "text.json"], UserError, "text.json is not JSON"),
     (["--profile", "empty.json"], UserError, "is no profile"),
@@ -363,7 +363,7 @@ def test_no_store_and_no_run(tmp_path: Path) -> None:
 
 
 def test_a_library_of_another_model(db: Path, tmp_path: Path) -> None:
-    write(tmp_path / "lib" / "manifest.json", {"model": {"name": "vgg", "hash": "?"}})
+    write_some(tmp_path / "lib", name="vgg", model_hash="?")
     with pytest.raises(UserError, match="no run of vgg: it has 1"):
         run(db, tmp_path / "lib")
 

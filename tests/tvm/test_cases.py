@@ -14,7 +14,8 @@ from conftest import ROOT
 from tiny_library import target, target_json
 
 from gpu_aware_tune.codegen.compile import compile_model
-from gpu_aware_tune.library import export, link, load
+from gpu_aware_tune.library import RunFacts, export, link, load
+from gpu_aware_tune.library.manifest import ShareFacts
 from gpu_aware_tune.model.importer import load_model
 
 CASES = ROOT.parent / "shared" / "cases"
@@ -42,10 +43,9 @@ def test_a_library_of_a_case_is_right(path: Path, tmp_path: Path) -> None:
     dtype = "float16" if path.stem.startswith("dt16") else None
     model = load_model(path, target(), dtype=dtype)
     link(compile_model(model, target(), {}), tmp_path / "lib.so")
-    facts = {
-        "device": "llvm/test/cpu",
-        "shares": [{"percent": 100, "units": 2, "target": target_json(2)}],
-    }
+    facts = RunFacts(
+        device="llvm/test/cpu", shares=(ShareFacts(2, percent=100, target=target_json(2)),)
+    )
     export(tmp_path / "out", model, {2: tmp_path / "lib.so"}, facts)
     with np.load(path.with_suffix(".npz"), allow_pickle=True) as stored:
         names = [str(name) for name in stored["names"]]

@@ -85,7 +85,7 @@ def test_a_library_of_several_shares_is_timed_too(tmp_path: Path) -> None:
     from tiny_library import default_traces, target, target_json, write_onnx
 
     from gpu_aware_tune.codegen.compile import compile_shares
-    from gpu_aware_tune.library import export, link
+    from gpu_aware_tune.library import RunFacts, export, link
     from gpu_aware_tune.model.importer import load_model
 
     model = load_model(write_onnx(tmp_path / "tiny.onnx"), target())
@@ -93,7 +93,7 @@ def test_a_library_of_several_shares_is_timed_too(tmp_path: Path) -> None:
     link(compile_shares(model.module, shares), tmp_path / "shares.so")
     folder = tmp_path / "tiny.tuned"
     paths = dict.fromkeys(shares, tmp_path / "shares.so")
-    export(folder, model, paths, {"device": "llvm/test/cpu"}, entry="main_{units}")
+    export(folder, model, paths, RunFacts(device="llvm/test/cpu"), entry="main_{units}")
     assert sorted(share_gain.latencies(str(folder), 2, 0.02)) == ["1", "2"]
     *_, row = vs_torch.cell(str(tmp_path / "none.onnx"), str(folder), 2, "float32", 0.02)
     assert row["ms"]["ours"] > 0

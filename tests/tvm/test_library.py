@@ -20,9 +20,9 @@ import onnxruntime
 import pytest
 import tvm
 import tvm_ffi
+from manifests import change, write_json
 from tiny_library import compared, default_traces, target, target_json, write_library, write_onnx
 
-from gpu_aware_tune import library as library_package
 from gpu_aware_tune.codegen.compile import (
     compile_model,
     compile_shares,
@@ -37,19 +37,23 @@ from gpu_aware_tune.kernels.traces import TraceError, apply_trace, trace_to_json
 from gpu_aware_tune.library import (
     Library,
     Program,
+    RunFacts,
     export,
     link,
     load,
     open_vm,
     save_weights,
 )
+from gpu_aware_tune.library import folder as folder_module
 from gpu_aware_tune.library import loaded as loaded_module
+from gpu_aware_tune.library.checks import nearest
 from gpu_aware_tune.library.folder import _exchange
-from gpu_aware_tune.library.manifest import nearest
 from gpu_aware_tune.library.threads import CoreThread
 from gpu_aware_tune.model.importer import Model, load_model, random_inputs
 from gpu_aware_tune.model.tasks import extract
 from gpu_aware_tune.partition.topology import usable_cores
+
+FACTS = RunFacts(device="llvm/test/cpu")
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +145,7 @@ def test_shares_compiled_together_hold_equal_kernels_once(
 
     link(compile_shares(model.module, shares), tmp_path / "shares.so")
     paths = dict.fromkeys(shares, tmp_path / "shares.so")
-    made = export(
-        tmp_path / "tiny.tuned", model, paths, {"device": "llvm/test/cpu"}, entry="main_{units}"
-    )
+    made = export(tmp_path / "tiny.tuned", model, paths, FACTS, entry="main_{units}")
     assert [path.name for path in made.glob("*.so")] == ["lib-1-2-3.so"]
     inputs = random_inputs(model.inputs, 5)
     together = load(made, preload=True)
@@ -302,7 +304,7 @@ def test_export_replaces_an_older_folder_and_nothing_else(
     tiny: tuple[Model, Path], copy: Path
 ) -> None:
     model, folder = tiny
-    export(copy, model, {3: folder / "lib-2.so"}, {"device": "llvm/test/cpu"})
+    export(copy, model, {3: folder / "lib-2.so"}, FACTS)
     assert sorted(p.name for p in copy.iterdir()) == ["lib-3.so", "manifest.json", "weights.bin"]
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
@@ -310,7 +312,7 @@ def test_export_replaces_an_older_folder_and_nothing_else(
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="no tuned model"):
-        export(foreign, model, {2: folder / "lib-2.so"}, {})
+        export(foreign, model, {2: folder / "lib-2.so"}, FACTS)
     assert (foreign / "thesis.tex").read_text() == "years of work"
 
 
@@ -336,7 +338,7 @@ def test_a_reader_never_misses_the_folder(tiny: tuple[Model, Path], copy: Path) 
     reader = threading.Thread(target=look)
     reader.start()
     for _ in range(5):
-        export(copy, model, {2: folder / "lib-2.so"}, {"device": "llvm/test/cpu"})
+        export(copy, model, {2: folder / "lib-2.so"}, FACTS)
     done.set()
     reader.join()
     assert len(looks) > 5
@@ -347,8 +349,8 @@ def test_where_folders_cannot_be_swapped_two_renames_do(
     tiny: tuple[Model, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = tiny
-    monkeypatch.setattr(library_package.folder, "_exchange", lambda one, other: False)
-    export(copy, model, {4: folder / "lib-2.so"}, {"device": "llvm/test/cpu"})
+    monkeypatch.setattr(folder_module, "_exchange", lambda one, other: False)
+    export(copy, model, {4: folder / "lib-2.so"}, FACTS)
     assert (copy / "lib-4.so").is_file()
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
@@ -362,7 +364,7 @@ def test_a_full_disk_leaves_the_old_folder_and_no_remains(
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file may grow beyond
     try:
         with pytest.raises(SetupError, match="cannot write"):
-            export(copy, model, {2: folder / "lib-2.so"}, {})
+            export(copy, model, {2: folder / "lib-2.so"}, FACTS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (copy / "manifest.json").read_text() == before
@@ -373,7 +375,7 @@ def test_a_full_disk_leaves_the_old_folder_and_no_remains(
 def test_an_unwritable_place_is_a_set_up_error(tiny: tuple[Model, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match="cannot write"):
-        export(tmp_path / "file" / "x.tuned", tiny[0], {2: tiny[1] / "lib-2.so"}, {})
+        export(tmp_path / "file" / "x.tuned", tiny[0], {2: tiny[1] / "lib-2.so"}, FACTS)
 
 
 def test_remains_of_a_killed_export_are_removed(tiny: tuple[Model, Path], copy: Path) -> None:
@@ -383,7 +385,7 @@ def test_remains_of_a_killed_export_are_removed(tiny: tuple[Model, Path], copy: 
     remains.mkdir()
     alive = copy.with_name(f".{copy.name}.{os.getppid()}.partial")
     alive.mkdir()
-    export(copy, tiny[0], {2: tiny[1] / "lib-2.so"}, {"device": "llvm/test/cpu"})
+    export(copy, tiny[0], {2: tiny[1] / "lib-2.so"}, FACTS)
     assert not remains.exists()
     assert alive.exists()
 
@@ -532,7 +534,7 @@ def test_a_library_for_one_share_runs_on_the_cores_of_another(
     tiny: tuple[Model, Path], copy: Path
 ) -> None:
     model, folder = tiny
-    export(copy, model, {1: folder / "lib-1.so"}, {"device": "llvm/test/cpu"})
+    export(copy, model, {1: folder / "lib-1.so"}, FACTS)
     loaded = load(copy)
     threads = tvm.get_global_func("runtime.NumThreads")
     for cores in range(1, len(usable_cores()) + 1):
@@ -640,9 +642,12 @@ def test_what_is_preloaded_is_not_opened_again(
     assert opened == ["lib-2.so"]
     loaded.use(1)
     assert opened == ["lib-2.so", "lib-1.so"]
-    lanes = loaded._lane.program, loaded.use(2)._lane.program
-    pairs = zip(lanes[0]._weights, lanes[1]._weights, strict=True)
-    assert any(one.same_as(other) for one, other in pairs), "unpacked weights are in memory once"
+    one, two = loaded._lane.program, loaded.use(2)._lane.program
+    assert one is not None and two is not None
+    pairs = zip(one._weights, two._weights, strict=True)
+    assert any(first.same_as(second) for first, second in pairs), (
+        "unpacked weights are in memory once"
+    )
     assert read == ["weights.bin"], "once for both"
     opened.clear()
     loaded = load(copy, units=2, preload=True)
@@ -710,26 +715,27 @@ def test_missing_and_damaged_folders_are_user_errors(copy: Path) -> None:
     refused("manifest.json is damaged")
     (copy / "manifest.json").write_text("[]")
     refused("manifest.json is damaged")
-    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    write_json(copy, {**manifest, "format": 99})
     refused("format 99")
-    other = {**manifest, "versions": {**manifest["versions"], "tvm": "0.1"}}
-    (copy / "manifest.json").write_text(json.dumps(other))
+    write_json(copy, {**manifest, "versions": {**manifest["versions"], "tvm": "0.1"}})
     refused("made with TVM 0.1")
     (copy / "manifest.json").unlink()
     refused("no tuned model")
 
 
 def test_a_library_for_a_better_processor_is_refused(copy: Path) -> None:
-    manifest = json.loads((copy / "manifest.json").read_text())
     here = str(tvm.target.codegen.llvm_get_system_cpu())
-    for cpu, works in (("x86-64", True), ("sapphirerapids", False)):
+    for cpu, works in (("x86-64", True), ("diamondrapids", False)):
         shares = [{"percent": 100, "units": 2, "target": {**target_json(), "mcpu": cpu}}]
-        (copy / "manifest.json").write_text(json.dumps({**manifest, "shares": shares}))
+        change(copy, shares=shares)
         if works or here == cpu:
             load(copy, units=2)
         else:
             with pytest.raises(UserError, match=f"compiled for {cpu}; this processor, {here}"):
                 load(copy, units=2)
+    change(copy, shares=[{"units": 2, "target": {**target_json(), "mcpu": "x"}}])
+    with pytest.raises(UserError, match="compiled for x, an unknown processor"):
+        load(copy, units=2)
 
 
 def test_bare_tvm_runs_the_library_as_the_docstring_says(tiny: tuple[Model, Path]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from manifests import read_json, write_json
 from mock_gpu.devices import fake_gpu
 from mock_gpu.in_process import MockGpu
 from tiny_library import write_library
@@ -42,11 +43,10 @@ def folder(cpu_folder: Path, tmp_path: Path) -> Path:
 
 def as_gpu(source: Path, target: Path, backend: str) -> Path:
     shutil.copytree(source, target)
-    manifest = json.loads((target / "manifest.json").read_text())
+    manifest = read_json(target)
     for entry in (*manifest["libraries"], *manifest["shares"]):
         entry["units"] *= 8
-    manifest.update(device=GPU, backend=backend)
-    (target / "manifest.json").write_text(json.dumps(manifest))
+    write_json(target, {**manifest, "device": GPU, "backend": backend})
     return target
 
 
@@ -95,7 +95,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Noting]:
 
     monkeypatch.setattr(places, "partition_for", open_noting)
     monkeypatch.setattr(attach, "visible_sm_count", lambda: 132)
-    monkeypatch.setattr("gpu_aware_tune.library.manifest.visible_units", lambda _: 132)
+    monkeypatch.setattr("gpu_aware_tune.library.checks.visible_units", lambda _: 132)
     monkeypatch.setattr("gpu_aware_tune.library.loaded.visible_units", lambda _: 132)
     return found
 

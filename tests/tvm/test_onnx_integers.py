@@ -14,7 +14,7 @@ from onnx_graphs import F32, I64, make_model, node_model, numbers, value
 
 from gpu_aware_tune.codegen.compile import compile_model
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.library.loaded import check_inputs
+from gpu_aware_tune.library.arguments import check_inputs
 from gpu_aware_tune.library.program import Program
 from gpu_aware_tune.model.importer import TensorSpec, random_inputs
 

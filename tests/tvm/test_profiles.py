@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import RunTune
+from manifests import read_json, write_json
 from tiny_library import target_json, write_library
 
 from gpu_aware_tune.cli.main import main
@@ -103,20 +104,20 @@ def test_damaged_and_foreign_folders_are_refused(
     tiny: tuple[Model, Path], batch_of_four: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(tiny[1], tmp_path / "copy.tuned"))
-    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest = read_json(copy)
 
     def write(**changes: object) -> None:
-        (copy / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+        write_json(copy, {**manifest, **changes})
 
     write(device="cuda/NVIDIA H200/sm_90a")
     with pytest.raises((SetupError, UserError), match="GPU"):
         profile(copy, **QUICK)
     with pytest.raises(UserError, match="for different devices"):
         profile([batch_of_four, copy], **QUICK)
-    shares = [{"units": 1, "target": {**target_json(), "mcpu": "sapphirerapids"}}]
+    shares = [{"units": 1, "target": {**target_json(), "mcpu": "diamondrapids"}}]
     write(shares=shares)
     if shares[0]["target"]["mcpu"] != target_json()["mcpu"]:  # type: ignore[index]
-        with pytest.raises(UserError, match="compiled for sapphirerapids"):
+        with pytest.raises(UserError, match="compiled for diamondrapids"):
             profile(copy, [1], **QUICK)
     write()
     (copy / "weights.bin").write_bytes(b"nothing")

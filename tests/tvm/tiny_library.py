@@ -17,7 +17,8 @@ from gpu_aware_tune.finalize.oracle import make_reference
 from gpu_aware_tune.finalize.verify import VerifyReport, base_error, compare, computed_in
 from gpu_aware_tune.kernels.schedules import default_schedules
 from gpu_aware_tune.kernels.traces import trace_to_json
-from gpu_aware_tune.library import export, link, open_vm, save_weights
+from gpu_aware_tune.library import RunFacts, export, link, open_vm, save_weights
+from gpu_aware_tune.library.manifest import ShareFacts
 from gpu_aware_tune.model.importer import Model, load_model
 from gpu_aware_tune.model.tasks import extract
 
@@ -87,12 +88,12 @@ def write_library(folder: Path, alike: bool = False, batch: int = 1) -> tuple[Mo
     for units, traces in ((1, {}), (2, default_traces(model))):
         paths[units] = folder / f"tiny-{units}.so"
         link(compile_model(model, target(), traces), paths[units])
-    manifest = {
-        "device": "llvm/test/cpu",
-        "shares": [{"percent": 50 * n, "units": n, "target": target_json(n)} for n in (1, 2)],
-    }
+    facts = RunFacts(
+        device="llvm/test/cpu",
+        shares=tuple(ShareFacts(n, 50 * n, target=target_json(n)) for n in (1, 2)),
+    )
     libraries = {1: paths[2], 2: paths[2]} if alike else paths
-    return model, export(folder / "tiny.tuned", model, libraries, manifest)
+    return model, export(folder / "tiny.tuned", model, libraries, facts)
 
 
 Subject = Path | Callable[[Any], Mapping[str, np.ndarray]]
