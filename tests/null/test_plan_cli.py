@@ -7,14 +7,16 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ROOT
+from manifests import some_manifest
 from plan_instances import GPU, curve
 
 from gpu_aware_tune.cli.main import main
 from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.library.manifest import write_manifest
+from gpu_aware_tune.model.importer import TensorSpec
 from gpu_aware_tune.planning.curve_file import read_curve
 from gpu_aware_tune.planning.fleet import read_fleet
 from gpu_aware_tune.planning.planner import plan_workload
@@ -258,19 +260,13 @@ def test_a_damaged_curve_is_told(folder: Path, capsys: Capture) -> None:
     assert capsys.readouterr().err.startswith("error: curve curves/a.json: device None is no name")
 
 
-def manifest(name: str, batch: int) -> dict[str, Any]:
-    """What is read of a tuned model's folder."""
-    inputs = [{"name": "x", "shape": [batch, 3], "dtype": "float32"}]
-    facts = {"format": 1, "model": {"name": name}, "inputs": inputs, "outputs": []}
-    return {**facts, "libraries": [{"units": 1}], "weights": {}, "versions": {}}
-
-
 def test_folders_are_sorted_by_model_and_chosen_by_batch(tmp_path: Path) -> None:
     paths = {}
     for name, batch in (("a", 1), ("b", 1), ("a", 8), ("b", 2)):
         path = tmp_path / f"{name}{batch}.tuned"
         path.mkdir()
-        (path / "manifest.json").write_text(json.dumps(manifest(name, batch)))
+        spec = TensorSpec("x", (batch, 3), "float32")
+        write_manifest(path, dataclasses.replace(some_manifest(name), inputs=(spec,)))
         paths[name, batch] = path
     a1, b1, a8, b2 = paths.values()
     assert group_by_model([a1, b1, a8, b2]) == [[a1, a8], [b1, b2]]
