@@ -121,16 +121,22 @@ def _rewrite(model: ModelProto, graph: GraphProto, to: Rewriter, rules: Mapping[
                 inside = Rewriter(model, body, facts, to.opset, to.names)
                 changed |= _rewrite(model, body, inside, rules)
         rule = rules.get(operator_name(node))
+        known = len(to.initializers)
         outputs = rule(node, to) if rule else None
         emitted = [*to.nodes]
         to.nodes.clear()
+        is_unknown = any(name and not to.facts.types.get(name) for name in node.output)
         if outputs is None:
             nodes.append(node)
+            if is_unknown:
+                to.facts.learn([node], model.opset_import)
             continue
         changed = True
         for made, wanted in zip(outputs, node.output, strict=False):
             if wanted:
                 emitted.append(onnx.helper.make_node("Identity", [made], [wanted]))
+        if is_unknown:
+            to.facts.learn(emitted, model.opset_import, to.initializers[known:])
         for number, each in enumerate(emitted):  # messages then lead to the user's node
             each.name = each.name or f"{node.name or node.output[0]}/{each.op_type}_{number}"
         nodes.extend(emitted)

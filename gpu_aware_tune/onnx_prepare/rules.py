@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from gpu_aware_tune.onnx_prepare.attention import ATTENTION
+from gpu_aware_tune.onnx_prepare.contrib import CONTRIB
+from gpu_aware_tune.onnx_prepare.contrib_norms import CONTRIB_NORMS
 from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
 from gpu_aware_tune.onnx_prepare.half import IN_FLOAT32, in_float32, in_float32_or
 from gpu_aware_tune.onnx_prepare.integers import (
@@ -195,6 +198,9 @@ SPECIAL: dict[str, Rule] = {
     **dict.fromkeys(("AveragePool", "Conv"), explicit_padding),
     **dict.fromkeys(("ReduceL2", "ReduceLogSum", "ReduceLogSumExp"), reduce_in_float64),
     **dict.fromkeys(("ReduceMax", "ReduceMin"), reduce_booleans),
+    **ATTENTION,
+    **CONTRIB,
+    **CONTRIB_NORMS,
     "BatchNormalization": training_batch_norm,
     "ConvTranspose": _conv_transpose,
     "Dropout": _dropout,
