@@ -21,6 +21,7 @@ from gpu_aware_tune.onnx_prepare.integers import (
     reduce_mean,
     sign,
 )
+from gpu_aware_tune.onnx_prepare.loops import LOOPS
 from gpu_aware_tune.onnx_prepare.norms import (
     group_normalization,
     lp_normalization,
@@ -28,6 +29,7 @@ from gpu_aware_tune.onnx_prepare.norms import (
 )
 from gpu_aware_tune.onnx_prepare.padding import explicit_padding, lp_pool
 from gpu_aware_tune.onnx_prepare.pools import max_pool, max_unpool, top_k
+from gpu_aware_tune.onnx_prepare.recurrent import RECURRENT
 from gpu_aware_tune.onnx_prepare.refuse import dropout_trains
 from gpu_aware_tune.onnx_prepare.resize import resize
 from gpu_aware_tune.onnx_prepare.rewriter import Rewriter, Rule
@@ -201,6 +203,8 @@ SPECIAL: dict[str, Rule] = {
     **ATTENTION,
     **CONTRIB,
     **CONTRIB_NORMS,
+    **LOOPS,
+    **RECURRENT,
     "BatchNormalization": training_batch_norm,
     "ConvTranspose": _conv_transpose,
     "Dropout": _dropout,
