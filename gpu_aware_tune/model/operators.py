@@ -119,6 +119,30 @@ def _clip(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) ->
     return builder.emit_te(clamped, inputs[0], *chosen, primfunc_name_hint="clip")
 
 
+def _gather(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    """Gather at one constant place, as unrolled loops do for each step.
+
+    TVM's importer emits what brings a negative index into range, and then compiles a kernel for each
+    of these operators to fold them.
+    """
+    import numpy as np
+    import tvm
+    from tvm import relax
+
+    data, index = inputs[:2]
+    is_known = isinstance(index, tvm.ir.GenericConst) and isinstance(data.ty, relax.TensorType)
+    if not is_known or data.ty.shape is None:
+        return None
+    places = np.asarray(index.value.numpy())
+    axis = attributes.get("axis", 0)
+    extent = data.ty.shape[axis]
+    if places.size != 1 or not isinstance(extent, tvm.tirx.IntImm):
+        return None
+    place = int(places.reshape(())) % int(extent)
+    fixed = relax.const(np.full(places.shape, place), "int64")
+    return relax.op.take(data, fixed, axis=axis, mode="clip")
+
+
 def _chained(name: str) -> Converter:
     """Max, Min and Sum of several values as so many binary operators, which TVM can fuse.
 
@@ -141,6 +165,7 @@ CONVERTERS: dict[str, Converter] = {
     "Clip": _clip,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
+    "Gather": _gather,
     "Gemm": _gemm,
     "MatMul": _matmul,
     "Max": _chained("maximum"),

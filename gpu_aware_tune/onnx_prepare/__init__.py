@@ -1,9 +1,8 @@
 """ONNX file -> a static, folded graph of operators that TVM imports correctly; knows no TVM.
 
 In the order of the work: `read` (with `tensors` and `order`), `shapes`, `upgrade`, `fold` (with
-`branches`), `expand` (with `rules`, which lists the rules of `half`, `integers`, `norms`, `padding`,
-`pools` and `resize`), `refuse`, `convert`, `batch_norm`; `stages` runs them. `facts` and `rewriter`
-are what they all use.
+`branches`), `expand` (with `rules`, which lists the rules of the modules that it imports), `refuse`,
+`convert`, `batch_norm`; `stages` runs them. `facts` and `rewriter` are what they all use.
 """
 
 from __future__ import annotations

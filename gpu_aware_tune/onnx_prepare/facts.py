@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.shape_inference
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    OperatorSetIdProto,
+    TensorProto,
+    ValueInfoProto,
+    numpy_helper,
+)
 
 HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 FLOATS = (*HALF, TensorProto.FLOAT, TensorProto.DOUBLE)
@@ -28,7 +36,10 @@ class Facts:
         for tensor in graph.initializer:
             self.types[tensor.name] = tensor.data_type
             self.shapes[tensor.name] = tuple(tensor.dims)
-        for value in (*graph.input, *graph.value_info, *graph.output):
+        self._read((*graph.input, *graph.value_info, *graph.output))
+
+    def _read(self, values: Iterable[ValueInfoProto]) -> None:
+        for value in values:
             if value.type.WhichOneof("value") != "tensor_type":
                 continue
             tensor_type = value.type.tensor_type
@@ -36,6 +47,39 @@ class Facts:
             dims = tensor_type.shape.dim
             if tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
                 self.shapes[value.name] = tuple(d.dim_value for d in dims)
+
+    def learn(
+        self,
+        nodes: Sequence[NodeProto],
+        opsets: Sequence[OperatorSetIdProto],
+        tensors: Sequence[TensorProto] = (),
+    ) -> None:
+        """Infer the outputs of nodes where the inference of the whole graph did not get there.
+
+        That is so behind operators of other domains, of which it knows nothing.
+
+        Args:
+            nodes: in order, or none of them where their outputs are known.
+            opsets: of the model.
+            tensors: constants that the nodes read and the graph does not have yet.
+        """
+        own = {name for node in nodes for name in node.output} | {t.name for t in tensors}
+        read = {name for node in nodes for name in node.input if name} - own
+        if not read <= self.types.keys():
+            return
+        constants = [self._tensors[name] for name in read if name in self._tensors]
+        inputs = [
+            onnx.helper.make_tensor_value_info(name, self.types[name], self.shapes.get(name))
+            for name in sorted(read - self._tensors.keys())
+        ]
+        results = [ValueInfoProto(name=name) for name in own]
+        graph = onnx.helper.make_graph(nodes, "part", inputs, results, [*constants, *tensors])
+        inferred = infer_shapes(onnx.helper.make_model(graph, opset_imports=opsets)).graph
+        self._tensors.update({tensor.name: tensor for tensor in tensors})
+        for tensor in tensors:
+            self.types[tensor.name] = tensor.data_type
+            self.shapes[tensor.name] = tuple(tensor.dims)
+        self._read(value for value in inferred.output if value.type.tensor_type.elem_type)
 
     def constant(self, name: str) -> np.ndarray | None:
         """Return the value of a constant, None for anything else."""

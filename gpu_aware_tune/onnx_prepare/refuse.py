@@ -9,6 +9,8 @@ from onnx import ModelProto, NodeProto
 
 from gpu_aware_tune.errors import UserError, one_line
 from gpu_aware_tune.onnx_prepare.facts import FLOATS, Facts, attributes, input_of, opset_of, walk
+from gpu_aware_tune.onnx_prepare.loops import loop_reason
+from gpu_aware_tune.onnx_prepare.recurrent import recurrent_reason
 from gpu_aware_tune.onnx_prepare.resize import resize_is_wrong
 from gpu_aware_tune.onnx_prepare.rewriter import operator_name
 
@@ -26,7 +28,9 @@ def refuse_unsupported(model: ModelProto, supported: Collection[tuple[str, str]]
         name = one_line(operator_name(node), 60)
         where = one_line(repr(node.name or node.output[0]), 60)
         if (node.domain, node.op_type) not in supported:
-            problems.setdefault(f"operator {name} ({{}}) is not supported", []).append(where)
+            why = NOT_EXPANDED[node.op_type](node, facts) if node.op_type in NOT_EXPANDED else ""
+            text = f"operator {name} ({{}}){': ' + why if why else ' is not supported'}"
+            problems.setdefault(text, []).append(where)
         elif node.op_type in WRONG and (reason := WRONG[node.op_type](node, facts)):
             problems.setdefault(f"operator {name} ({{}}): {reason}", []).append(where)
     if not problems:
@@ -109,6 +113,11 @@ def _space_to_depth(node: NodeProto, facts: Facts) -> str:
     return "mode 'CRD' is not supported" if attributes(node).get("mode") == b"CRD" else ""
 
 
+# Why a rule left an operator alone that the importer lacks.
+NOT_EXPANDED: dict[str, Reason] = {
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), recurrent_reason),
+    **dict.fromkeys(("Loop", "Scan"), loop_reason),
+}
 REDUCTIONS = ["L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"]
 WRONG: dict[str, Reason] = {
     **{f"Reduce{kind}": _reduce for kind in REDUCTIONS},

@@ -13,6 +13,8 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from gpu_aware_tune.onnx_prepare.facts import Facts, bodies, opset_of, walk
 
+MOST_PARTS = 16  # that are concatenated at once
+
 
 class Rewriter:
     """Emits the nodes and constants of a replacement, and knows the graph's facts.
@@ -69,6 +71,14 @@ class Rewriter:
         self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
+    def tensor(self, original: TensorProto) -> str:
+        """Add a copy of a tensor as an initializer and return its name."""
+        copied = TensorProto()
+        copied.CopyFrom(original)
+        copied.name = next(self.names)
+        self.initializers.append(copied)
+        return copied.name
+
     def cast(self, value: str, dtype: Any) -> str:
         """Emit a conversion to a NumPy type."""
         return self.op("Cast", value, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
@@ -81,6 +91,20 @@ class Rewriter:
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the static shape of a value, None where it has none."""
         return self.facts.shapes.get(name)
+
+    def stack(self, values: Sequence[str], axis: int = 0) -> str:
+        """Emit values stacked along a new axis.
+
+        Many in a tree: a kernel that concatenates compares each place with the start of each part.
+        """
+        parts = [self.op("Unsqueeze", value, self.constant([axis])) for value in values]
+        while len(parts) > 1:
+            groups = [parts[at : at + MOST_PARTS] for at in range(0, len(parts), MOST_PARTS)]
+            parts = [
+                self.op("Concat", *group, axis=axis) if len(group) > 1 else group[0]
+                for group in groups
+            ]
+        return parts[0]
 
     def reduce(self, kind: str, value: str, axes: Sequence[int]) -> str:
         """Emit a reduction that keeps its dimensions, in the form this operator set has."""
@@ -121,16 +145,22 @@ def _rewrite(model: ModelProto, graph: GraphProto, to: Rewriter, rules: Mapping[
                 inside = Rewriter(model, body, facts, to.opset, to.names)
                 changed |= _rewrite(model, body, inside, rules)
         rule = rules.get(operator_name(node))
+        known = len(to.initializers)
         outputs = rule(node, to) if rule else None
         emitted = [*to.nodes]
         to.nodes.clear()
+        is_unknown = any(name and not to.facts.types.get(name) for name in node.output)
         if outputs is None:
             nodes.append(node)
+            if is_unknown:
+                to.facts.learn([node], model.opset_import)
             continue
         changed = True
         for made, wanted in zip(outputs, node.output, strict=False):
             if wanted:
                 emitted.append(onnx.helper.make_node("Identity", [made], [wanted]))
+        if is_unknown:
+            to.facts.learn(emitted, model.opset_import, to.initializers[known:])
         for number, each in enumerate(emitted):  # messages then lead to the user's node
             each.name = each.name or f"{node.name or node.output[0]}/{each.op_type}_{number}"
         nodes.extend(emitted)

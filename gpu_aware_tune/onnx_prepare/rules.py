@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from gpu_aware_tune.onnx_prepare.attention import ATTENTION
+from gpu_aware_tune.onnx_prepare.contrib import CONTRIB
+from gpu_aware_tune.onnx_prepare.contrib_norms import CONTRIB_NORMS
 from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
 from gpu_aware_tune.onnx_prepare.half import IN_FLOAT32, in_float32, in_float32_or
 from gpu_aware_tune.onnx_prepare.integers import (
@@ -18,6 +21,7 @@ from gpu_aware_tune.onnx_prepare.integers import (
     reduce_mean,
     sign,
 )
+from gpu_aware_tune.onnx_prepare.loops import LOOPS
 from gpu_aware_tune.onnx_prepare.norms import (
     group_normalization,
     lp_normalization,
@@ -25,6 +29,7 @@ from gpu_aware_tune.onnx_prepare.norms import (
 )
 from gpu_aware_tune.onnx_prepare.padding import explicit_padding, lp_pool
 from gpu_aware_tune.onnx_prepare.pools import max_pool, max_unpool, top_k
+from gpu_aware_tune.onnx_prepare.recurrent import RECURRENT
 from gpu_aware_tune.onnx_prepare.refuse import dropout_trains
 from gpu_aware_tune.onnx_prepare.resize import resize
 from gpu_aware_tune.onnx_prepare.rewriter import Rewriter, Rule
@@ -195,6 +200,11 @@ SPECIAL: dict[str, Rule] = {
     **dict.fromkeys(("AveragePool", "Conv"), explicit_padding),
     **dict.fromkeys(("ReduceL2", "ReduceLogSum", "ReduceLogSumExp"), reduce_in_float64),
     **dict.fromkeys(("ReduceMax", "ReduceMin"), reduce_booleans),
+    **ATTENTION,
+    **CONTRIB,
+    **CONTRIB_NORMS,
+    **LOOPS,
+    **RECURRENT,
     "BatchNormalization": training_batch_norm,
     "ConvTranspose": _conv_transpose,
     "Dropout": _dropout,
