@@ -29,6 +29,7 @@ from gpu_aware_tune.onnx_prepare.norms import (
 )
 from gpu_aware_tune.onnx_prepare.padding import explicit_padding, lp_pool
 from gpu_aware_tune.onnx_prepare.pools import max_pool, max_unpool, top_k
+from gpu_aware_tune.onnx_prepare.quantized import QUANTIZED
 from gpu_aware_tune.onnx_prepare.recurrent import RECURRENT
 from gpu_aware_tune.onnx_prepare.refuse import dropout_trains
 from gpu_aware_tune.onnx_prepare.resize import resize
@@ -204,6 +205,7 @@ SPECIAL: dict[str, Rule] = {
     **CONTRIB,
     **CONTRIB_NORMS,
     **LOOPS,
+    **QUANTIZED,
     **RECURRENT,
     "BatchNormalization": training_batch_norm,
     "ConvTranspose": _conv_transpose,

@@ -326,7 +326,7 @@ def test_loading_prints_nothing_but_what_tvm_writes_from_c(block: Path, tmp_path
             [sys.executable, "-c", program, str(path)], capture_output=True, text=True, cwd=ROOT
         )
         assert done.stdout == ""
-        lines = [line for line in done.stderr.splitlines() if "/src/" not in line]
+        lines = [line for line in done.stderr.splitlines() if "/project/" not in line]
         last = lines[-1:]  # of Python's traceback, where there is one
         assert [line.split(":")[0] for line in last] == ([said] if said else [])
 

@@ -1,0 +1,92 @@
+"""Quantised operators: exact integers, and ONNX Runtime's results to one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx_check import computed, imported
+from onnx_graphs import run_onnxruntime
+
+U8, I8 = TensorProto.UINT8, TensorProto.INT8
+
+
+def one(
+    op_type: str,
+    feeds: dict[str, np.ndarray],
+    constants: dict[str, np.ndarray],
+    order: list[str],
+    output: int,
+    domain: str = "com.microsoft",
+    **attributes: Any,
+) -> ModelProto:
+    node = helper.make_node(op_type, order, ["y"], domain=domain, **attributes)
+    graph = helper.make_graph(
+        [node],
+        "quantised",
+        [
+            helper.make_tensor_value_info(
+                name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+            )
+            for name, array in feeds.items()
+        ],
+        [helper.make_tensor_value_info("y", output, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("channels", [3, 128])
+def test_integer_convolutions_are_exact(channels: int, per_channel: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (1, channels, 7, 7)).astype("uint8")
+    w = rng.integers(-128, 128, (4, channels, 3, 3)).astype("int8")
+    zeros = rng.integers(-5, 6, 4 if per_channel else ()).astype("int8")
+    constants = {"w": w, "xz": np.array(131, "uint8"), "wz": zeros}
+    order = ["x", "w", "xz", "wz"]
+    model = one("ConvInteger", {"x": x}, constants, order, TensorProto.INT32, "", pads=[1] * 4)
+    wide = np.pad(x.astype("int64") - 131, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    kernel = w.astype("int64") - zeros.astype("int64").reshape(-1, 1, 1, 1)
+    windows = np.lib.stride_tricks.sliding_window_view(wide[0], (3, 3), (1, 2))
+    wanted = np.einsum("chwij,ocij->ohw", windows, kernel)[None]
+    (got,) = computed(imported(model), {"x": x})
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, wanted)
+
+
+def scale(value: float) -> np.ndarray:
+    return np.array(value, "float32")
+
+
+A = {"as": scale(0.02), "az": np.array(120, "uint8")}
+B = {"bs": scale(0.05), "bz": np.array(7, "uint8")}
+C = {"cs": scale(0.06), "cz": np.array(128, "uint8")}
+
+
+@pytest.mark.parametrize(
+    ("op_type", "order", "attributes"),
+    [
+        ("QLinearAdd", ["a", "as", "az", "b", "bs", "bz", "cs", "cz"], {}),
+        ("QLinearMul", ["a", "as", "az", "b", "bs", "bz", "cs", "cz"], {}),
+        ("QLinearConcat", ["cs", "cz", "a", "as", "az", "b", "bs", "bz"], {"axis": 1}),
+        ("QLinearLeakyRelu", ["a", "as", "az", "cs", "cz"], {"alpha": 0.1}),
+        ("QLinearSigmoid", ["a", "as", "az", "cs", "cz"], {}),
+    ],
+)
+def test_what_onnxruntime_writes_is_right_to_one_step(
+    op_type: str, order: list[str], attributes: dict[str, Any]
+) -> None:
+    rng = np.random.default_rng(1)
+    every = {name: rng.integers(0, 256, (2, 300)).astype("uint8") for name in ("a", "b")}
+    feeds = {name: array for name, array in every.items() if name in order}
+    constants = {name: value for name, value in {**A, **B, **C}.items() if name in order}
+    model = one(op_type, feeds, constants, order, U8, **attributes)
+    (wanted,) = run_onnxruntime(model, dict(feeds))
+    (got,) = computed(imported(model), feeds)
+    assert got.dtype == wanted.dtype and got.shape == wanted.shape
+    apart = np.abs(got.astype(int) - wanted.astype(int))
+    assert apart.max() <= 1 and np.mean(apart > 0) < 0.05, "ties are rounded either way"
