@@ -105,9 +105,11 @@ def _is_one(extent: Any) -> bool:
 def _indexed(variables: list[Any], buffer: Any, indices: list[Any], analyzer: Any) -> Access:
     shape = [int(extent) for extent in buffer.shape]
     steps = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    offset: Any = IntImm("int64", 0)
+    # In the indices' own type: a cast in between would hide that they are linear.
+    dtype = str(variables[0].ty) if variables else "int64"
+    offset: Any = IntImm(dtype, 0)
     for index, step in zip(indices, steps, strict=False):
-        offset = offset + index * IntImm("int64", step)
+        offset = offset + index * IntImm(dtype, step)
     # As one sum, because (k // 13, k % 13) into rows of 13 is linear in k only then.
     strides = _strides(analyzer.simplify(offset), variables)
     granules = [1] * len(variables)
