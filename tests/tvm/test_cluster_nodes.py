@@ -23,6 +23,7 @@ from test_tuning import network, records, settings, wait_for_records  # noqa: E4
 from gpu_aware_tune.cluster.ledger import PendingCandidates  # noqa: E402
 from gpu_aware_tune.events import Event, Finished, Note, Trial  # noqa: E402
 from gpu_aware_tune.partition import usable_cores  # noqa: E402
+from gpu_aware_tune.search.budget import StopRequest  # noqa: E402
 from gpu_aware_tune.tuning import tune_events  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,7 @@ def test_machines_join_and_die_and_the_run_goes_on(
         folders.update(scratch_folders())
         os.kill(actor, signal.SIGKILL)
 
+    stop = StopRequest()
     script = Script(
         ("", lambda: cluster.add_node(num_cpus=1)),
         ("works for this run", lambda: os.kill(raylet(first), signal.SIGKILL)),
@@ -118,10 +120,11 @@ def test_machines_join_and_die_and_the_run_goes_on(
         ("", kill_actor),  # of the only machine that is left
         ("work goes elsewhere", lambda: None),
         ("works for this run", lambda: None),
-        ("", lambda: signal.raise_signal(signal.SIGINT)),
+        ("", stop.request),
     )
     events: list[Event] = []
-    for event in tune_events(network, settings(tmp_path, ray=cluster.address, trials=4000)):
+    wanted = settings(tmp_path, ray=cluster.address, trials=4000)
+    for event in tune_events(network, wanted, stop):
         events.append(event)
         script.see(event)
     assert not script.steps, f"still waiting for: {[name for name, _ in script.steps]}"
