@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gpu_aware_tune.records.store import LogEntry, Run, Store
+from gpu_aware_tune.records.task_records import BASELINE
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,16 @@ class Curve:
     """One task on one share.
 
     `untuned_s` and `best_s` are as measured during the search, which is what the points show;
-    `final_untuned_s` and `final_s` go by the second measurements, made alone, where there are any.
+    `final_untuned_s` and `final_s` go by the second measurements, made alone: a kernel that has none
+    does not win over one that has, as in `records.task_records.decisive`.
     """
 
     untuned_s: float | None = None
     best_s: float | None = None
     final_untuned_s: float | None = None
     final_s: float | None = None
+    untuned_retimed: bool = False
+    retimed: bool = False
     origin: str = ""
     points: list[Point] = field(default_factory=list)
     steps: list[Point] = field(default_factory=list)
@@ -162,7 +166,7 @@ def read_history(store: Store, run: Run, infos: Sequence[TaskInfo] = ()) -> Hist
     before = [entry for entry in log if entry.run_id != run.id]
     own = [entry for entry in log if entry.run_id == run.id]
     if not run.settings.get("resume", True):
-        before = [entry for entry in before if entry.origin == "default"]
+        before = [entry for entry in before if entry.origin == BASELINE]
     names = {entry.task: entry.name or entry.task[:8] for entry in log}
     found = infos or [TaskInfo(hash, name, 1) for hash, name in names.items()]
     units = sorted({int(u) for u in run.machine.get("units", ())} | {e.units for e in own})
@@ -225,12 +229,14 @@ def _recall(curve: Curve | None, entry: LogEntry) -> None:
 
 
 def _note(curve: Curve, entry: LogEntry, seconds: float) -> None:
-    final = entry.best_s or seconds
-    if curve.final_s is None or final < curve.final_s:
-        curve.final_s, curve.origin = final, entry.origin
-    if entry.origin == "default":
+    final, retimed = entry.best_s or seconds, entry.retimed is not None
+    if curve.final_s is None or (not retimed, final) < (not curve.retimed, curve.final_s):
+        curve.final_s, curve.retimed, curve.origin = final, retimed, entry.origin
+    if entry.origin == BASELINE:
         curve.untuned_s = min(seconds, curve.untuned_s or seconds)
-        curve.final_untuned_s = min(final, curve.final_untuned_s or final)
+        best, best_retimed = curve.final_untuned_s, curve.untuned_retimed
+        if best is None or (not retimed, final) < (not best_retimed, best):
+            curve.final_untuned_s, curve.untuned_retimed = final, retimed
 
 
 def _follow(run: Run, tasks: Mapping[str, TaskHistory], own: Sequence[LogEntry]) -> int:

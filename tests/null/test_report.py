@@ -313,6 +313,19 @@ def test_second_measurements_count_in_the_table_alone(db: Path) -> None:
     assert softmax.curves[2].best_s == 0.0005
 
 
+def test_a_quick_number_does_not_win_over_a_second_measurement(db: Path) -> None:
+    with Store(db) as store:
+        row = store.runs()[0]
+        wanted = key("2", 2)
+        quick = Record(wanted, "quick", 1e-4, origin="default", created=row.started - 5)
+        store.add([quick, Record(wanted, "twice", 2e-4, origin="default", created=row.started - 5)])
+        store.set_retimed(wanted, "twice", 3e-4)
+        history = read_history(store, row, task_infos(row))
+    softmax = next(task for task in history.tasks if task.name == "softmax")
+    assert softmax.curves[2].final_untuned_s == softmax.curves[2].final_s == 3e-4
+    assert softmax.curves[2].origin == "default"
+
+
 def test_one_task_s_candidates_do_not_hide_behind_another_target(db: Path) -> None:
     with Store(db) as store:
         row = store.runs()[0]
