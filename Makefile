@@ -1,7 +1,7 @@
 # make demo   tune SqueezeNet on this machine's CPU (random weights, two minutes): side by side with
 #             TVM without schedules, with our default ones, and ONNX Runtime
 # make check  about a minute: ruff, mypy and the tests that do no TVM work, on all cores
-# make test   everything that needs no GPU: ruff, mypy, tests; TEST_JOBS files side by side (2)
+# make test   everything that needs no GPU: ruff, mypy, tests; TEST_JOBS of them side by side (2)
 # make docs   the documentation site in build/site, with the API reference
 # make gpu-check   tests/gpu on this machine's GPU, its ten checks first; exit code 3 without a GPU
 # make gpu-bench   the GPU benchmarks, under nine minutes; GPU_PARTS=share_gain runs one of them
@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off
 DEMO := build/demo
 
-# pytest-xdist's workers: `auto` is one for each core. `make test` runs whole files side by side.
+# pytest-xdist's workers: `auto` is one for each core. An idle one takes tests from the other.
 CHECK_JOBS ?= auto
 TEST_JOBS ?= 2
 
@@ -51,7 +51,7 @@ check: lint
 	$(BIN)/python -m pytest tests/null -n $(CHECK_JOBS)
 
 test: lint
-	$(BIN)/python -m pytest tests/null tests/tvm tests/fuzz -n $(TEST_JOBS) --dist loadfile --durations=15
+	$(BIN)/python -m pytest tests/null tests/tvm tests/fuzz -n $(TEST_JOBS) --dist worksteal --durations=15
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
