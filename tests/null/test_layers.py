@@ -32,6 +32,7 @@ ORDER = [
     "finalize",
     "profiling",
     "planning",
+    "serving",
     "run",
     "tuning",
     "display",

@@ -1,0 +1,1 @@
+"""Serving: one device's queues, scheduler and lanes (the engine), and front ends for it."""
