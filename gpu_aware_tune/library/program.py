@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from gpu_aware_tune.errors import SetupError, UserError, last_line
 from gpu_aware_tune.kernels.packing import packed
 
 _WARM_UP = 3
+_ALIGNMENT = 64  # bytes, of the tensors that kernels take
 
 
 class Weights:
@@ -30,7 +32,8 @@ class Weights:
     def __init__(self, path: Path | str) -> None:
         self._path = path
         self._by_device: dict[tuple[int, int], list[Any]] = {}
-        self._reading = threading.Lock()
+        self._packed: dict[tuple[str, str, tuple[int, int]], list[Any]] = {}
+        self._reading, self._packing = threading.Lock(), threading.Lock()
 
     def on(self, device: Any) -> list[Any]:
         """Give the tensors on a device, in the order in which `main` takes them.
@@ -51,10 +54,27 @@ class Weights:
                 device.sync()  # copies use the default stream, kernels a partition's
             return self._by_device[key]
 
+    def packed(self, library: str, machine: Any, device: Any, entry: str) -> list[Any]:
+        """Give the tensors as a library's `main` takes them, packed once for all of its programs.
+
+        Args:
+            library: its file.
+            machine: with the library loaded.
+            device: where it runs.
+            entry: the function's name, as in `Program`.
+        """
+        given = self.on(device)
+        key = (library, entry, (device.dlpack_device_type(), device.index))
+        with self._packing:
+            if key not in self._packed:
+                self._packed[key] = packed(machine, given, entry)
+            return self._packed[key]
+
     def drop(self) -> None:
         """Give the memory back; programs that are open keep theirs."""
-        with self._reading:
+        with self._reading, self._packing:
             self._by_device.clear()
+            self._packed.clear()
 
 
 class Program:
@@ -62,25 +82,49 @@ class Program:
 
     Args:
         module: the loaded library.
-        weights: on the device, as `save_weights` stored them, in that order.
+        weights: of its folder, or on the device, as `save_weights` stored them, in that order.
         device: where it runs.
         entry: the function's name where the library holds several shares: "main_2" for 2 units.
+        file: the library's file, which programs that share `weights` are known by.
     """
 
     def __init__(
-        self, module: Any, weights: Iterable[Any], device: Any, entry: str = "main"
+        self,
+        module: Any,
+        weights: Weights | Iterable[Any],
+        device: Any,
+        entry: str = "main",
+        file: str = "",
     ) -> None:
         self.device = device
         machine = relax.VirtualMachine(module, device)
         self._main = machine[entry]
-        self._weights = packed(machine, weights, entry)
+        self._weights = (
+            weights.packed(file, machine, device, entry)
+            if isinstance(weights, Weights)
+            else packed(machine, weights, entry)
+        )
 
     def place(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """Copy inputs to the device."""
         return [tvm.runtime.tensor(np.asarray(array, order="C"), self.device) for array in arrays]
 
+    def borrow(self, arrays: Sequence[np.ndarray]) -> list[Any]:
+        """Inputs as they lie in memory where TVM can read them there, else copied.
+
+        They must not change until the run is over.
+        """
+        return [self._borrowed(array) for array in arrays]
+
+    def _borrowed(self, array: np.ndarray) -> Any:
+        on_host = self.device.dlpack_device_type() == 1
+        if on_host and array.ctypes.data % _ALIGNMENT == 0 and array.flags.c_contiguous:
+            with contextlib.suppress(BufferError, RuntimeError, TypeError):  # bool, bfloat16
+                return tvm.runtime.from_dlpack(array)
+        return tvm.runtime.tensor(np.asarray(array, order="C"), self.device)
+
     def __call__(self, placed: Sequence[Any]) -> list[np.ndarray]:
-        """Run once on inputs that `place` gave."""
+        """Run once on inputs that `place` or `borrow` gave."""
         result = self._main(*placed, *self._weights)
         wait(self.device)
         outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
@@ -150,9 +194,9 @@ def open_vm(
     if cuda and not device.exist:
         raise SetupError(f"{library} is for a CUDA GPU, and none is visible: see `tune doctor`")
     shared = weights if isinstance(weights, Weights) else Weights(weights)
-    placed = shared.on(device)
+    shared.on(device)  # an error of the file is not one of the library
     try:
-        return Program(module, placed, device, entry)
+        return Program(module, shared, device, entry, str(library))
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # no such function
         raise UserError(f"{library} cannot be used ({_said(error)}): tune again") from error
 

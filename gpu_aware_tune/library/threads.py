@@ -60,17 +60,12 @@ class LibraryThread:
         return self._exiting
 
     def run(self, function: Callable[[], Result]) -> Result:
-        """Call a function in the thread; gives what it returns, raises what it raises.
+        """Call a function in the thread; returns what it returns, raises what it raises.
 
         Raises:
             UserError: the thread was stopped before, or belongs to this process's parent.
         """
-        check_process(self._process)
-        answer = _Answer()
-        with self._queueing:
-            if self._stopped and not (self._exiting and _is_daemon()):
-                raise UserError("the library is closed: load it again")
-            self._jobs.put((function, answer))  # at exit nobody takes it, and the caller waits
+        answer = self._put(function)
         answer.ready.acquire()
         if self._exiting and _is_daemon():
             threading.Event().wait()  # what the caller did next could be ended in C++ too
@@ -78,6 +73,23 @@ class LibraryThread:
             raise answer.error
         result: Result = answer.result
         return result
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Call a function in the thread without waiting for it; it must not raise.
+
+        Raises:
+            UserError: as for `run`.
+        """
+        self._put(function)
+
+    def _put(self, function: Callable[[], Any]) -> _Answer:
+        check_process(self._process)
+        answer = _Answer()
+        with self._queueing:
+            if self._stopped and not (self._exiting and _is_daemon()):
+                raise UserError("the library is closed: load it again")
+            self._jobs.put((function, answer))  # at exit nobody takes it, and the caller waits
+        return answer
 
     def stop(self) -> None:
         """Let the thread end after what it has been given."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -42,8 +41,9 @@ class Request:
         future: receives the outputs, or one of the errors above.
         first_slot: where its rows begin in the model's ring of slots.
         started_s: when its first row began to run; None until then.
-        outputs: rows that are done, until all are.
         left: rows that are not done.
+        parts: of the rows that are done: their number, their place in a run, and its outputs.
+        is_over: it was answered, refused or given up; what is left of it is dropped.
     """
 
     model: str
@@ -53,10 +53,9 @@ class Request:
     future: Future[Arrays]
     first_slot: int = 0
     started_s: float | None = None
-    outputs: Arrays = field(default_factory=dict)
     left: int = 0
-    number: int = field(default_factory=itertools.count().__next__)
+    parts: list[tuple[int, int, list[np.ndarray]]] = field(default_factory=list)
+    is_over: bool = False
 
 
-Inputs = Mapping[str, np.ndarray]
 Clock = Callable[[], float]

@@ -35,7 +35,12 @@ def target_json(units: int = 2) -> dict[str, object]:
 
 
 def write_onnx(
-    path: Path, width: int = 12, channels: int = 3, batch: int = 1, image: str = "image"
+    path: Path,
+    width: int = 12,
+    channels: int = 3,
+    batch: int = 1,
+    image: str = "image",
+    bias_rows: int = 1,
 ) -> Path:
     """Inputs image, bias; conv, relu (output features), mean, matmul, + bias (output scores)."""
     generator = np.random.default_rng(7)
@@ -58,7 +63,7 @@ def write_onnx(
             helper.make_tensor_value_info(
                 image, TensorProto.FLOAT, [batch, channels, width, width]
             ),
-            helper.make_tensor_value_info("bias", TensorProto.FLOAT, [1, 20]),
+            helper.make_tensor_value_info("bias", TensorProto.FLOAT, [bias_rows, 20]),
         ],
         [
             helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch, 20]),
@@ -81,9 +86,11 @@ def default_traces(model: Model) -> dict[str, str]:
     return traces
 
 
-def write_library(folder: Path, alike: bool = False, batch: int = 1) -> tuple[Model, Path]:
+def write_library(
+    folder: Path, alike: bool = False, batch: int = 1, bias_rows: int = 1
+) -> tuple[Model, Path]:
     """Export libraries for one and for two cores: plain loops and default schedules, or `alike`."""
-    model = load_model(write_onnx(folder / "tiny.onnx", batch=batch), target())
+    model = load_model(write_onnx(folder / "tiny.onnx", batch=batch, bias_rows=bias_rows), target())
     paths = {}
     for units, traces in ((1, {}), (2, default_traces(model))):
         paths[units] = folder / f"tiny-{units}.so"
