@@ -165,13 +165,13 @@ def _fleet(
 
 def _demands(names: list[str], options: dict[str, Any]) -> Any:
     from gpu_aware_tune.planning.demand import Demand
-    from gpu_aware_tune.planning.fleet import parse_slo
+    from gpu_aware_tune.planning.fleet import parse_slo, split_list
 
     for name, form in (("rate", "120,40"), ("slo", "25ms,50ms")):
         if options[name] is None:
             raise UserError(f"--{name} is missing: give one for each model, such as {form}")
     rates = _numbers("rate", options["rate"], len(names))
-    slos = [parse_slo(text) for text in _split("slo", options["slo"], len(names))]
+    slos = [parse_slo(text) for text in split_list("slo", options["slo"], len(names))]
     percentiles = _numbers("percentile", options["percentile"] or "99", len(names))
     weights = _numbers("weight", options["weight"] or "1", len(names))
     cvs = _numbers("cv", options["cv"] or "0", len(names))
@@ -201,22 +201,11 @@ def _with_options(fleet: Fleet, options: dict[str, Any]) -> Fleet:
     return dataclasses.replace(fleet, **changed)
 
 
-def _split(name: str, text: str, count: int) -> list[str]:
-    """A comma-separated list of one value for each model, or of one for all."""
-    parts = text.split(",")
-    if len(parts) == 1:
-        return parts * count
-    if len(parts) != count:
-        models = f"{count} model{'' if count == 1 else 's'}"
-        raise UserError(
-            f"--{name} {text}: {len(parts)} values for {models}; give one for each, or one for all"
-        )
-    return parts
-
-
 def _numbers(name: str, text: str, count: int) -> list[float]:
+    from gpu_aware_tune.planning.fleet import split_list
+
     try:
-        return [float(part) for part in _split(name, text, count)]
+        return [float(part) for part in split_list(name, text, count)]
     except ValueError:
         raise UserError(
             f"--{name} {text!r} is no list of numbers: give a form such as 120,40"

@@ -69,13 +69,8 @@ def read_fleet(path: Path, device: str | None = None) -> Fleet:
     Raises:
         UserError: something in it cannot be used, with what and what is allowed.
     """
-    try:
-        facts = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no TOML: {error}") from error
-    _only(facts, _TABLES, str(path))
+    facts = read_toml(path)
+    check_keys(facts, _TABLES, str(path))
     entries = facts.get("models")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} has no [[models]]: give one for each model, with name, rate, slo")
@@ -89,10 +84,24 @@ def read_fleet(path: Path, device: str | None = None) -> Fleet:
         demands=tuple(demands),
         curves=tuple(curves),
         interference=_interference(facts.get("interference", {}), str(path)),
-        margin=_number(facts, "margin", str(path), MARGIN),
+        margin=read_number(facts, "margin", str(path), MARGIN),
         batching=_batching(facts.get("batching", Batching.AFFINE), str(path)),
         objective=_objective(facts.get("objective", Objective.HEADROOM), str(path)),
     )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no TOML: {error}") from error
 
 
 def find_curve(source: Path, folder: Path) -> MeasuredCurve:
@@ -172,10 +181,27 @@ def parse_slo(text: str) -> float:
     return float(found[1]) * (1e-3 if found[2] == "ms" else 1.0)
 
 
+def split_list(name: str, text: str, count: int) -> list[str]:
+    """Read a comma-separated list of one value for each model, or of one for all.
+
+    Raises:
+        UserError: it has another number of values.
+    """
+    parts = text.split(",")
+    if len(parts) == 1:
+        return parts * count
+    if len(parts) != count:
+        models = f"{count} model{'' if count == 1 else 's'}"
+        raise UserError(
+            f"--{name} {text}: {len(parts)} values for {models}; give one for each, or one for all"
+        )
+    return parts
+
+
 def _model(entry: Any, where: str, beside: Path) -> tuple[Demand, MeasuredCurve]:
     if not isinstance(entry, dict):
         raise UserError(f"{where} is no table: write [[models]] above its name, rate and slo")
-    _only(entry, _MODEL_KEYS, where)
+    check_keys(entry, _MODEL_KEYS, where)
     if ("curve" in entry) == ("library" in entry):
         raise UserError(f"{where}: give either curve = 'FILE.json' or library = 'FOLDER'")
     source = beside / str(entry.get("curve") or entry.get("library"))
@@ -188,11 +214,11 @@ def _model(entry: Any, where: str, beside: Path) -> tuple[Demand, MeasuredCurve]
         curve = MeasuredCurve(name, curve.device, curve.unit, curve.units_total, curve.points)
     demand = Demand(
         model=str(name),
-        rate_per_s=_number(entry, "rate", where, 0.0),
+        rate_per_s=read_number(entry, "rate", where, 0.0),
         slo_s=parse_slo(slo),
-        percentile=_number(entry, "percentile", where, 99.0),
-        weight=_number(entry, "weight", where, 1.0),
-        cv=_number(entry, "cv", where, 0.0),
+        percentile=read_number(entry, "percentile", where, 99.0),
+        weight=read_number(entry, "weight", where, 1.0),
+        cv=read_number(entry, "cv", where, 0.0),
     )
     return demand, curve
 
@@ -200,10 +226,10 @@ def _model(entry: Any, where: str, beside: Path) -> tuple[Demand, MeasuredCurve]
 def _device(table: Any, where: str) -> PlanDevice:
     if not isinstance(table, dict):
         raise UserError(f"{where}: device is no table: write [device] with name and units")
-    _only(table, _DEVICE_KEYS, f"{where}, device")
+    check_keys(table, _DEVICE_KEYS, f"{where}, device")
     unit = _choice(table.get("unit", "SM"), ("SM", "core"), "unit", where)
-    units = int(_number(table, "units", f"{where}, device", 0.0))
-    step = int(_number(table, "step", f"{where}, device", default_step(unit, units)))
+    units = int(read_number(table, "units", f"{where}, device", 0.0))
+    step = int(read_number(table, "step", f"{where}, device", default_step(unit, units)))
     return PlanDevice(str(table.get("name", "")), units, unit, step)
 
 
@@ -215,18 +241,28 @@ def _interference(table: Any, where: str) -> Interference:
         names = [part.strip() for part in key.split(",")]
         if len(names) != 2:
             raise UserError(f"{where}: interference {key!r} names no two models: write 'a,b' = 1.2")
-        pairs[names[0], names[1]] = _number(table, key, where, 1.0)
-    return Interference(_number(table, "default", where, 1.0), pairs)
+        pairs[names[0], names[1]] = read_number(table, key, where, 1.0)
+    return Interference(read_number(table, "default", where, 1.0), pairs)
 
 
-def _only(table: Mapping[str, Any], allowed: set[str], where: str) -> None:
+def check_keys(table: Mapping[str, Any], allowed: set[str], where: str) -> None:
+    """Refuse a table of a file that has unknown keys.
+
+    Raises:
+        UserError: with them, and those that are allowed.
+    """
     if unknown := sorted(set(table) - allowed):
         raise UserError(
             f"{where}: {', '.join(unknown)} is not known; allowed: {', '.join(sorted(allowed))}"
         )
 
 
-def _number(table: Mapping[str, Any], name: str, where: str, default: float) -> float:
+def read_number(table: Mapping[str, Any], name: str, where: str, default: float) -> float:
+    """A number of a table.
+
+    Raises:
+        UserError: it is something else.
+    """
     value = table.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{where}: {name} {value!r} is no number")

@@ -10,31 +10,11 @@ from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.planning.curve_file import MeasuredCurve
 from gpu_aware_tune.planning.demand import Demand
 from gpu_aware_tune.planning.fleet import find_curve
+from gpu_aware_tune.serving.deployments import Deployment
 from gpu_aware_tune.serving.lanes import LanePool
 from gpu_aware_tune.serving.measuring import measure_curve
 from gpu_aware_tune.serving.model_queue import ModelQueue
 from gpu_aware_tune.serving.served_model import ServedModel, open_model
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """A model to serve.
-
-    Args:
-        folders: that `tune MODEL` wrote, one for each batch size.
-        slo_s: latency objective: seconds from a request's arrival to its answer.
-        name: what clients call it; the model's own name by default.
-        rate_per_s: expected requests a second; without it the plan begins with equal loads.
-        percentile: of the requests that must meet the objective.
-        weight: of a request against those of other models.
-    """
-
-    folders: tuple[Path, ...]
-    slo_s: float
-    name: str | None = None
-    rate_per_s: float | None = None
-    percentile: float = 99.0
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,9 @@ from gpu_aware_tune.partition.topology import usable_cores
 from gpu_aware_tune.planning.curve import MARGIN
 from gpu_aware_tune.planning.device import PlanDevice
 from gpu_aware_tune.planning.schedule import plan_from_dict
-from gpu_aware_tune.serving.catalog import Deployment, Served, first_rates, open_served
+from gpu_aware_tune.serving.catalog import Served, first_rates, open_served
 from gpu_aware_tune.serving.controller import Controller
+from gpu_aware_tune.serving.deployments import Deployment
 from gpu_aware_tune.serving.dispatcher import Dispatcher
 from gpu_aware_tune.serving.lanes import LanePool
 from gpu_aware_tune.serving.model_queue import ModelQueue

@@ -16,7 +16,8 @@ from serve_fleet import Inputs, Oracle, draw_inputs, write_folder
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.partition import usable_cores
 from gpu_aware_tune.planning.policies import POLICIES
-from gpu_aware_tune.serving.engine import Deployment, Engine
+from gpu_aware_tune.serving.deployments import Deployment
+from gpu_aware_tune.serving.engine import Engine
 from gpu_aware_tune.serving.requests import Draining, Refused, RunFailed, UnknownModel
 
 LONG_S = 60.0  # an objective that no load of a test can miss
@@ -137,10 +138,15 @@ def test_earlier_deadlines_go_first(engine: Engine, folders: tuple[Path, Path]) 
 def hold(engine: Engine) -> threading.Event:
     """Keep every lane busy with a request until the event that is returned."""
     gate, began = threading.Event(), threading.Semaphore(0)
+
+    def held() -> None:
+        began.release()
+        gate.wait(30)
+
     lanes = engine.dispatcher.layout.lanes
     assert lanes is not None
     for lane in lanes:
-        lane.post(lambda: (began.release(), gate.wait(30)))
+        lane.post(held)
         began.acquire()
     for _ in lanes:  # a run for each lane, behind what holds it
         engine.submit("tiny", draw_inputs(100), timeout_s=LONG_S / 2)
@@ -150,7 +156,8 @@ def hold(engine: Engine) -> threading.Event:
 def test_a_full_queue_refuses(folders: tuple[Path, Path]) -> None:
     with Engine([Deployment((folders[0],), LONG_S)], adaptive=False, queue_rows=4) as own:
         gate = hold(own)
-        futures, waiting = [], own.dispatcher.layout.queues[0].slots
+        futures: list[Future[Inputs]] = []
+        waiting = own.dispatcher.layout.queues[0].slots
         while waiting.free:
             futures.append(own.submit("tiny", draw_inputs(len(futures))))
         with pytest.raises(Refused, match="queue of tiny is full"):
