@@ -64,6 +64,7 @@ class TimedConnection(asyncio.Protocol):
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        gate.open += 1  # here, as several may be made before the first of them starts
         self._inner = gate.inner()
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
@@ -73,7 +74,6 @@ class TimedConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start, with a head to be received."""
-        self._gate.open += 1
         self._transport = cast(asyncio.Transport, transport)
         self._await_head()
         self._inner.connection_made(transport)

@@ -41,9 +41,9 @@ class FrontEndOptions:
     Args:
         max_request_bytes: of one request, as sent and unpacked.
         max_json_bytes: of its JSON; Python's objects take up to 30 times as much memory.
-        max_held_bytes: of all HTTP requests that are being received or answered.
+        max_held_bytes: of all requests that are being answered; over HTTP also of those being received.
         max_header_bytes: of one line of an HTTP request's head.
-        max_connections: of HTTP; of gRPC, calls at a time.
+        max_connections: of HTTP; over gRPC, calls at a time.
         header_timeout_s: from the first byte of an HTTP request to the end of its head.
         body_timeout_s: for its body.
         write_timeout_s: within which a client must take what was written to it.
@@ -81,6 +81,7 @@ class FrontEnd:
         self.regions = Regions(options.max_request_bytes) if options.shared_memory else None
         self.draining = False
         self.in_flight = 0
+        self.held_bytes = 0
         # How often each (transport, status) was answered; for metrics.
         self.answers: dict[tuple[str, str], int] = {}
         self._idle = asyncio.Event()
@@ -171,14 +172,19 @@ class FrontEnd:
         if not self.options.admin:
             raise NotAllowed("changing what is served is off: start the server with it")
 
-    def hold(self, size: int, held: int) -> None:
-        """Check that another request of this size may be held beside those that are.
+    def hold(self, size: int) -> None:
+        """Count bytes of a request that is received or answered, until `release`.
 
         Raises:
             Refused: memory for requests is used up.
         """
-        if size + held > self.options.max_held_bytes:
-            raise Refused(f"{held} bytes of requests are held; send it again later")
+        if self.held_bytes + size > self.options.max_held_bytes:
+            raise Refused(f"{self.held_bytes} bytes of requests are held; send it again later")
+        self.held_bytes += size
+
+    def release(self, size: int) -> None:
+        """Count bytes no more."""
+        self.held_bytes -= size
 
     async def load(self, name: str, folder: str | None) -> None:
         """Add or replace a model."""

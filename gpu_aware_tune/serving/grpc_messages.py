@@ -125,6 +125,11 @@ _TABLE = {
     "SystemSharedMemoryRegisterResponse": "",
     "SystemSharedMemoryUnregisterRequest": "1 name string",
     "SystemSharedMemoryUnregisterResponse": "",
+    # There are never any of these; clients make sure of that before they register others.
+    "CudaSharedMemoryStatusRequest": "1 name string",
+    "CudaSharedMemoryStatusResponse": "",
+    "CudaSharedMemoryUnregisterRequest": "1 name string",
+    "CudaSharedMemoryUnregisterResponse": "",
 }
 DATA_TYPES = (
     "TYPE_INVALID", "TYPE_BOOL", "TYPE_UINT8", "TYPE_UINT16", "TYPE_UINT32", "TYPE_UINT64",

@@ -17,6 +17,7 @@ from gpu_aware_tune.serving.v2 import (
     InferRequest,
     InputTensor,
     OutputChoice,
+    TooLarge,
     datatype_of,
     describe_error,
     raw_bytes,
@@ -37,8 +38,12 @@ CONTENTS = {
     "UINT64": "uint64_contents",
     "FP32": "fp32_contents", "FP64": "fp64_contents",
 }  # fmt: skip
+WIRE_TYPES = {
+    "bool_contents": np.bool_, "int_contents": np.int32, "int64_contents": np.int64,
+    "uint_contents": np.uint32, "uint64_contents": np.uint64,
+    "fp32_contents": np.float32, "fp64_contents": np.float64,
+}  # fmt: skip
 STREAM_IN_FLIGHT = 64  # requests of one stream that are answered at a time
-HEAD_BYTES = 1 << 20  # of a message beside its tensors
 
 
 class GrpcServer:
@@ -54,12 +59,13 @@ class GrpcServer:
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=options.max_connections,
             options=[
-                ("grpc.max_receive_message_length", options.max_request_bytes + HEAD_BYTES),
+                ("grpc.max_receive_message_length", options.max_request_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", 2 * options.max_header_bytes),
                 ("grpc.max_concurrent_streams", options.max_connections),
                 ("grpc.so_reuseport", 0),  # a port that is taken is an error
                 ("grpc.server_handshake_timeout_ms", round(options.header_timeout_s * 1e3)),
+                ("grpc.max_connection_idle_ms", 600_000),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", round(options.write_timeout_s * 1e3)),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -106,6 +112,8 @@ class GrpcServer:
             "SystemSharedMemoryStatus": self._regions,
             "SystemSharedMemoryRegister": self._register,
             "SystemSharedMemoryUnregister": self._unregister,
+            "CudaSharedMemoryStatus": self._no_cuda_status,
+            "CudaSharedMemoryUnregister": self._no_cuda_unregister,
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -205,15 +213,26 @@ class GrpcServer:
         self._front.shared_regions().unregister(request.name)
         return MESSAGES["SystemSharedMemoryUnregisterResponse"]()
 
+    async def _no_cuda_status(self, _request: Message, _context: Context) -> Message:
+        return MESSAGES["CudaSharedMemoryStatusResponse"]()
+
+    async def _no_cuda_unregister(self, _request: Message, _context: Context) -> Message:
+        return MESSAGES["CudaSharedMemoryUnregisterResponse"]()
+
     async def _infer(self, request: Message, context: Context) -> Message:
         return await self._answer(request, context.time_remaining())
 
     async def _answer(self, request: Message, timeout_s: float | None) -> Message:
         model = self._front.find(request.model_name, request.model_version)
         with self._front.accepted():
-            asked = read_message(request)
-            outputs = await self._front.infer(model, asked, timeout_s)
-            return write_message(model, asked, outputs)
+            size = request.ByteSize()
+            self._front.hold(size)
+            try:
+                asked = read_message(request, self._front.options.max_json_bytes)
+                outputs = await self._front.infer(model, asked, timeout_s)
+                return write_message(model, asked, outputs)
+            finally:
+                self._front.release(size)
 
     async def _stream(self, requests: AsyncIterator[Message], context: Context) -> Any:
         """Answer a stream's requests side by side, in their order."""
@@ -255,10 +274,15 @@ class GrpcServer:
             self._front.count("grpc_stream", status)
 
 
-def read_message(request: Message) -> InferRequest:
+def read_message(request: Message, max_typed_bytes: int) -> InferRequest:
     """The request that a message holds.
 
+    Args:
+        request: the message.
+        max_typed_bytes: of one input's typed contents.
+
     Raises:
+        TooLarge: there are more.
         UserError: what is wrong with it.
     """
     raw = list(request.raw_input_contents)
@@ -273,7 +297,7 @@ def read_message(request: Message) -> InferRequest:
                 raise UserError(f"{where} has no raw_input_contents")
             data = raw[used]
             used += 1
-        values = _values(entry, where)
+        values = _values(entry, where, max_typed_bytes)
         if raw and values is not None:
             raise UserError(f"{where}: contents beside raw_input_contents")
         if data is None and part is None and values is None:
@@ -294,7 +318,7 @@ def read_message(request: Message) -> InferRequest:
     return InferRequest(tuple(tensors), tuple(outputs) or None, request.id, timeout, True)
 
 
-def _values(entry: Message, where: str) -> list[Any] | None:
+def _values(entry: Message, where: str, max_bytes: int) -> np.ndarray | None:
     """The typed contents of an input, if it has any."""
     if not entry.HasField("contents"):
         return None
@@ -306,7 +330,11 @@ def _values(entry: Message, where: str) -> list[Any] | None:
         wanted = expected or "raw_input_contents"
         datatype = one_line(entry.datatype, 40)
         raise UserError(f"{where}: {datatype} in {', '.join(filled)}, not {wanted}")
-    return list(getattr(entry.contents, filled[0]))
+    size = entry.contents.ByteSize()
+    if size > max_bytes:
+        raise TooLarge(f"{where}: {size} bytes of {expected}; use raw_input_contents")
+    values = getattr(entry.contents, filled[0])
+    return np.fromiter(values, WIRE_TYPES[filled[0]], len(values))
 
 
 def _parameters(found: Mapping[str, Message]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # Larger ones are parsed and written beside the event loop.
 SMALL_BYTES = 128 << 10
+UNPACKED_AT_A_TIME = 4  # their size is not known before
 
 
 class HttpServer:
@@ -43,7 +44,8 @@ class HttpServer:
 
     def __init__(self, front: FrontEnd) -> None:
         self._front = front
-        self._held = 0
+        self._held: dict[int, int] = {}  # bytes by request
+        self._unpacking = asyncio.Semaphore(UNPACKED_AT_A_TIME)
         app = web.Application(middlewares=[self._answer_errors])
         app.add_routes(self._routes())
         self._runner = web.AppRunner(
@@ -52,7 +54,7 @@ class HttpServer:
             handler_cancellation=True,
             auto_decompress=False,
             keepalive_timeout=front.options.idle_timeout_s,
-            lingering_time=2.0,
+            lingering_time=1.0,
             read_bufsize=256 << 10,
             max_line_size=front.options.max_header_bytes,
             max_field_size=front.options.max_header_bytes,
@@ -94,6 +96,9 @@ class HttpServer:
             web.post("/v2/systemsharedmemory/region/{region}/register", self._register),
             web.post("/v2/systemsharedmemory/region/{region}/unregister", self._unregister),
             web.post("/v2/systemsharedmemory/unregister", self._unregister),
+            # There are none; clients make sure of that before they register others.
+            web.get("/v2/cudasharedmemory/status", self._no_regions),
+            web.post("/v2/cudasharedmemory/unregister", self._no_regions),
             web.get("/v2/plan", self._plan),
             web.post("/v2/plan", self._set_plan),
             web.get("/v2/status", self._status),
@@ -128,7 +133,7 @@ class HttpServer:
             keep = not isinstance(error, TooLarge | TooSlow)
             response = _error(status, facts.text, keep)
         finally:
-            self._held -= request.get("held", 0)
+            self._front.release(self._held.pop(id(request), 0))
             if isinstance(connection, TimedConnection):
                 connection.answered()
             self._front.count("http", status)
@@ -189,6 +194,9 @@ class HttpServer:
                 for one in found
             ]
         )
+
+    async def _no_regions(self, _request: web.Request) -> web.Response:
+        return _json([])
 
     async def _register(self, request: web.Request) -> web.Response:
         regions = self._front.shared_regions()
@@ -275,9 +283,9 @@ class HttpServer:
             raise UserError(f"the request's body is broken: {one_line(error, 80)}") from None
         if encoding == "identity":
             return memoryview(body).toreadonly()
-        self._hold(request, options.max_request_bytes)
-        unpacked = await asyncio.to_thread(unpack, body, options.max_request_bytes)
-        self._hold(request, len(unpacked) - options.max_request_bytes)
+        async with self._unpacking:
+            unpacked = await asyncio.to_thread(unpack, body, options.max_request_bytes)
+            self._hold(request, len(unpacked))
         return memoryview(unpacked)
 
     async def _receive(self, request: web.Request, size: int | None) -> bytearray:
@@ -299,9 +307,8 @@ class HttpServer:
 
     def _hold(self, request: web.Request, size: int) -> None:
         """Count bytes that a request holds until it is answered."""
-        self._front.hold(size, self._held)
-        self._held += size
-        request["held"] = request.get("held", 0) + size
+        self._front.hold(size)
+        self._held[id(request)] = self._held.get(id(request), 0) + size
 
 
 def unpack(body: bytes | bytearray, max_bytes: int) -> bytes:

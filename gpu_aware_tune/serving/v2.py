@@ -66,7 +66,7 @@ class InputTensor:
     datatype: str
     shape: tuple[int, ...]
     raw: memoryview | bytes | None = None
-    values: Sequence[Any] | None = None
+    values: Sequence[Any] | np.ndarray | None = None
     part: RegionPart | None = None
 
 
@@ -249,6 +249,8 @@ def _to_array(tensor: InputTensor, spec: TensorSpec, regions: Regions | None) ->
     sources = (tensor.raw is not None) + (tensor.values is not None) + (tensor.part is not None)
     if sources != 1:
         raise UserError(f"{where}: {'no data' if not sources else 'data in more than one place'}")
+    if isinstance(tensor.values, np.ndarray):
+        return _cast(where, tensor.values, dtype, tensor.shape)
     if tensor.values is not None:
         return values_array(where, tensor.values, dtype, tensor.shape)
     raw = tensor.raw
@@ -291,8 +293,7 @@ def values_array(
             the type cannot hold.
     """
     flat = _flatten(where, values, shape)
-    if len(flat) != prod(shape):
-        raise UserError(f"{where}: {len(flat)} values; shape {list(shape)} has {prod(shape)}")
+    _check_count(where, len(flat), shape)
     kinds = set(map(type, flat))
     is_float = dtype.kind not in "biu"  # NumPy calls bfloat16 V
     allowed = {int, float} if is_float else {bool} if dtype.kind == "b" else {int}
@@ -313,6 +314,22 @@ def values_array(
     if not finite:
         raise UserError(f"{where}: a value that {dtype.name} cannot hold")
     return array.reshape(shape)
+
+
+def _cast(
+    where: str, values: np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> np.ndarray:
+    """Values of a message, whose types are fewer, as the type that they stand for."""
+    _check_count(where, len(values), shape)
+    array = values.astype(dtype, copy=False)
+    if values.dtype != dtype and (array != values).any():
+        raise UserError(f"{where}: a value that {dtype.name} cannot hold")
+    return array.reshape(shape)
+
+
+def _check_count(where: str, count: int, shape: tuple[int, ...]) -> None:
+    if count != prod(shape):
+        raise UserError(f"{where}: {count} values; shape {list(shape)} has {prod(shape)}")
 
 
 def _flatten(where: str, values: Sequence[Any], shape: Sequence[int]) -> Sequence[Any]:
