@@ -52,7 +52,7 @@ HOMES = {
     "scipy": ("planning/bounds",),
     "aiohttp": ("serving/http_server",),
     "grpc": ("serving/grpc_server",),
-    "google": ("serving/grpc_messages",),
+    "google": ("serving/grpc_messages", "onnx_prepare/"),
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))
