@@ -50,6 +50,9 @@ HOMES = {
     "cuda.bindings.nvrtc": ("codegen/cuda_toolchain",),
     "matplotlib": ("report/",),
     "scipy": ("planning/bounds",),
+    "aiohttp": ("serving/http_server",),
+    "grpc": ("serving/grpc_server",),
+    "google": ("serving/grpc_messages", "onnx_prepare/"),
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -159,6 +162,7 @@ def test_modules_stay_small(file: Path) -> None:
         "import gpu_aware_tune.cli.profile, gpu_aware_tune.profiling.profiles, gpu_aware_tune.profiling.knee",
         "from gpu_aware_tune.library import Manifest, RunFacts, read_manifest",
         "import gpu_aware_tune.cli.plan, gpu_aware_tune.planning.fleet, gpu_aware_tune.report.plan_page",
+        "import gpu_aware_tune.serving.server, gpu_aware_tune.serving.v2_json",
         "import gpu_aware_tune.cli.report, gpu_aware_tune.cli.watch, gpu_aware_tune.report.page",
     ],
 )
@@ -174,3 +178,4 @@ def test_cheap_imports_load_no_heavy_package(statement: str) -> None:
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "gpu_aware_tune" in loaded
     assert not loaded & {"tvm", "tvm_ffi", "ray", "onnx", "onnxruntime", "xgboost", "matplotlib"}
+    assert not loaded & {"aiohttp", "grpc", "google"}
