@@ -682,5 +682,6 @@ def test_status_and_metrics(server: Served) -> None:
     assert samples[f'tune_requests_total{{{labels},result="success"}}'] >= 1
     count = samples[f"tune_request_latency_seconds_count{{{labels}}}"]
     assert samples[f'tune_request_latency_seconds_bucket{{{labels},le="+Inf"}}'] == count
-    assert samples[r'tune_lane{lane="lane \"0\"\n",quantity="units"}'] == 2
+    assert samples['tune_lane_share_ratio{lane="1"}'] == 0.75
+    assert samples['tune_latency_p99_seconds{model="pair"}'] == 0.0015
     assert samples['tune_answers_total{transport="http",status="200"}'] >= 1
