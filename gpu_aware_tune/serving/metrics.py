@@ -34,6 +34,9 @@ def metrics_text(front: FrontEnd) -> str:
             [("", {}, front.in_flight)],
         ),
         *_metric(
+            "tune_held_bytes", "gauge", "Bytes of these requests.", [("", {}, front.held_bytes)]
+        ),
+        *_metric(
             "tune_answers_total",
             "counter",
             "Answers of the front ends by status.",
