@@ -57,7 +57,7 @@ class FrontEndOptions:
     max_json_bytes: int = 16 << 20
     max_held_bytes: int = 1 << 30
     max_header_bytes: int = 8190
-    max_connections: int = 1000
+    max_connections: int = 500
     header_timeout_s: float = 10.0
     body_timeout_s: float = 60.0
     write_timeout_s: float = 60.0

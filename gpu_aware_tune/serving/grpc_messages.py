@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from gpu_aware_tune.errors import UserError
 
 PACKAGE = "inference"
 SERVICE = f"{PACKAGE}.GRPCInferenceService"
@@ -196,3 +199,15 @@ def _make_messages() -> dict[str, Any]:
 
 
 MESSAGES: dict[str, Any] = _make_messages()
+
+
+def parse_message(name: str, data: bytes) -> Any:
+    """A message from its bytes.
+
+    Raises:
+        UserError: they are not such a message.
+    """
+    try:
+        return MESSAGES[name].FromString(data)
+    except DecodeError:
+        raise UserError(f"the request is not a message {PACKAGE}.{name}") from None

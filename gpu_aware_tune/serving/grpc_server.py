@@ -11,7 +11,7 @@ import numpy as np
 
 from gpu_aware_tune.errors import SetupError, UserError, one_line
 from gpu_aware_tune.serving.front_end import FrontEnd, model_config, model_metadata
-from gpu_aware_tune.serving.grpc_messages import MESSAGES, SERVICE
+from gpu_aware_tune.serving.grpc_messages import MESSAGES, SERVICE, parse_message
 from gpu_aware_tune.serving.interface import ModelFacts
 from gpu_aware_tune.serving.v2 import (
     InferRequest,
@@ -117,27 +117,25 @@ class GrpcServer:
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
-                self._answering(call),
-                request_deserializer=MESSAGES[f"{name}Request"].FromString,
+                self._answering(f"{name}Request", call),
                 response_serializer=MESSAGES[f"{name}Response"].SerializeToString,
             )
             for name, call in calls.items()
         }
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
             self._stream,
-            request_deserializer=MESSAGES["ModelInferRequest"].FromString,
             response_serializer=MESSAGES["ModelStreamInferResponse"].SerializeToString,
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    def _answering(self, call: Call) -> Call:
-        """The call with its errors as status codes."""
+    def _answering(self, name: str, call: Call) -> Callable[[bytes, Context], Awaitable[Message]]:
+        """The call from the bytes of its request, with its errors as status codes."""
 
-        async def answer(request: Message, context: Context) -> Message:
+        async def answer(data: bytes, context: Context) -> Message:
             status = "CANCELLED"
             try:
                 try:
-                    response = await call(request, context)
+                    response = await call(parse_message(name, data), context)
                     status = "OK"
                     return response
                 except Exception as error:
@@ -234,14 +232,14 @@ class GrpcServer:
             finally:
                 self._front.release(size)
 
-    async def _stream(self, requests: AsyncIterator[Message], context: Context) -> Any:
+    async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> Any:
         """Answer a stream's requests side by side, in their order."""
         answers: asyncio.Queue[asyncio.Task[Message] | None] = asyncio.Queue(STREAM_IN_FLIGHT)
         started: set[asyncio.Task[Message]] = set()
 
         async def start_all() -> None:
-            async for request in requests:
-                task = asyncio.create_task(self._stream_answer(request, context))
+            async for data in requests:
+                task = asyncio.create_task(self._stream_answer(data, context))
                 started.add(task)
                 task.add_done_callback(started.discard)
                 await answers.put(task)
@@ -257,10 +255,12 @@ class GrpcServer:
             for task in started:
                 task.cancel()
 
-    async def _stream_answer(self, request: Message, context: Context) -> Message:
+    async def _stream_answer(self, data: bytes, context: Context) -> Message:
         make = MESSAGES["ModelStreamInferResponse"]
+        request = MESSAGES["ModelInferRequest"]()
         status = "CANCELLED"
         try:
+            request = parse_message("ModelInferRequest", data)
             answer = await self._answer(request, context.time_remaining())
             status = "OK"
             return make(infer_response=answer)

@@ -19,7 +19,7 @@ from gpu_aware_tune.errors import UserError, one_line
 from gpu_aware_tune.serving.v2 import RegionPart, TooLarge
 
 SHARED_MEMORY = Path("/dev/shm")
-MAX_REGIONS = 1024
+MAX_REGIONS = 128  # each holds an open file
 # Semaphores of the C library, and what this package shares among its own processes.
 PRIVATE_PREFIXES = ("sem.", "gpu-aware-tune", "gpu_aware_tune")
 

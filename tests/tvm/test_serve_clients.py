@@ -286,6 +286,21 @@ def test_bad_requests(
     assert text in caught.value.message()
 
 
+def test_bytes_that_are_no_message(server: Served) -> None:
+    import grpc as grpc_package
+
+    with grpc_package.insecure_channel(server.grpc) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for data in (b"\xff", b"\x0a\x02\xff\xfe", b"\x2a\xff\xff\xff\xff\x0f"):
+            with pytest.raises(grpc_package.RpcError) as caught:
+                infer(data)
+            assert caught.value.code() == grpc_package.StatusCode.INVALID_ARGUMENT
+            assert "not a message" in caught.value.details()
+        with pytest.raises(grpc_package.RpcError) as caught:
+            channel.unary_unary("/inference.GRPCInferenceService/LogSettings")(b"")
+        assert caught.value.code() == grpc_package.StatusCode.UNIMPLEMENTED
+
+
 def test_unknown_versions_and_models(client: Client) -> None:
     with pytest.raises(InferenceServerException, match="version 1"):
         client.get_model_metadata("affine", "2")
@@ -460,8 +475,12 @@ def test_bodies_that_are_too_large(slow: Served) -> None:
     x = np.zeros((100_000, 4), np.float32)
     with pytest.raises(InferenceServerException) as caught:
         own.infer("affine", [tensor(triton_grpc, "x", x)])
-    own.close()
     assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+    x = np.zeros((8_000_000, 4), np.float32)
+    with pytest.raises(InferenceServerException) as caught:
+        own.infer("affine", [tensor(triton_grpc, "x", x)], compression_algorithm="gzip")
+    assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+    own.close()
 
 
 def test_requests_are_refused_where_too_many_bytes_are_held(slow: Served) -> None:
