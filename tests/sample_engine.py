@@ -115,7 +115,18 @@ class SampleEngine:
         return self._statistics[self.model(model).name].snapshot()
 
     def status(self) -> dict[str, Any]:
-        return {"policy": "sample", "lanes": [{"name": 'lane "0"\n', "units": 2}]}
+        models = [
+            {"name": name, "waiting": 0, "rate_per_s": 0.0, "p99_ms": 1.5, "drift": 1.0}
+            for name in self._models
+        ]
+        return {
+            "policy": "sample",
+            "cores": [0, 1, 2, 3],
+            "lanes": [[0], [1, 2, 3]],
+            "models": models,
+            "headroom": 2.0,
+            "events": [],
+        }
 
     def plan_dict(self) -> dict[str, Any]:
         return self.plan

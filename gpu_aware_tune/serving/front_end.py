@@ -189,8 +189,8 @@ class FrontEnd:
     async def load(self, name: str, folder: str | None) -> None:
         """Add or replace a model."""
         self.require_admin()
-        if not name:
-            raise UserError("the name of a model is missing")
+        if not 0 < len(name) <= 128 or not name.isprintable() or "/" in name:
+            raise UserError("a model's name has from 1 to 128 characters, none of them a slash")
         path = None if folder is None else Path(folder)
         await asyncio.to_thread(self.engine.load_model, name, path)
 
@@ -220,8 +220,13 @@ class FrontEnd:
 
     def model_statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
         """The statistics extension's facts on one model, or on all."""
-        models = [self.find(name, version)] if name else list(self.engine.models)
-        return [self._statistics(model) for model in models]
+        if name:
+            return [self._statistics(self.find(name, version))]
+        found = []
+        for model in self.engine.models:
+            with contextlib.suppress(UnknownModel):  # removed just now
+                found.append(self._statistics(model))
+        return found
 
     def _statistics(self, model: ModelFacts) -> dict[str, Any]:
         counts = self.engine.statistics(model.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import zlib
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,8 @@ from gpu_aware_tune.serving.v2_json import AnswerBody, parse_object, read_reques
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 HEADER_LENGTH = "Inference-Header-Content-Length"
+# aiohttp would log each broken request with a traceback and a part of its body.
+_NO_LOG = logging.Logger("aiohttp", logging.CRITICAL + 1)
 # Larger ones are parsed and written beside the event loop.
 SMALL_BYTES = 128 << 10
 UNPACKED_AT_A_TIME = 4  # their size is not known before
@@ -51,6 +54,7 @@ class HttpServer:
         self._runner = web.AppRunner(
             app,
             access_log=None,
+            logger=_NO_LOG,
             handler_cancellation=True,
             auto_decompress=False,
             keepalive_timeout=front.options.idle_timeout_s,

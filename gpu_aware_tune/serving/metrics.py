@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpu_aware_tune.serving.requests import UnknownModel
 from gpu_aware_tune.serving.statistics import LATENCY_BOUNDS_S, Duration, ModelStatistics
 
 if TYPE_CHECKING:
@@ -18,7 +20,10 @@ Sample = tuple[str, Labels, float]  # what follows the metric's name, labels, va
 
 def metrics_text(front: FrontEnd) -> str:
     """All metrics in Prometheus's text format."""
-    models = [(model, front.engine.statistics(model.name)) for model in front.engine.models]
+    models = []
+    for model in front.engine.models:
+        with contextlib.suppress(UnknownModel):  # removed just now
+            models.append((model, front.engine.statistics(model.name)))
     found = [(_labels(model.name, model.version), counts) for model, counts in models]
     lines = [
         *_metric("tune_ready", "gauge", "1 while requests are taken.", [("", {}, front.is_ready)]),
@@ -27,6 +32,9 @@ def metrics_text(front: FrontEnd) -> str:
             "gauge",
             "Requests that the front ends wait for.",
             [("", {}, front.in_flight)],
+        ),
+        *_metric(
+            "tune_held_bytes", "gauge", "Bytes of these requests.", [("", {}, front.held_bytes)]
         ),
         *_metric(
             "tune_answers_total",
@@ -44,7 +52,7 @@ def metrics_text(front: FrontEnd) -> str:
             [("", _labels(model.name, model.version), model.slo_s) for model, _ in models],
         ),
         *_model_metrics(found),
-        *_lane_metrics(front.engine.status()),
+        *_status_metrics(front.engine.status()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -102,15 +110,35 @@ def _model_metrics(found: Sequence[tuple[Labels, ModelStatistics]]) -> Iterable[
     )
 
 
-def _lane_metrics(status: Mapping[str, Any]) -> Iterable[str]:
-    """Numbers that the engine's status has for each lane: units, busy time, ..."""
-    samples = []
-    for index, lane in enumerate(status.get("lanes", ())):
-        name = lane.get("name", index)
-        for key, value in lane.items():
-            if isinstance(value, int | float):
-                samples.append(("", {"lane": name, "quantity": key}, float(value)))
-    return _metric("tune_lane", "gauge", "Numbers of each lane, as in v2/status.", samples)
+# What the status says of each model: its key, the metric, its factor, what it is.
+_STATUS_KEYS = (
+    ("waiting", "tune_waiting_rows", 1.0, "Rows that wait."),
+    ("rate_per_s", "tune_rate_per_second", 1.0, "Estimated rate of requests."),
+    ("p99_ms", "tune_latency_p99_seconds", 1e-3, "99th percentile of recent latencies."),
+    ("drift", "tune_drift_ratio", 1.0, "Run times over those that were planned with."),
+)
+
+
+def _status_metrics(status: Mapping[str, Any]) -> Iterable[str]:
+    """The plan and the queues, as `Engine.status` has them."""
+    lanes, cores = status["lanes"], len(status["cores"])
+    yield from _metric(
+        "tune_lane_units", "gauge", "Units of each lane.",
+        [("", {"lane": lane}, len(units)) for lane, units in enumerate(lanes)],
+    )  # fmt: skip
+    yield from _metric(
+        "tune_lane_share_ratio", "gauge", "Share of the device of each lane.",
+        [("", {"lane": lane}, len(units) / cores) for lane, units in enumerate(lanes)],
+    )  # fmt: skip
+    yield from _metric(
+        "tune_headroom_ratio", "gauge", "The factor by which all rates can grow.",
+        [("", {}, status["headroom"])],
+    )  # fmt: skip
+    for key, name, factor, text in _STATUS_KEYS:
+        yield from _metric(
+            name, "gauge", text,
+            [("", {"model": model["name"]}, factor * model[key]) for model in status["models"]],
+        )  # fmt: skip
 
 
 def _labels(name: str, version: str) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import os
 import random
@@ -15,12 +17,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
-from sample_engine import AFFINE, PAIR, SampleModel, typed_model
+from sample_engine import AFFINE, PAIR, SampleEngine, SampleModel, typed_model
 
 from gpu_aware_tune.errors import TuneError, UserError
+from gpu_aware_tune.serving.front_end import FrontEnd, FrontEndOptions
 from gpu_aware_tune.serving.grpc_messages import MESSAGES
 from gpu_aware_tune.serving.grpc_server import read_message, write_message
 from gpu_aware_tune.serving.http_server import unpack
+from gpu_aware_tune.serving.metrics import metrics_text
 from gpu_aware_tune.serving.requests import Draining, Refused, RunFailed, UnknownModel
 from gpu_aware_tune.serving.server import parse_address
 from gpu_aware_tune.serving.shared_memory import Regions
@@ -299,6 +303,19 @@ def test_packed_bodies_are_unpacked_up_to_a_limit() -> None:
     for bad in (b"", b"abc", gzip.compress(b"abc")[:-1], gzip.compress(b"abc") + b"x"):
         with pytest.raises(UserError):
             unpack(bad, 1000)
+
+
+def test_labels_of_metrics_are_escaped() -> None:
+    name = 'a"b\\c\nd\ud800'
+    engine = SampleEngine(dataclasses.replace(AFFINE, name=name))
+    front = asyncio.run(_make_front(engine))
+    lines = metrics_text(front).splitlines()
+    assert r'tune_good_requests_total{model="a\"b\\c\nd?",version="1"} 0' in lines
+    assert all(line.startswith(("tune_", "# HELP tune_", "# TYPE tune_")) for line in lines)
+
+
+async def _make_front(engine: SampleEngine) -> FrontEnd:
+    return FrontEnd(engine, FrontEndOptions())
 
 
 # Fuzzing: whatever is sent, the answer is arrays made of it, or a refusal.

@@ -665,12 +665,29 @@ def test_models_and_plans_are_changed_where_it_is_on() -> None:
         assert call(server, "v2/plan", b'{"format": 1}', origin)[0] == 403
 
 
+@pytest.mark.parametrize("name", ["server", "slow"])
+def test_nothing_is_left_of_requests(request: pytest.FixtureRequest, name: str) -> None:
+    """After everything above, answered, cancelled and refused."""
+    found: Served = request.getfixturevalue(name)
+    call(found, "v2/health/live")
+
+    def left() -> set[str]:
+        lines = metrics(found).splitlines()
+        return {line for line in lines if line.startswith(("tune_requests_in", "tune_held"))}
+
+    wait_until(lambda: left() == {"tune_requests_in_flight 0", "tune_held_bytes 0"})
+
+
+def metrics(served: Served) -> str:
+    with urllib.request.urlopen(f"http://{served.http}/metrics", timeout=10) as response:
+        assert response.headers["Content-Type"].startswith("text/plain")
+        return str(response.read().decode())
+
+
 def test_status_and_metrics(server: Served) -> None:
     assert call(server, "v2/status")[1]["policy"] == "sample"
     assert call(server, "v2/models/affine/infer", request_body())[0] == 200
-    with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=10) as response:
-        assert response.headers["Content-Type"].startswith("text/plain")
-        text = response.read().decode()
+    text = metrics(server)
     samples = {}
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -682,5 +699,6 @@ def test_status_and_metrics(server: Served) -> None:
     assert samples[f'tune_requests_total{{{labels},result="success"}}'] >= 1
     count = samples[f"tune_request_latency_seconds_count{{{labels}}}"]
     assert samples[f'tune_request_latency_seconds_bucket{{{labels},le="+Inf"}}'] == count
-    assert samples[r'tune_lane{lane="lane \"0\"\n",quantity="units"}'] == 2
+    assert samples['tune_lane_share_ratio{lane="1"}'] == 0.75
+    assert samples['tune_latency_p99_seconds{model="pair"}'] == 0.0015
     assert samples['tune_answers_total{transport="http",status="200"}'] >= 1
