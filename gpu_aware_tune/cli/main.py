@@ -24,9 +24,11 @@ COMMANDS = {
         "gpu_aware_tune.cli.plan",
         "Plan which model gets which share, when, in which batches.",
     ),
+    "serve": ("gpu_aware_tune.cli.serve", "Serve tuned models that share a device by a plan."),
+    "load": ("gpu_aware_tune.cli.load", "Send a server requests; goodput and latencies."),
     "records": ("gpu_aware_tune.cli.records", "List, export, import and prune measurements."),
     "report": ("gpu_aware_tune.cli.report", "Write a page of a run: figures, tables, environment."),
-    "watch": ("gpu_aware_tune.cli.watch", "Follow a run that goes on in another process."),
+    "watch": ("gpu_aware_tune.cli.watch", "Follow a run, or a server, in another process."),
     "doctor": ("gpu_aware_tune.cli.doctor", "Show what this machine offers and what it lacks."),
 }
 

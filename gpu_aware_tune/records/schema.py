@@ -196,6 +196,8 @@ def _migrate(db: sqlite3.Connection) -> None:
         if version <= _pragma(db, "user_version"):
             continue
         with transaction(db):
+            if version <= _pragma(db, "user_version"):
+                continue  # another process that opened the new file has been first
             db.execute("CREATE TABLE IF NOT EXISTS migrations (name TEXT, at REAL)")
             step(db)
             db.execute("INSERT INTO migrations VALUES (?, ?)", (step.__name__, time.time()))

@@ -79,8 +79,8 @@ def make_deployments(
     if slo is None:
         raise UserError("--slo is missing: give one for each model, such as 25ms,50ms")
     slos = [parse_slo(text) for text in split_list("slo", slo, len(by_name))]
-    rates = [None] * len(by_name) if rate is None else _rates(rate, len(by_name))
-    rows = zip(by_name.values(), slos, rates, strict=True)
+    told = [None] * len(by_name) if rate is None else parse_rates(rate, len(by_name))
+    rows = zip(by_name.values(), slos, told, strict=True)
     return [Deployment(tuple(own), slo_s, rate_per_s=r) for own, slo_s, r in rows]
 
 
@@ -107,7 +107,12 @@ def _deployment(entry: Any, where: str, beside: Path) -> Deployment:
     )
 
 
-def _rates(text: str, count: int) -> list[float | None]:
+def parse_rates(text: str, count: int) -> list[float]:
+    """Read requests a second such as "120,40", one for each of `count` models or for all.
+
+    Raises:
+        UserError: they are something else.
+    """
     try:
         rates = [float(part) for part in split_list("rate", text, count)]
     except ValueError:
@@ -116,4 +121,4 @@ def _rates(text: str, count: int) -> list[float | None]:
         ) from None
     if not all(0 < rate < float("inf") for rate in rates):
         raise UserError(f"--rate {text!r}: give requests a second above 0")
-    return list(rates)
+    return rates

@@ -50,7 +50,7 @@ HOMES = {
     "cuda.bindings.nvrtc": ("codegen/cuda_toolchain",),
     "matplotlib": ("report/",),
     "scipy": ("planning/bounds",),
-    "aiohttp": ("serving/http_server",),
+    "aiohttp": ("serving/http_",),
     "grpc": ("serving/grpc_server",),
     "google": ("serving/grpc_messages", "onnx_prepare/"),
 }

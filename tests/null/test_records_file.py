@@ -42,6 +42,7 @@ def child(code: str, *args: object) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, args)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
@@ -115,6 +116,23 @@ def test_writers_of_several_processes_share_a_store_until_they_are_killed(tmp_pa
             assert {run.status for run in successor.runs()} == {"interrupted"}
             assert successor.prune(keep=1) > 0
     assert os.listdir(tmp_path) == [FILE_NAME]
+
+
+def test_processes_that_open_a_new_store_at_once_all_get_it(tmp_path: Path) -> None:
+    code = "for folder in sys.argv[1:]:\n"
+    code += "    print('there', flush=True); input(); Store(Path(folder)).close()\n"
+    code += "print('done', flush=True)"
+    folders = [tmp_path / str(number) for number in range(20)]
+    together = [child(code, *folders) for _ in range(4)]
+    for _ in folders:
+        assert [line(each) for each in together] == ["there"] * 4
+        for each in together:
+            assert each.stdin is not None
+            each.stdin.write("\n")
+            each.stdin.flush()
+    assert [line(each) for each in together] == ["done"] * 4
+    for each in together:
+        each.communicate()
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])

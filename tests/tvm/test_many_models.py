@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from conftest import ROOT
 from small_network import write_network
 
 from gpu_aware_tune import load
+from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, Trial, result_of
 from gpu_aware_tune.partition import CoresPartition, usable_cores
-from gpu_aware_tune.records.store import FILE_NAME, Store
+from gpu_aware_tune.records.store import Store
 from gpu_aware_tune.run.jobs import make_jobs
 from gpu_aware_tune.run.models import import_models, recall_models
 from gpu_aware_tune.run.search_stage import start_workers
@@ -178,9 +180,8 @@ def wait_for_records(run: subprocess.Popen[str], db: Path, count: int) -> None:
     end = time.monotonic() + 240
     while True:
         assert run.poll() is None, "the run ended before its search was seen"
-        if (db / FILE_NAME).exists():
-            with Store(db, readonly=True) as store:
-                if sum(record.origin == "search" for record in store.records()) >= count:
-                    return
+        with contextlib.suppress(SetupError), Store(db, readonly=True, missing_ok=True) as store:
+            if sum(record.origin == "search" for record in store.records()) >= count:
+                return  # an error: the store is being made
         assert time.monotonic() < end, "no records"
         time.sleep(0.05)
