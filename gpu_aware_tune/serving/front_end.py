@@ -57,7 +57,7 @@ class FrontEndOptions:
     max_json_bytes: int = 16 << 20
     max_held_bytes: int = 1 << 30
     max_header_bytes: int = 8190
-    max_connections: int = 500
+    max_connections: int = 1000
     header_timeout_s: float = 10.0
     body_timeout_s: float = 60.0
     write_timeout_s: float = 60.0
@@ -178,7 +178,9 @@ class FrontEnd:
         Raises:
             Refused: memory for requests is used up.
         """
-        if self.held_bytes + size > self.options.max_held_bytes:
+        options = self.options
+        limit = max(options.max_held_bytes, options.max_request_bytes)
+        if self.held_bytes + size > limit:
             raise Refused(f"{self.held_bytes} bytes of requests are held; send it again later")
         self.held_bytes += size
 

@@ -59,7 +59,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=options.max_connections,
             options=[
-                ("grpc.max_receive_message_length", options.max_request_bytes),
+                ("grpc.max_receive_message_length", min(options.max_request_bytes, 2**31 - 1)),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", 2 * options.max_header_bytes),
                 ("grpc.max_concurrent_streams", options.max_connections),

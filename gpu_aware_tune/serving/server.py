@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 HTTP_ADDRESS = "127.0.0.1:8000"
 GRPC_ADDRESS = "127.0.0.1:8001"
+_OTHER_FILES = 512  # libraries, regions, pipes
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ async def front_ends(
 ) -> AsyncIterator[Addresses]:
     """Front ends while inside; on leaving they refuse requests, drain and close. See `serve`."""
     front = FrontEnd(engine, options or FrontEndOptions())
+    _allow_files(2 * front.options.max_connections + _OTHER_FILES)
     async with contextlib.AsyncExitStack() as stack:
         if front.regions is not None:
             stack.callback(front.regions.close)
@@ -96,6 +99,14 @@ async def _start_grpc(front: FrontEnd, address: str, stack: contextlib.AsyncExit
     server = GrpcServer(front)
     stack.push_async_callback(server.stop)
     return join_address(host, await server.start(host, port))
+
+
+def _allow_files(count: int) -> None:
+    """Let this process have as many open files as its connections may need, if the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _missing(error: ModuleNotFoundError) -> SetupError:

@@ -498,9 +498,12 @@ def test_a_client_that_does_not_read_is_sent_away() -> None:
     model = SampleModel("large", (spec,), (spec,), 0, lambda inputs: {"x": inputs["x"].copy()})
     body = np.full(spec.shape, 1 / 3, np.float32).tobytes()  # 28 MB as JSON
     header = "Inference-Header-Content-Length: 0"
-    with served(SampleEngine(model), FrontEndOptions(write_timeout_s=0.3)) as server:
+    engine = SampleEngine(model)
+    with served(engine, FrontEndOptions(write_timeout_s=0.3)) as server:
         connection = send(server, head(len(body), header, model="large") + body)
-        time.sleep(1.5)
+        wait_until(lambda: engine.statistics("large").success.count == 1, 20)
+        wait_until(lambda: "tune_requests_in_flight 0\n" in metrics(server), 20)
+        time.sleep(1.0)
         answer = b""
         with contextlib.suppress(ConnectionResetError):
             answer = received(connection)
