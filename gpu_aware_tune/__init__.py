@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from gpu_aware_tune.profiling.curves import Curve
     from gpu_aware_tune.profiling.profiles import profile
     from gpu_aware_tune.run.jobs import make_jobs
+    from gpu_aware_tune.serving.deployments import Deployment
+    from gpu_aware_tune.serving.engine import Engine
     from gpu_aware_tune.settings import DEFAULT, FULL, QUICK, Settings, make_settings
     from gpu_aware_tune.tuning import tune, tune_events, tune_jobs, tune_many
 
@@ -27,6 +29,8 @@ _HOME = {
     "Curve": "profiling.curves",
     "DEFAULT": "settings",
     "Demand": "planning.demand",
+    "Deployment": "serving.deployments",
+    "Engine": "serving.engine",
     "FULL": "settings",
     "QUICK": "settings",
     "Library": "library",
@@ -53,6 +57,8 @@ __all__ = [
     "QUICK",
     "Curve",
     "Demand",
+    "Deployment",
+    "Engine",
     "Library",
     "Plan",
     "PlanDevice",

@@ -49,7 +49,9 @@ def load(url: str, as_json: bool, **options: Any) -> None:
     """
     outcome, late_s = asyncio.run(_load(url.rstrip("/"), options))
     if as_json:
-        print(json.dumps({**outcome.as_dict(), "sent_late_p99_s": late_s}))
+        facts = {**outcome.as_dict(), "sent_late_p99_s": late_s}
+        del facts["utilisation"]  # the client knows nothing of it
+        print(json.dumps(facts))
         return
     from gpu_aware_tune.display.console import open_console
     from gpu_aware_tune.display.load_view import show_load

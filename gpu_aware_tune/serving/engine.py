@@ -273,6 +273,11 @@ class Engine:
         return self._dispatcher
 
     @property
+    def catalog(self) -> Mapping[str, Served]:
+        """The models with what is known of them."""
+        return self._catalog
+
+    @property
     def planned(self) -> Planned:
         """What is carried out."""
         return self._planned

@@ -140,10 +140,10 @@ def as_outcome(
     streams: Sequence[Floats],
     tallies: Sequence[Tally],
     duration_s: float,
-    units: int = 0,
+    units: int = 1,
     runs: Sequence[int] | None = None,
 ) -> Outcome:
-    """What came of a load."""
+    """What came of a load; of units and what runs took of them a client knows nothing."""
     counts = runs or [len(tally.latency_s) for tally in tallies]
     rows = zip(models, streams, tallies, counts, strict=True)
     return Outcome(

@@ -38,6 +38,7 @@ ORDER = [
     "display",
     "report",
     "cli",
+    "__main__",
 ]
 LEVEL = {name: level for level, name in enumerate(ORDER)}
 

@@ -15,6 +15,7 @@ from small_network import write_network
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
     "build_pipeline": "tasks, 4 trials",
+    "serve": "answered, 0 failed",
     "share_switching": "requests, 0 failed",
     "tune_and_run": "latency: median",
 }
