@@ -180,6 +180,7 @@ class Settings(RunSettings):
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: str | None = None
     verify_inputs: Path | None = None
+    batches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,7 +208,7 @@ def make_settings(**options: Any) -> Settings:
     Raises:
         UserError: An unknown option, or a value out of its range.
     """
-    known = {item.name for item in dataclasses.fields(Settings)} | {"time", "inputs"}
+    known = {item.name for item in dataclasses.fields(Settings)} | {"time", "inputs", "batch"}
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in known:
@@ -221,15 +222,32 @@ def make_settings(**options: Any) -> Settings:
         given["share"] = ShareRule.KNEE
     if "inputs" in given:
         given["input_shapes"] = given.pop("inputs")
+    if "batch" in given:
+        given["batches"] = given.pop("batch")
     convert: dict[str, Callable[[Any], Any]] = {
         "gpu_pct": _percents,
         "time_s": _seconds,
         "input_shapes": _input_shapes,
+        "batches": _batches,
         "output": Path,
         "verify_inputs": Path,
         "db": Path,
     }
     return Settings(**{name: convert.get(name, _same)(value) for name, value in given.items()})
+
+
+def _batches(value: str | int | Iterable[int]) -> tuple[int, ...]:
+    try:
+        given = [value] if isinstance(value, int) else value
+        parts = given.split(",") if isinstance(given, str) else given
+        sizes = tuple(int(part) for part in parts)
+    except (TypeError, ValueError):
+        sizes = ()
+    if not sizes or len(set(sizes)) < len(sizes) or not 0 < min(sizes) <= max(sizes) <= 4096:
+        raise UserError(
+            f"--batch {value!r}: give different batch sizes from 1 to 4096, such as 1,4"
+        )
+    return tuple(sorted(sizes))
 
 
 def parse_percents(text: str) -> tuple[int, ...]:

@@ -17,11 +17,12 @@ Each stage takes what it needs and returns a frozen value that the next one take
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu_aware_tune.events import Event, Finished, Stage, StageName
+from gpu_aware_tune.events import Event, Finished, Note, Stage, StageName
 from gpu_aware_tune.run.checks import check_files
 from gpu_aware_tune.run.jobs import TuningJob, divide, make_jobs
 from gpu_aware_tune.search.budget import StopRequest
@@ -49,6 +50,7 @@ def tune(
     output: str | Path | None = None,
     db: str | Path = "tuning_logs",
     inputs: Shapes | None = None,
+    batch: int | str | Sequence[int] | None = None,
     dtype: str | None = None,
     seed: int = 0,
     resume: bool = True,
@@ -78,6 +80,8 @@ def tune(
         output: the folder to write; by default `MODEL.tuned` in the current folder.
         db: folder of the record store.
         inputs: shapes of inputs with dynamic dimensions, by name: `{"data": (1, 3, 224, 224)}`.
+        batch: sizes of a dynamic first dimension to tune for: `4`, `"1,4"`, `(1, 4)`; the library
+            takes any batch up to the largest.
         dtype: "float16" converts a float32 model; "tf32" lets its products be computed in TF32.
         seed: of the search and of the inputs.
         resume: start from the records of earlier runs.
@@ -162,6 +166,9 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
     settings = job.settings
     for goal in job.goals:
         check_files(goal, settings)
+    if job.goals[0].batches:
+        yield from _tune_batches(job, stop)
+        return
     with Session(settings, stop) as session:
         yield from session.find_device(job.goals)
         oracles = start_oracles(session, job.goals)
@@ -185,3 +192,26 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
         built = yield from build_libraries(session, chosen, records, workers, times.rounds)
         exported = yield from export_libraries(session, built, checked.references, records, workers)
         yield from finish(session, exported, found, reorders, drift, records, workers)
+
+
+def _tune_batches(job: TuningJob, stop: StopRequest | None) -> Generator[Event, None, None]:
+    """Tune a model for several batch sizes, one after the other, and put them into one folder."""
+    from gpu_aware_tune.library.batches import merge_batches
+    from gpu_aware_tune.run.batches import divide_batches, staging
+
+    (goal,) = job.goals
+    finished: dict[int, Finished] = {}
+    with staging(goal.output) as folder:
+        for batch, part in divide_batches(job, folder).items():
+            yield Note(f"batch size {batch}")
+            for event in tune_jobs(part, stop):
+                if isinstance(event, Finished):
+                    finished[batch] = event
+                else:
+                    yield event
+        made = {batch: event.output for batch, event in finished.items() if event.output}
+        if made:
+            merge_batches(goal.output, made)
+    for batch, event in finished.items():
+        output = goal.output if batch in made else None
+        yield dataclasses.replace(event, model=f"{goal.name}, batch {batch}", output=output)

@@ -124,6 +124,11 @@ NOISE_SHOWN = 4000  # bytes
     help="Fix an input's dynamic dimensions, such as data:1x3x224x224; may be repeated.",
 )
 @click.option(
+    "--batch",
+    metavar="N[,N...]",
+    help="Tune for these batch sizes, in one folder that takes any up to the largest.",
+)
+@click.option(
     "--dtype",
     metavar="|".join(DTYPES),
     help="Convert the model to this type first; tf32 keeps float32 and rounds factors on tensor cores.",
@@ -179,9 +184,13 @@ def tune(
 def _check_model(goal: ModelGoal) -> None:
     """Reads the model once before TVM is loaded: what the file alone tells is told in a second."""
     from gpu_aware_tune.onnx_prepare import read_model
-    from gpu_aware_tune.onnx_prepare.shapes import fix_inputs
+    from gpu_aware_tune.onnx_prepare.shapes import batch_shapes, fix_inputs
 
-    fix_inputs(read_model(goal.path), goal.input_shapes)
+    model = read_model(goal.path)
+    shapes = goal.input_shapes
+    if goal.batches:
+        shapes = batch_shapes(model, goal.batches[0], shapes)
+    fix_inputs(model, shapes)
 
 
 def _run(

@@ -43,7 +43,7 @@ def save_weights(weights: Mapping[str, np.ndarray], path: Path) -> None:
     import tvm
 
     tensors = {name: tvm.runtime.tensor(array) for name, array in weights.items()}
-    with _writing(path):
+    with writing(path):
         path.write_bytes(tvm.runtime.save_param_dict(tensors))
 
 
@@ -82,7 +82,7 @@ def export(
     remove_stale(folder)
     check_replaceable(folder)
     fresh = beside(folder, PARTIAL)
-    with _writing(folder):
+    with writing(folder):
         try:
             fresh.mkdir(parents=True)
             parts = _share_files(
@@ -91,9 +91,9 @@ def export(
             save_weights(model.weights, fresh / WEIGHTS)
             write_manifest(fresh, _manifest(model, parts, fresh / WEIGHTS, facts, entry))
             for path in (*fresh.iterdir(), fresh):
-                _flush(path)
-            _put(fresh, folder)
-            _flush(folder.parent)
+                flush(path)
+            put(fresh, folder)
+            flush(folder.parent)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return folder
@@ -162,7 +162,7 @@ def _share_files(folder: Path, parts: Mapping[int, FileEntry]) -> dict[int, File
     return shared
 
 
-def _put(fresh: Path, folder: Path) -> None:
+def put(fresh: Path, folder: Path) -> None:
     """Move the finished folder to its place; what was there is in `fresh` afterwards."""
     if not folder.exists():
         fresh.rename(folder)
@@ -188,7 +188,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return int(swap(here, os.fsencode(one), here, os.fsencode(other), exchange)) == 0
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Bring a file to the disk, so that a full one is noticed before the folder is put in place."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -198,7 +198,7 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn what the file system refuses into a set-up error."""
     try:
         yield

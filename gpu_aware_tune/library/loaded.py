@@ -25,7 +25,7 @@ from gpu_aware_tune.library.checks import (
 )
 from gpu_aware_tune.library.latency import LatencyStats
 from gpu_aware_tune.library.manifest import Manifest, read_manifest
-from gpu_aware_tune.library.places import places_for
+from gpu_aware_tune.library.places import CorePlaces, PartitionPlaces, places_for
 from gpu_aware_tune.library.program import Program, Weights, open_vm
 from gpu_aware_tune.library.threads import CoreThread, PartitionThread, check_process, run_apart
 from gpu_aware_tune.model.importer import random_inputs
@@ -80,25 +80,43 @@ class Library:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, units: int | None, partition: str | None = None
+        self,
+        path: Path,
+        manifest: Manifest,
+        units: int | None,
+        partition: str | None = None,
+        beside: Library | None = None,
     ) -> None:
-        """Open the library for a share; see `load`."""
+        """Open the library for a share; see `load`.
+
+        `beside` is one of the same model at another batch size, which lends its threads and, where
+        they are the same, its weights.
+        """
         self.path = path
         self.about = manifest
         self.inputs, self.outputs = manifest.inputs, manifest.outputs
         self._process = os.getpid()
-        self._weights = Weights(path / manifest.weights.file)
+        self._partition = partition
+        same = beside is not None and beside.about.weights.sha256 == manifest.weights.sha256
+        self._weights: Weights = (
+            beside._weights if beside and same else Weights(path / manifest.weights.file)
+        )
         self._closed = False
         self._switching = threading.Lock()
         self._lanes: dict[tuple[str, str, CoreThread | PartitionThread], _Lane] = {}
-        self._places = places_for(path, manifest, partition)
+        self._lends = beside is None  # it ends the threads; others only use them
+        self._places: CorePlaces | PartitionPlaces = (
+            beside._places if beside else places_for(path, manifest, partition)
+        )
         # At the end of the process the threads end otherwise: see `threads`.
-        weakref.finalize(self, self._places.stop).atexit = False
+        if self._lends:
+            weakref.finalize(self, self._places.stop).atexit = False
         check_weights(path, manifest)
         try:
             self._lane = self._open_for(units)
         except BaseException:
-            self._places.stop()
+            if self._lends:
+                self._places.stop()
             raise
 
     def __enter__(self) -> Self:
@@ -176,7 +194,7 @@ class Library:
         Raises:
             UserError: a library's file is damaged.
         """
-        inputs = list(random_inputs(self.inputs, seed=0).values())
+        inputs = list(random_inputs(self.about.inputs, seed=0).values())
         self._check_open()
         for units in self.about.units:
             with self._switching:
@@ -199,7 +217,7 @@ class Library:
             UserError: an array is missing, unknown, or of another shape or type; the library is
                 closed, was loaded before this process was forked, or fails.
         """
-        arrays = check_inputs(self.inputs, inputs)
+        arrays = check_inputs(self.about.inputs, inputs)
         results = self._run(lambda program: program(program.place(arrays)))
         if len(results) != len(self.outputs):
             raise _failed(f"it gave {len(results)} outputs, not {len(self.outputs)}")
@@ -222,8 +240,8 @@ class Library:
             UserError: as for a call, or `repeat` or `seconds` is not above 0.
         """
         count = check_effort(repeat, seconds)
-        given = random_inputs(self.inputs, seed=0) if inputs is None else inputs
-        arrays = check_inputs(self.inputs, given)
+        given = random_inputs(self.about.inputs, seed=0) if inputs is None else inputs
+        arrays = check_inputs(self.about.inputs, given)
         named = {spec.name: array for spec, array in zip(self.inputs, arrays, strict=True)}
         self._check_open()
         thread = self._lane.thread
@@ -246,7 +264,8 @@ class Library:
             return
         with self._switching:
             self._closed = True
-            self._places.close()
+            if self._lends:
+                self._places.close()
             self._lanes.clear()
             self._weights.drop()
             self._lane = dataclasses.replace(self._lane, program=None)
@@ -314,7 +333,13 @@ def load(
     path = Path(path)
     manifest = read_manifest(path)
     check_versions(path, manifest)
-    library = Library(path, manifest, units, partition)
+    library: Library
+    if manifest.batches:
+        from gpu_aware_tune.library.batched import BatchedLibrary
+
+        library = BatchedLibrary(path, manifest, units, partition)
+    else:
+        library = Library(path, manifest, units, partition)
     return library.preload() if preload else library
 
 

@@ -133,7 +133,10 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(RunFacts):
-    """The content of `manifest.json`; `libraries` are in ascending order of units."""
+    """The content of `manifest.json`; `libraries` are in ascending order of units.
+
+    `batches` are further batch sizes, each with a folder of its own inside (see `batches`).
+    """
 
     model: ModelId
     inputs: tuple[TensorSpec, ...]
@@ -142,6 +145,7 @@ class Manifest(RunFacts):
     weights: FileEntry
     versions: Mapping[str, str]
     created: str | None = None
+    batches: tuple[int, ...] = ()
     format: int = FORMAT
 
     @property
@@ -238,6 +242,7 @@ def _manifest(values: Fields, made: int) -> Manifest:
         weights=_file(values.object("weights")),
         versions=versions,
         created=values.optional("created", values.line),
+        batches=values.optional("batches", lambda n: values.wholes(n, 1, _MOST_ELEMENTS)) or (),
         format=made,
         device=values.optional("device", values.line) or "llvm",
         backend=values.optional("backend", values.line),

@@ -60,6 +60,40 @@ def fix_inputs(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -
     return notes
 
 
+def batch_shapes(
+    model: ModelProto, batch: int, input_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the inputs at a batch size: their first dimensions, as far as they are dynamic.
+
+    Args:
+        model: as read; it is not changed.
+        batch: the batch size.
+        input_shapes: of inputs with other dynamic dimensions; their first extent does not matter.
+
+    Raises:
+        UserError: no input has a dynamic first dimension, or another one is dynamic.
+    """
+    smallest = 1 if model.ir_version < 4 else 0
+    weights = {tensor.name for tensor in model.graph.initializer}
+    found = dict(input_shapes)
+    changed = False
+    for value in model.graph.input:
+        dims = list(value.type.tensor_type.shape.dim)
+        if value.name in weights or not dims or not _is_dynamic(dims[0], smallest):
+            continue
+        changed = True
+        if value.name in input_shapes:
+            found[value.name] = (batch, *input_shapes[value.name][1:])
+        elif not any(_is_dynamic(dim, smallest) for dim in dims[1:]):
+            found[value.name] = (batch, *[dim.dim_value for dim in dims[1:]])
+    if not changed:
+        raise UserError(
+            f"--batch {batch}: no input of the model has a dynamic first dimension; export it with a"
+            " dynamic batch axis, or leave --batch out"
+        )
+    return found
+
+
 def _set_symbols(inputs: Mapping[str, ValueInfoProto], symbols: Mapping[str, int]) -> None:
     for value in inputs.values():
         for dim in value.type.tensor_type.shape.dim:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.library.batches import batch_folders
 from gpu_aware_tune.library.manifest import Manifest, read_manifest
 from gpu_aware_tune.partition import (
     Device,
@@ -230,10 +231,8 @@ def group_by_model(paths: Sequence[Path], batches: Sequence[int] | None = None) 
     Raises:
         UserError: a folder cannot be used, or a model has none with a batch size that is wanted.
     """
-    if len(paths) == 1 and batches is None:
-        return [list(paths)]
     models: dict[str, dict[Path, int]] = {}
-    for path in paths:
+    for path in [each for folder in paths for each in batch_folders(folder).values()]:
         folder = TunedFolder(path, read_manifest(path), None)
         models.setdefault(folder.manifest.model.name, {})[path] = batch_of(folder.specs)
     for model, found in models.items():

@@ -32,6 +32,7 @@ class ModelGoal:
         dtype: to convert the model to first; see `Settings`.
         by_work: the share follows from its part of all models' work.
         verify_inputs: an `.npz` file of inputs to verify it with, besides random ones.
+        batches: batch sizes to tune it for, one after the other; none: the one that it has.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class ModelGoal:
     dtype: str | None = None
     by_work: bool = False
     verify_inputs: Path | None = None
+    batches: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -90,6 +92,10 @@ def divide(models: Sequence[Path], settings: Settings) -> TuningJob:
         raise UserError("no model is named: give the path of one .onnx file or of several")
     if settings.share == ShareRule.KNEE and settings.dry_run:
         raise UserError("--gpu-pct auto measures, which --dry-run does not: give percentages")
+    if settings.batches and len(models) > 1:
+        raise UserError("--batch is for one model: tune the models one after the other")
+    if settings.batches and settings.verify_inputs is not None:
+        raise UserError("--verify-inputs holds inputs of one batch size: leave --batch out")
     percents = _of_one(settings) if len(models) == 1 else _of_several(models, settings)
     goals = [
         ModelGoal(
@@ -100,6 +106,7 @@ def divide(models: Sequence[Path], settings: Settings) -> TuningJob:
             dtype=settings.dtype,
             by_work=settings.share == ShareRule.AUTO,
             verify_inputs=settings.verify_inputs,
+            batches=settings.batches,
         )
         for model, each in zip(models, percents, strict=True)
     ]

@@ -40,8 +40,8 @@ class Budget:
     _best_at: int = field(default=0, init=False)
 
     def start(self) -> None:
-        """Start the clock."""
-        self._start = self.clock()
+        """Start the clock; patience counts from here, not from what an earlier run has `done`."""
+        self._start, self._best_at = self.clock(), self.done
 
     def elapsed_s(self) -> float:
         """Seconds since `start`."""

@@ -178,7 +178,7 @@ class _Search:
                 if trace not in known:
                     candidates.append(Candidate(task.hash, trace, Origin.DEFAULT))
             candidates.extend(self._seeds(task.hash, known))
-        demand = Demand(stop=lambda: self._stopped() or self._out_of_time(), note=self._warn)
+        demand = Demand(stop=lambda: self._must_stop() or self._out_of_time(), note=self._warn)
         yield from self._run(candidates, demand)
 
     def trials(self) -> Iterator[Event]:
@@ -191,7 +191,7 @@ class _Search:
             lost=self._lost,
             note=self._warn,
             best_s=self._allocation.best_s,
-            stop=lambda: self._stopped() or not self._left(),
+            stop=lambda: self._must_stop() or not self._left(),
         )
         yield from self._run((), demand)
 
@@ -238,13 +238,28 @@ class _Search:
     def _stopped(self) -> bool:
         return self._context.stop.requested
 
+    def _must_stop(self) -> bool:
+        """Whether the run was asked to stop; the pipeline asks all the time, so this also saves."""
+        if self._unsaved and time.monotonic() - self._saved_at > _FLUSH_S:
+            self._save()
+        return self._stopped()
+
+    def _save(self) -> None:
+        if self._unsaved:
+            self._known.records.store.add(self._unsaved)
+            self._unsaved = []
+            self._saved_at = time.monotonic()
+
     def _out_of_time(self) -> bool:
         return all(b.stopped_by() == StoppedBy.TIME for b in self._budgets.values())
 
     def _run(self, candidates: Sequence[Candidate], demand: Demand) -> Iterator[Event]:
         alone = self._settings.exclusive
-        for outcome in self._pipeline.run(candidates, demand, self._effort, alone=alone):
-            yield from self._keep(outcome)
+        try:
+            for outcome in self._pipeline.run(candidates, demand, self._effort, alone=alone):
+                yield from self._keep(outcome)
+        finally:  # also where the caller closes the run, or an error or a second Ctrl-C ends it
+            self._save()
         yield from self._flush(force=True)
 
     def _left(self) -> dict[str, int]:
@@ -326,9 +341,7 @@ class _Search:
         yield from self._notes
         self._notes.clear()
         if self._unsaved and (force or now - self._saved_at > _FLUSH_S):
-            self._known.records.store.add(self._unsaved)
-            self._unsaved = []
-            self._saved_at = now
+            self._save()
             self._learn_from_others(now)
         if force or now - self._shown_at > _PROGRESS_S:
             self._shown_at = now

@@ -53,6 +53,7 @@ class Layout:
         lanes: those of the policy, or None where it takes units from a pool.
         planned_s: what a run is planned to take.
         median_s: what it takes by the curve.
+        fastest_s: of each model, what its fastest run of one row is planned to take.
     """
 
     policy: Policy
@@ -60,6 +61,7 @@ class Layout:
     lanes: tuple[LaneRuns, ...] | None
     planned_s: PlannedSeconds
     median_s: PlannedSeconds
+    fastest_s: tuple[float, ...]
 
 
 class Dispatcher:
@@ -89,14 +91,15 @@ class Dispatcher:
 
         Raises:
             Draining: the model is closed.
-            Refused: the queue is full.
+            Refused: it cannot be answered in time, or the queue is full.
         """
         whole = not queue.model.max_batch
         with self.lock:
             if queue.closed:
                 raise Draining(f"{queue.model.name} is being closed: send it elsewhere")
-            first = queue.slots.take(request.rows)
             queue.arrived += request.rows
+            self._check_possible(queue, request)
+            first = queue.slots.take(request.rows)
             if first is None:
                 queue.statistics.full += 1
                 raise Refused(
@@ -108,6 +111,17 @@ class Dispatcher:
             queue.push(request)
             answers = self._step()
         _give(answers)
+
+    def _check_possible(self, queue: ModelQueue, request: Request) -> None:
+        """Refuse what even the fastest run would answer late, begun as soon as a lane is free."""
+        layout = self.layout
+        model = layout.queues.index(queue)
+        now_s = free_s = self.clock()
+        if not self._state.free_units and not any(self._state.lane_idle):
+            free_s = max(now_s, min((run.end_s for run in self._runs), default=now_s))
+        if free_s + layout.fastest_s[model] > request.deadline_s:
+            queue.statistics.refused += 1
+            raise _late(queue, request, now_s)
 
     def cancel(self, queue: ModelQueue, request: Request) -> None:
         """Drop what has not run of a request whose caller has given it up."""
@@ -191,12 +205,7 @@ class Dispatcher:
                 queue.statistics.expired += 1
             else:
                 queue.statistics.refused += 1
-            left_ms = 1e3 * (request.deadline_s - now_s)
-            error = Refused(
-                f"{queue.model.name} cannot answer in time ({max(0.0, left_ms):.1f} ms are left of"
-                " its latency objective): try later"
-            )
-            answers.append(_fail(request, error))
+            answers.append(_fail(request, _late(queue, request, now_s)))
         return answers
 
     def _start(self, queue: ModelQueue, start: Start, now_s: float) -> list[Answer]:
@@ -342,6 +351,14 @@ def _answer(queue: ModelQueue, request: Request) -> None:
             rows = [outputs[number][place : place + 1] for _, place, outputs in parts]
             result[name] = np.concatenate(rows)
     request.future.set_result(result)
+
+
+def _late(queue: ModelQueue, request: Request, now_s: float) -> Refused:
+    left_ms = max(0.0, 1e3 * (request.deadline_s - now_s))
+    return Refused(
+        f"{queue.model.name} cannot answer in time ({left_ms:.1f} ms are left of its latency"
+        " objective): try later"
+    )
 
 
 def _fail(request: Request, error: Exception) -> Answer:

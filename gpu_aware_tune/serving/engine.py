@@ -140,7 +140,7 @@ class Engine:
             UserError: the inputs do not fit the model.
             UnknownModel: there is no such model.
             Draining: the engine is closing.
-            Refused: the model's queue is full.
+            Refused: it cannot be answered in time, or the model's queue is full.
         """
         queue, request, arrays = self._request(model, inputs, timeout_s, arrived_s)
         self._dispatcher.submit(queue, request, arrays)

@@ -46,7 +46,8 @@ class Planned:
             table = work.tables[model]
             return float(table.median_s[table.row(units), rows - 1])
 
-        return Layout(policy, tuple(queues), lanes, planned_s, median_s)
+        fastest_s = tuple(table.fastest_s for table in work.tables)
+        return Layout(policy, tuple(queues), lanes, planned_s, median_s, fastest_s)
 
     def fresh_policy(self) -> Policy:
         """The policy, with nothing remembered."""

@@ -12,6 +12,7 @@ from ml_dtypes import bfloat16
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.library.arguments import check_inputs
+from gpu_aware_tune.library.batches import batch_folders, batch_size
 from gpu_aware_tune.library.checks import check_library, check_versions, check_weights
 from gpu_aware_tune.library.manifest import Manifest, read_manifest
 from gpu_aware_tune.library.program import Program, Weights, open_vm
@@ -117,7 +118,7 @@ def open_model(folders: Sequence[str | Path], slo_s: float, name: str | None = N
     """Open the folders of one model, one for each batch size.
 
     Args:
-        folders: that `tune MODEL` wrote.
+        folders: that `tune MODEL` wrote, each for one batch size or several.
         slo_s: its latency objective.
         name: what clients call it; by default the model's.
 
@@ -125,15 +126,16 @@ def open_model(folders: Sequence[str | Path], slo_s: float, name: str | None = N
         UserError: a folder cannot be used here, two have the same batch size, or they are not of
             one model.
     """
-    found = sorted((_open_variant(Path(folder)) for folder in folders), key=lambda v: v.batch)
+    paths = [path for folder in folders for path in batch_folders(Path(folder)).values()]
+    found = sorted((_open_variant(path) for path in paths), key=lambda v: v.batch)
     first = found[0].manifest
     batched = all(_is_batched(variant) for variant in found) and found[-1].batch > 1
     for variant in found[1:]:
         _check_same(found[0], variant)
     if len(found) > 1 and not batched:
-        paths = ", ".join(str(variant.path) for variant in found)
+        named = ", ".join(str(variant.path) for variant in found)
         raise UserError(
-            f"{paths}: their inputs and outputs do not all begin with the batch size, so requests"
+            f"{named}: their inputs and outputs do not all begin with the batch size, so requests"
             " cannot be put together: serve one of them"
         )
     return ServedModel(
@@ -156,8 +158,7 @@ def _open_variant(path: Path) -> Variant:
     check_weights(path, manifest)
     if any(-1 in spec.shape for spec in manifest.inputs):
         raise UserError(f"{path} has an input of unknown shape: tune it with --input NAME:SHAPE")
-    batch = next((spec.shape[0] for spec in manifest.inputs if spec.shape), 1)
-    return Variant(batch, path, manifest, Weights(path / manifest.weights.file))
+    return Variant(batch_size(manifest), path, manifest, Weights(path / manifest.weights.file))
 
 
 def _is_batched(variant: Variant) -> bool:

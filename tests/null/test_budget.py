@@ -40,6 +40,16 @@ def test_time_runs_out() -> None:
     assert made.stopped_by() == "time"
 
 
+def test_patience_does_not_count_trials_of_an_earlier_run() -> None:
+    made, _ = budget(patience=3)
+    made.done = 1000
+    made.start()
+    assert made.stopped_by() is None
+    for _ in range(4):
+        made.spend(1.0)
+    assert made.stopped_by() == "patience"
+
+
 def test_patience_counts_trials_without_a_gain() -> None:
     made, _ = budget(patience=3)
     made.spend(1.0)

@@ -10,7 +10,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def write_network(
-    path: Path, classes: int = 10, channels: int = 16, residual: bool = False, seed: int = 0
+    path: Path,
+    classes: int = 10,
+    channels: int = 16,
+    residual: bool = False,
+    seed: int = 0,
+    batch: int | str = 1,
 ) -> Path:
     """Input x, two convolutions, with `residual` their sum, pooling and a classifier, output y."""
     rng = np.random.default_rng(seed)
@@ -31,8 +36,8 @@ def write_network(
     graph = helper.make_graph(
         nodes,
         "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 28, 28])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, classes])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 8, 28, 28])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, classes])],
         [
             weight("w1", channels, 8, 3, 3),
             weight("w2", channels, channels, 3, 3),

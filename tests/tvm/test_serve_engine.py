@@ -115,11 +115,25 @@ def test_an_unknown_model(engine: Engine) -> None:
 
 
 def test_what_cannot_be_in_time_is_refused_at_once(engine: Engine) -> None:
-    future = engine.submit("single", draw_inputs(0), timeout_s=1e-6)
+    before = engine.statistics("single").refused
     with pytest.raises(Refused, match="cannot answer in time"):
-        future.result(timeout=5)
-    counts = engine.statistics("single")
-    assert counts.refused + counts.expired >= 1
+        engine.submit("single", draw_inputs(0), timeout_s=1e-6)
+    assert engine.statistics("single").refused == before + 1
+
+
+def test_what_cannot_be_in_time_is_refused_while_all_lanes_are_busy(
+    folders: tuple[Path, Path],
+) -> None:
+    with Engine([Deployment((folders[0],), LONG_S)], adaptive=False) as own:
+        gate = hold(own)
+        for run in own.dispatcher._runs:  # as if they took long
+            run.end_s += 5.0
+        own.dispatcher._arrange()
+        with pytest.raises(Refused, match="cannot answer in time"):
+            own.submit("tiny", draw_inputs(0), timeout_s=4.0)
+        future = own.submit("tiny", draw_inputs(0), timeout_s=20.0)
+        gate.set()
+        answer(future)
 
 
 def test_earlier_deadlines_go_first(engine: Engine, folders: tuple[Path, Path]) -> None:

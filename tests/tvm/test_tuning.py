@@ -257,6 +257,19 @@ def test_auto_tunes_for_the_knee_of_the_untuned_models_curve(network: Path, tmp_
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_run_that_is_closed_early_keeps_what_it_has_measured(
+    network: Path, tmp_path: Path
+) -> None:
+    events = tune_events(network, settings(tmp_path, trials=8))
+    seen = 0
+    for event in events:
+        seen += isinstance(event, Trial)
+        if seen == 3:
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert len(records(tmp_path)) >= 3
+
+
 def test_a_dry_run_from_python_measures_and_writes_nothing(network: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     made = gpu_aware_tune.tune(

@@ -1,0 +1,126 @@
+"""`--batch`: several batch sizes in one folder, which takes any number of rows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from small_network import write_network
+
+from gpu_aware_tune import load
+from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.events import Finished
+from gpu_aware_tune.library import read_manifest
+from gpu_aware_tune.profiling.profiles import group_by_model
+from gpu_aware_tune.run.jobs import make_jobs
+from gpu_aware_tune.serving.deployments import Deployment
+from gpu_aware_tune.serving.engine import Engine
+from gpu_aware_tune.tuning import tune_jobs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_network(tmp_path_factory.mktemp("model") / "net.onnx", batch="N")
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path) -> list[Finished]:
+    job = make_jobs(
+        [model], batch="1,4", target="llvm", effort="quick", trials=4, gpu_pct="50,100",
+        output=model.parent / "net.tuned", db=model.parent / "db",
+    )  # fmt: skip
+    return [event for event in tune_jobs(job) if isinstance(event, Finished)]
+
+
+@pytest.fixture(scope="module")
+def folder(finished: list[Finished], model: Path) -> Path:
+    return model.parent / "net.tuned"
+
+
+def draw(rows: int) -> np.ndarray:
+    return np.random.default_rng(rows).standard_normal((rows, 8, 28, 28)).astype("float32")
+
+
+def test_each_batch_size_is_verified_and_named(finished: list[Finished], folder: Path) -> None:
+    assert [event.model for event in finished] == ["net, batch 1", "net, batch 4"]
+    assert all(share.verified for event in finished for share in event.shares)
+    assert {event.output for event in finished} == {folder}
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["db", "net.onnx", "net.tuned"]
+    manifest = read_manifest(folder)
+    assert manifest.model.name == "net" and manifest.batches == (4,)
+    assert read_manifest(folder / "batch-4").inputs[0].shape == (4, 8, 28, 28)
+
+
+def test_weights_are_there_once(folder: Path) -> None:
+    one, other = folder / "weights.bin", folder / "batch-4" / "weights.bin"
+    assert os.path.samefile(one, other)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 11])
+def test_any_number_of_rows(folder: Path, model: Path, rows: int) -> None:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    x = draw(rows)
+    with load(folder) as library:
+        assert library.inputs[0].shape == (-1, 8, 28, 28)
+        for units in (1, 2):
+            outputs = library.use(units)({"x": x})
+            assert outputs["y"].shape == (rows, 10)
+            wanted = session.run(None, {"x": x})[0]
+            np.testing.assert_allclose(outputs["y"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_calls(folder: Path) -> None:
+    with load(folder, preload=True) as library:
+        with pytest.raises(UserError, match="at least 1"):
+            library({"x": draw(1)[:0]})
+        with pytest.raises(UserError, match=r"it must be \?x8x28x28"):
+            library({"x": draw(1)[:, :4]})
+    with pytest.raises(UserError, match="closed"):
+        library({"x": draw(4)})
+
+
+def test_a_folder_is_replaced_whole(folder: Path, model: Path, tmp_path: Path) -> None:
+    """A run for one batch size leaves nothing of the others."""
+    options = {"target": "llvm", "effort": "quick", "trials": 1, "db": model.parent / "db"}
+    target = shutil.copytree(folder, tmp_path / "net.tuned")
+    job = make_jobs([model], output=target, **options)
+    assert any(isinstance(event, Finished) for event in tune_jobs(job))
+    assert not (target / "batch-4").exists()
+    assert read_manifest(target).batches == ()
+
+
+def test_profile_and_server_know_all_batch_sizes(folder: Path, model: Path) -> None:
+    assert group_by_model([folder]) == [[folder, folder / "batch-4"]]
+    assert group_by_model([folder], [4]) == [[folder / "batch-4"]]
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    with Engine([Deployment((folder,), 60.0)], adaptive=False) as engine:
+        assert engine.models[0].max_batch == 4
+        x = draw(6)
+        outputs = engine.submit("net", {"x": x}).result(timeout=60)
+        np.testing.assert_allclose(outputs["y"], session.run(None, {"x": x})[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        ("0,1", "from 1 to 4096"),
+        ("2,2", "different batch sizes"),
+        ("many", "give different batch sizes"),
+        ("", "give different batch sizes"),
+    ],
+)
+def test_bad_sizes(model: Path, batch: str, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        make_jobs([model], batch=batch)
+
+
+def test_models_without_a_batch_are_refused_before_anything_is_tuned(tmp_path: Path) -> None:
+    fixed = write_network(tmp_path / "fixed.onnx")
+    with pytest.raises(UserError, match="no input of the model has a dynamic first dimension"):
+        list(tune_jobs(make_jobs([fixed], batch="1,4", db=tmp_path / "db", target="llvm")))
+    with pytest.raises(UserError, match="for one model"):
+        make_jobs([fixed, fixed], batch="1,4")
