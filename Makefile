@@ -1,7 +1,7 @@
 # make demo   tune SqueezeNet on this machine's CPU (random weights, two minutes): side by side with
 #             TVM without schedules, with our default ones, and ONNX Runtime
 # make check  about a minute: ruff, mypy and the tests that do no TVM work, on all cores
-# make test   everything that needs no GPU: ruff, mypy, tests; TEST_JOBS of them side by side (2)
+# make test   everything that needs no GPU: ruff, mypy, tests; TEST_JOBS of them side by side (3)
 # make docs   the documentation site in build/site, with the API reference
 # make gpu-check   tests/gpu on this machine's GPU, its ten checks first; exit code 3 without a GPU
 # make gpu-bench   the GPU benchmarks, under nine minutes; GPU_PARTS=share_gain runs one of them
@@ -18,9 +18,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off
 DEMO := build/demo
 
-# pytest-xdist's workers: `auto` is one for each core. An idle one takes tests from the other.
+# pytest-xdist's workers: `auto` is one for each core. An idle one takes tests from the others; half of
+# the time of `make test` is waiting, so it has more workers than cores.
 CHECK_JOBS ?= auto
-TEST_JOBS ?= 2
+TEST_JOBS ?= 3
 
 GPU_PARTS ?= neighbour_order share_gain vs_metaschedule vs_torch
 GPU_MODELS ?= bert,resnet50

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from gpu_aware_tune.cli.options import CONTEXT, debug_option
 from gpu_aware_tune.errors import UserError
 
 if TYPE_CHECKING:
+    from gpu_aware_tune.serving.deployments import Deployment
     from gpu_aware_tune.serving.engine import Engine
+    from gpu_aware_tune.serving.front_end import FrontEndOptions
     from gpu_aware_tune.serving.server import Addresses
 
 _OFF = "off"
@@ -95,6 +98,11 @@ _SWITCH_INTERVAL_S = 5e-4
     help="Let clients register system shared memory of this user.",
 )
 @click.option("--admin", is_flag=True, help="Let clients load and unload models and set the plan.")
+@click.option(
+    "--ray",
+    metavar="auto|HOST:PORT",
+    help="Deploy with Ray Serve: a replica on each machine of the cluster, listening there.",
+)
 @debug_option
 def serve(sources: tuple[Path, ...], http: str, grpc: str, **options: Any) -> None:
     """Serve tuned models over HTTP and gRPC (open inference protocol v2).
@@ -112,8 +120,14 @@ def serve(sources: tuple[Path, ...], http: str, grpc: str, **options: Any) -> No
         if address is not None:
             parse_address(address)
     plan = _read_plan(options["plan_file"])
+    deployments = _deployments(sources, options)
+    if options["ray"] is not None:
+        _serve_with_ray(deployments, addresses[0], addresses[1], plan, options)
+        return
+    from gpu_aware_tune.serving.engine import Engine
+
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    engine = _open_engine(sources, options)
+    engine = Engine(deployments, **_engine_options(options))
     try:
         if plan is not None:
             engine.set_plan(plan)
@@ -125,25 +139,66 @@ def serve(sources: tuple[Path, ...], http: str, grpc: str, **options: Any) -> No
 async def _serve(
     engine: Engine, http: str | None, grpc: str | None, options: dict[str, Any]
 ) -> None:
-    from gpu_aware_tune.serving.front_end import FrontEndOptions
     from gpu_aware_tune.serving.server import serve as serve_engine
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    limits = FrontEndOptions(
+    limits = _limits(options)
+    await serve_engine(engine, stop, http, grpc, limits, lambda found: _say_ready(engine, found))
+    click.echo("stopped: what was accepted is answered")
+
+
+def _serve_with_ray(
+    deployments: list[Deployment],
+    http: str | None,
+    grpc: str | None,
+    plan: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> None:
+    """Deploy, say where the replicas listen, and remove them at a signal."""
+    from gpu_aware_tune.serving.ray_app import ReplicaOptions, served_by_ray
+
+    stop = threading.Event()
+    engine = _engine_options(options)
+    engine["curves"] = None if engine["curves"] is None else str(engine["curves"].absolute())
+    replica = ReplicaOptions(engine, http, grpc, _limits(options))
+    cores = options["units"]
+    with served_by_ray(options["ray"], deployments, replica, cores=cores, plan=plan) as app:
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray has set its own
+            signal.signal(number, lambda *_: stop.set())
+        for where in app.where():
+            for name in ("http", "grpc"):
+                if where[name] is not None:
+                    click.echo(f"ready: {name}://{where[name]} on {where['machine']}")
+        sys.stdout.flush()
+        stop.wait()
+    click.echo("stopped: what was accepted is answered")
+
+
+def _limits(options: dict[str, Any]) -> FrontEndOptions:
+    from gpu_aware_tune.serving.front_end import FrontEndOptions
+
+    return FrontEndOptions(
         max_request_bytes=options["max_request"] << 20,
         max_connections=options["max_connections"],
         admin=options["admin"],
         shared_memory=options["shared_memory"],
     )
-    await serve_engine(engine, stop, http, grpc, limits, lambda found: _say_ready(engine, found))
-    click.echo("stopped: what was accepted is answered")
 
 
-def _open_engine(sources: tuple[Path, ...], options: dict[str, Any]) -> Engine:
+def _engine_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "units": options["units"],
+        "policy": options["policy"],
+        "adaptive": not options["no_adapt"],
+        "curves": options["curves"],
+        "queue_rows": options["queue"],
+    }
+
+
+def _deployments(sources: tuple[Path, ...], options: dict[str, Any]) -> list[Deployment]:
     from gpu_aware_tune.serving.deployments import make_deployments, read_deployments
-    from gpu_aware_tune.serving.engine import Engine
 
     if not sources:
         raise UserError("no SOURCE given: name tuned folders, or a fleet.toml")
@@ -152,17 +207,8 @@ def _open_engine(sources: tuple[Path, ...], options: dict[str, Any]) -> Engine:
             raise UserError("a fleet.toml names all models: give it alone")
         if given := [f"--{name}" for name in ("slo", "rate") if options[name] is not None]:
             raise UserError(f"{', '.join(given)}: {sources[0]} says that for each model")
-        deployments = read_deployments(sources[0])
-    else:
-        deployments = make_deployments(sources, options["slo"], options["rate"])
-    return Engine(
-        deployments,
-        units=options["units"],
-        policy=options["policy"],
-        adaptive=not options["no_adapt"],
-        curves=options["curves"],
-        queue_rows=options["queue"],
-    )
+        return read_deployments(sources[0])
+    return make_deployments(sources, options["slo"], options["rate"])
 
 
 def _read_plan(path: Path | None) -> dict[str, Any] | None:

@@ -45,7 +45,7 @@ LEVEL = {name: level for level, name in enumerate(ORDER)}
 # Which modules (by the start of their path) may import what.
 HOMES = {
     "sqlite3": ("records/",),
-    "ray": ("cluster/",),
+    "ray": ("cluster/", "serving/ray_app"),
     "pynvml": ("partition/",),
     "cuda": ("partition/",),
     "cuda.bindings.nvrtc": ("codegen/cuda_toolchain",),
