@@ -41,8 +41,9 @@ from gpu_aware_tune.errors import SetupError, TuneError
 from gpu_aware_tune.partition import find_device
 from gpu_aware_tune.partition.topology import allowed_cpus, physical_cores
 from gpu_aware_tune.search.candidates import Candidate
-from gpu_aware_tune.search.pipeline import Demand, Pipeline
+from gpu_aware_tune.search.pipeline import Pipeline
 from gpu_aware_tune.search.pools import Pools, PoolSettings, available_cores, worker_counts
+from gpu_aware_tune.search.sources import ArtifactSink, CandidateSource
 from gpu_aware_tune.workers import WorkerHost
 
 _IDLE_S = 0.1
@@ -150,7 +151,7 @@ class Node:
             self._changed.notify_all()
 
 
-class _Run:
+class _Run(CandidateSource, ArtifactSink):
     """One run of the pipeline, fed from the node's inbox (in the node's thread)."""
 
     def __init__(self, node: Node, pipeline: Pipeline, scratch: Path, begin: Begin) -> None:
@@ -166,25 +167,13 @@ class _Run:
 
     def work(self) -> None:
         """Build and measure what comes in, until the run is ended."""
-        run, tell = self._begin.run, self._node.tell
-        demand = Demand(
-            next_task=self._next_task,
-            accept=self._drafted,
-            exhausted=lambda task: tell(DraftRequest(run, task, ())),
-            lost=lambda task, text: tell(SearchLost(run, task, text)),
-            best_s=lambda task: self._best_s.get(task, {}),
-            more=self._more,
-            arrived=self._take_arrived,
-            made=self._made,
-            wait=self._wait,
-            stop=lambda: self._ended,
-        )
-        outcomes = self._pipeline.run((), demand, self._begin.effort, self._begin.alone)
+        tell, begin = self._node.tell, self._begin
+        outcomes = self._pipeline.run((), self, begin.effort, begin.alone, sink=self)
         for outcome in outcomes:
             assert isinstance(outcome.candidate, Numbered)
             tell(Measured(outcome.candidate.id, outcome.measurements))
 
-    def _more(self) -> Iterable[Candidate]:
+    def candidates(self) -> Iterable[Candidate]:
         """Act upon every message that is there; gives the candidates among them."""
         self._report()
         work: list[Candidate] = []
@@ -209,22 +198,24 @@ class _Run:
                     self._node.put_back(message)
         return work
 
-    def _take_arrived(self) -> Sequence[tuple[Candidate, Built]]:
+    def artifacts(self) -> Sequence[tuple[Candidate, Built]]:
+        """Artifacts that were built elsewhere and have come in."""
         arrived, self._arrived = self._arrived, []
         return arrived
 
-    def _made(self, candidate: Candidate, built: Built) -> None:
+    def take(self, candidate: Candidate, built: Built) -> None:
         """Send away what cannot be measured here."""
         assert isinstance(candidate, Numbered)
         data = Path(built.path).read_bytes()
         remove(built.path)
         self._node.tell(Made(candidate.id, Artifact(data, built.digest)))
 
-    def _wait(self) -> bool:
+    def wait(self) -> bool:
+        """Sleep until a message is there; the run ends when it is told to."""
         self._node.wait(_IDLE_S)
         return True
 
-    def _next_task(self, busy: Collection[str]) -> str | None:
+    def next_task(self, busy: Collection[str]) -> str | None:
         """The first request whose searcher is free; a task that is new goes to it first."""
         for ask in self._asked:
             if ask.task not in busy:
@@ -234,9 +225,26 @@ class _Run:
                 return ask.task
         return None
 
-    def _drafted(self, task: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        self._node.tell(DraftRequest(self._begin.run, task, tuple(candidates)))
-        return ()  # they come back as work, here or elsewhere
+    def accept(self, task: str, drafted: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Pass a draft on; its candidates come back as work, here or elsewhere."""
+        self._node.tell(DraftRequest(self._begin.run, task, tuple(drafted)))
+        return ()
+
+    def exhausted(self, task: str) -> None:
+        """Pass on that there is nothing new."""
+        self._node.tell(DraftRequest(self._begin.run, task, ()))
+
+    def lost(self, task: str, text: str) -> None:
+        """Pass on that the search died on a task."""
+        self._node.tell(SearchLost(self._begin.run, task, text))
+
+    def best_s(self, task: str) -> Mapping[int, float]:
+        """As the driver has said it last."""
+        return self._best_s.get(task, {})
+
+    def stop(self) -> bool:
+        """Whether the driver has ended the run."""
+        return self._ended
 
     def _report(self) -> None:
         now = time.monotonic()

@@ -30,7 +30,8 @@ from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure import SEARCH, Effort
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.search.candidates import Candidate, NewTask
-from gpu_aware_tune.search.pipeline import Demand, Outcome, TaskSpec
+from gpu_aware_tune.search.pipeline import Outcome, TaskSpec
+from gpu_aware_tune.search.sources import CandidateSource
 
 _WAIT_S = 0.1
 _PATIENCE_S = 60.0  # for machines that start slowly, once one works
@@ -95,13 +96,13 @@ class ClusterPipeline:
         Raises:
             SetupError: none of them measures.
         """
-        lines: list[str] = []
-        demand = Demand(note=lines.append)
+        source = _Lines()
+        lines = source.lines
         self._members.refresh(at_once=True)
         patience = time.monotonic() + _PATIENCE_S
         while self._members.starting and not (self._measuring and time.monotonic() > patience):
             for member, news in self._members.receive(_WAIT_S):
-                for _ in self._take(member, news, demand):
+                for _ in self._take(member, news, source):
                     pass
             self._members.refresh()
         if not self._measuring:
@@ -124,7 +125,7 @@ class ClusterPipeline:
     def run(
         self,
         candidates: Iterable[Candidate],
-        demand: Demand | None = None,
+        source: CandidateSource | None = None,
         effort: Effort = SEARCH,
         alone: bool = False,
     ) -> Iterator[Outcome]:
@@ -133,22 +134,22 @@ class ClusterPipeline:
         Raises:
             SetupError: no machine is left that measures.
         """
-        demand = demand or Demand()
+        source = source or CandidateSource()
         self._run += 1
         self._begin = Begin(self._run, effort, alone)
         self._ledger.add(candidates)
         for member in self._members.active:
             member.send(self._begin)
         try:
-            while not demand.stop():
-                self._pass_on(demand)
-                self._ask(demand)
-                self._hand_out(demand)
+            while not source.stop():
+                self._pass_on(source)
+                self._ask(source)
+                self._hand_out(source)
                 self._members.flush()
                 if self._measuring and not self._ledger.open() and not self._asked:
                     return
                 for member, news in self._members.receive(_WAIT_S):
-                    yield from self._take(member, news, demand)
+                    yield from self._take(member, news, source)
                 self._members.refresh()
                 if not self._measuring and not self._members.starting:
                     raise SetupError(
@@ -229,11 +230,11 @@ class ClusterPipeline:
         elsewhere = min(sum(map(self._room, self._building)), self._ahead())
         return sum(map(self._room, self._measuring)) + max(0, elsewhere)
 
-    def _ask(self, demand: Demand) -> None:
+    def _ask(self, source: CandidateSource) -> None:
         """Request drafts while the machines have room that no waiting candidate will take."""
         while self._wanted() > self._ledger.waiting:
             places = {task: self._searcher(task) for task in self._searches.tasks}
-            task = demand.next_task([task for task, member in places.items() if member is None])
+            task = source.next_task([task for task, member in places.items() if member is None])
             member = places.get(task) if task is not None else None
             if task is None or member is None:
                 return
@@ -261,34 +262,38 @@ class ClusterPipeline:
             for busy, other in self._asked.items()
         )
 
-    def _pass_on(self, demand: Demand) -> None:
+    def _pass_on(self, source: CandidateSource) -> None:
         """Give artifacts to machines that measure."""
         while self._ledger.made:
             member, count = self._roomiest(self._measuring)
             if member is None:
                 return
             for number, candidate, artifact in self._ledger.pass_on(member.key, count):
-                known = dict(demand.best_s(candidate.task))
+                known = dict(source.best_s(candidate.task))
                 member.send(Measure(_numbered(candidate, number), artifact, known))
 
-    def _hand_out(self, demand: Demand) -> None:
+    def _hand_out(self, source: CandidateSource) -> None:
         """Give candidates to any machine."""
         while self._ledger.waiting:
             member, count = self._roomiest(self._members.active)
             if member is None:
                 return
             for number, candidate in self._ledger.give(member.key, count):
-                known = dict(demand.best_s(candidate.task))
+                known = dict(source.best_s(candidate.task))
                 member.send(Work(_numbered(candidate, number), known))
 
-    def _take(self, member: Member, news: Batch | Gone, demand: Demand) -> Iterator[Outcome]:
+    def _take(
+        self, member: Member, news: Batch | Gone, source: CandidateSource
+    ) -> Iterator[Outcome]:
         if isinstance(news, Gone):
-            yield from self._lose(member, news.text, demand)
+            yield from self._lose(member, news.text, source)
             return
         for message in news.messages:
-            yield from self._hear(member, message, demand)
+            yield from self._hear(member, message, source)
 
-    def _hear(self, member: Member, message: FromNode, demand: Demand) -> Iterator[Outcome]:
+    def _hear(
+        self, member: Member, message: FromNode, source: CandidateSource
+    ) -> Iterator[Outcome]:
         if isinstance(message, Measured):
             candidate = self._ledger.finish(message.id)
             if candidate is not None:
@@ -299,21 +304,21 @@ class ClusterPipeline:
             does = (
                 f"builds for this run: {message.lacks};" if message.lacks else "works for this run:"
             )
-            demand.note(f"{member.name} {does} {message.text}")
+            source.warn(f"{member.name} {does} {message.text}")
             if self._begin is not None:
                 member.send(self._begin)
         elif isinstance(message, DraftRequest) and message.run == self._run:
             self._asked.pop(message.task, None)
             if message.candidates:
-                accepted = demand.accept(message.task, message.candidates)
+                accepted = source.accept(message.task, message.candidates)
                 self._searches.drafted(accepted)
                 self._ledger.add(accepted)
             else:
-                demand.exhausted(message.task)
+                source.exhausted(message.task)
         elif isinstance(message, SearchLost) and message.run == self._run:
             self._asked.pop(message.task, None)
             self._ledger.orphan(self._beside(member, message.task))
-            demand.lost(message.task, message.text)
+            source.lost(message.task, message.text)
 
     def _beside(self, member: Member, task: str) -> list[str]:
         """The tasks that have the same searcher as a task."""
@@ -321,13 +326,13 @@ class ClusterPipeline:
         owned = self._searches.owned(member.key)
         return [other for other in owned if int(other) % count == int(task) % count]
 
-    def _lose(self, member: Member, text: str, demand: Demand) -> Iterator[Outcome]:
+    def _lose(self, member: Member, text: str, source: CandidateSource) -> Iterator[Outcome]:
         """A machine is gone: its candidates and its tasks' searches go elsewhere."""
         self._core_s.update(member.status.core_s or {})
         self._asked = {task: other for task, other in self._asked.items() if other is not member}
         self._ledger.orphan(self._searches.forget(member.key))
         elsewhere = "" if member.ready is None else "; its work goes elsewhere"
-        demand.note(f"{member.name} does not work for this run ({text}){elsewhere}")
+        source.warn(f"{member.name} does not work for this run ({text}){elsewhere}")
         for candidate in self._ledger.lose(member.key):
             failed = Measurement.failed(FailureKind.LOST, f"on two machines that were lost; {text}")
             yield Outcome(candidate, dict.fromkeys(self._tasks[candidate.task].units, failed))
@@ -345,3 +350,13 @@ class ClusterPipeline:
 def _numbered(candidate: Candidate, number: int) -> Numbered:
     facts = (candidate.task, candidate.trace, candidate.origin, candidate.number)
     return Numbered(*facts, id=number)
+
+
+class _Lines(CandidateSource):
+    """Collects what is said of machines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.lines.append(text)

@@ -12,13 +12,14 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpu_aware_tune.codegen.build_pool import BuildPool, Built, remove
 from gpu_aware_tune.measure import SEARCH, BaseMeasurer, Effort, Job, Slice
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.search.candidates import Candidate, Drafted, NewTask, Searcher
+from gpu_aware_tune.search.sources import ArtifactSink, CandidateSource
 from gpu_aware_tune.workers import Worker
 
 _WAIT_S = 0.1
@@ -65,40 +66,6 @@ class _UnderWay:
     together: bool
 
 
-@dataclass
-class Demand:
-    """What the pipeline asks the search for while it runs.
-
-    Args:
-        next_task: the task to draft for, or None for no more; told which tasks' searcher is at
-            work.
-        accept: which of a draft's candidates are to be built here.
-        exhausted: told the tasks whose space has nothing new.
-        lost: told when the search itself died on a task, with how it ended.
-        note: told what is worth telling people, such as a machine that is gone.
-        best_s: the best seconds of a task by units, for stopping early.
-        more: candidates that have come in from elsewhere since it was last asked.
-        arrived: artifacts that were built elsewhere and have come in since it was last asked.
-        made: given each artifact where there is no slice to measure in; the file is then its own.
-        wait: asked when nothing is left to do; may sleep; whether more is still to come.
-        stop: whether to end now, leaving what is under way.
-    """
-
-    next_task: Callable[[Collection[str]], str | None] = lambda busy: None
-    accept: Callable[[str, Sequence[Candidate]], Sequence[Candidate]] = lambda task, drafted: (
-        drafted
-    )
-    exhausted: Callable[[str], None] = lambda task: None
-    lost: Callable[[str, str], None] = lambda task, text: None
-    note: Callable[[str], None] = lambda text: None
-    best_s: Callable[[str], Mapping[int, float]] = lambda task: {}
-    more: Callable[[], Iterable[Candidate]] = lambda: ()
-    arrived: Callable[[], Iterable[tuple[Candidate, Built]]] = lambda: ()
-    made: Callable[[Candidate, Built], None] = lambda candidate, built: remove(built.path)
-    wait: Callable[[], bool] = lambda: False
-    stop: Callable[[], bool] = lambda: False
-
-
 @dataclass(frozen=True)
 class TaskSpec:
     """What the workers need of a task: its buffers, and the units to measure it on."""
@@ -115,7 +82,7 @@ class Pipeline:
         searchers: may be empty when only given candidates are run.
         builders: the build pool.
         slices: disjoint parts of the device, each with the workers that measure there; whichever
-            is free takes the next artifact that it can measure. None: artifacts go to `Demand.made`.
+            is free takes the next artifact that it can measure. None: artifacts go to an `ArtifactSink`.
         cores: how many workers may run at once.
         low_water: a draft is asked for when fewer candidates than this wait to be built.
     """
@@ -139,6 +106,7 @@ class Pipeline:
         self._ready: deque[_Artifact] = deque()
         self._under_way: dict[int, _UnderWay] = {}  # by the slice's number
         self._alone = False
+        self._sink = ArtifactSink()
         self._seen: dict[tuple[str, str], _Artifact] = {}  # by task and digest
         self.measure_core_s = 0.0
 
@@ -174,38 +142,40 @@ class Pipeline:
     def run(
         self,
         candidates: Iterable[Candidate],
-        demand: Demand | None = None,
+        source: CandidateSource | None = None,
         effort: Effort = SEARCH,
         alone: bool = False,
+        sink: ArtifactSink | None = None,
     ) -> Iterator[Outcome]:
         """Give an outcome for each candidate, the given ones first and then the drafted ones.
 
-        Ends when nothing is left to do or `demand.stop` says so; what is under way then is dropped.
+        Ends when nothing is left to do or `source.stop` says so; what is under way then is dropped.
 
         Args:
             candidates: to be built and measured before anything is drafted.
-            demand: what to ask the search for; nothing by default.
+            source: gives further candidates; none by default.
             effort: how long to measure.
             alone: one measurement at a time, with nothing else running.
+            sink: the connection to other machines; none by default.
         """
-        demand = demand or Demand()
+        source, self._sink = source or CandidateSource(), sink or ArtifactSink()
         self._alone = alone
         self._seen.clear()
         self._to_build.extend(candidates)
         try:
-            while not demand.stop():
-                self._to_build.extend(demand.more())
-                for candidate, built in demand.arrived():
-                    yield from self._built(candidate, built, demand)
-                self._draft(demand)
+            while not source.stop():
+                self._to_build.extend(self._sink.candidates())
+                for candidate, built in self._sink.artifacts():
+                    yield from self._built(candidate, built, source)
+                self._draft(source)
                 self._build()
                 yield from self._finish_measurements()
-                self._start_measurements(demand, effort)
+                self._start_measurements(source, effort)
                 if not self._wait_list() and not self._ready and not self._to_build:
-                    if not demand.wait():
+                    if not self._sink.wait():
                         return
                     continue
-                yield from self._collect(demand)
+                yield from self._collect(source)
         finally:
             self._drop()
 
@@ -220,12 +190,12 @@ class Pipeline:
     def _searcher_of(self, task: str) -> Searcher:
         return self._searchers[int(task) % len(self._searchers)]
 
-    def _draft(self, demand: Demand) -> None:
+    def _draft(self, source: CandidateSource) -> None:
         if len(self._to_build) >= self._low_water or self._running() >= self.cores:
             return
         if all(searcher.worker.busy_since is not None for searcher in self._searchers):
             return
-        task = demand.next_task([task for task in self._tasks if self._searches(task)])
+        task = source.next_task([task for task in self._tasks if self._searches(task)])
         if task is not None:
             self._searcher_of(task).ask(task)
 
@@ -262,19 +232,21 @@ class Pipeline:
                 for candidate in (artifact.candidate, *artifact.twins):
                     yield Outcome(candidate, artifact.done)
 
-    def _start_measurements(self, demand: Demand, effort: Effort) -> None:
+    def _start_measurements(self, source: CandidateSource, effort: Effort) -> None:
         """Give every free slice an artifact, once enough have gathered for a measuring window."""
         if self._ready and (self._window_open() or self._gathered()):
             for number, slice_ in enumerate(self._slices):
                 if number not in self._under_way and not (self._alone and self._under_way):
-                    self._start_measuring(number, slice_, demand, effort)
+                    self._start_measuring(number, slice_, source, effort)
         if not self._under_way:
             self._resume()
 
     def _gathered(self) -> bool:
         return len(self._ready) >= _WINDOW or not self._working()
 
-    def _start_measuring(self, number: int, slice_: Slice, demand: Demand, effort: Effort) -> None:
+    def _start_measuring(
+        self, number: int, slice_: Slice, source: CandidateSource, effort: Effort
+    ) -> None:
         for artifact in self._ready:
             units = next((count for count in artifact.todo if slice_.serves(count)), None)
             if units is not None:
@@ -290,7 +262,7 @@ class Pipeline:
         self._under_way[number] = _UnderWay(artifact, units, time.monotonic(), together)
         self._quiet()
         task = artifact.candidate.task
-        best_s = demand.best_s(task).get(units)
+        best_s = source.best_s(task).get(units)
         job = Job(artifact.path, self._tasks[task].args, task, best_s, effort)
         slice_.of(units).submit(job)
 
@@ -330,16 +302,18 @@ class Pipeline:
         waiting += [self._slices[n].of(begun.units) for n, begun in self._under_way.items()]
         return waiting
 
-    def _collect(self, demand: Demand) -> Iterator[Outcome]:
+    def _collect(self, source: CandidateSource) -> Iterator[Outcome]:
         waiting = self._wait_list()
         ready = select.select(waiting, [], [], _WAIT_S)[0] if waiting else []
         for candidate, built in self._builders.collect(ready):
-            yield from self._built(candidate, built, demand)
+            yield from self._built(candidate, built, source)
         for searcher in self._searchers:
             if searcher.worker in ready:
-                self._drafted(searcher, demand)
+                self._drafted(searcher, source)
 
-    def _built(self, candidate: Candidate, built: Built, demand: Demand) -> Iterator[Outcome]:
+    def _built(
+        self, candidate: Candidate, built: Built, source: CandidateSource
+    ) -> Iterator[Outcome]:
         units = self._tasks[candidate.task].units
         if built.failure is not None:
             remove(built.path)
@@ -347,7 +321,7 @@ class Pipeline:
             yield Outcome(candidate, dict.fromkeys(units, failed))
             return
         if not self._slices:
-            demand.made(candidate, built)
+            self._sink.take(candidate, built)
             return
         code = candidate.task, built.digest
         seen = self._seen.get(code)
@@ -361,18 +335,18 @@ class Pipeline:
         else:
             seen.twins.append(candidate)
 
-    def _drafted(self, searcher: Searcher, demand: Demand) -> None:
+    def _drafted(self, searcher: Searcher, source: CandidateSource) -> None:
         task = searcher.worker.job
         try:
             answer: Drafted = searcher.worker.recv()
         except EOFError:
-            demand.lost(task, searcher.restart())
+            source.lost(task, searcher.restart())
             return
         searcher.worker.done()
         if not answer.candidates:
-            demand.exhausted(task)
+            source.exhausted(task)
             return
-        self._to_build.extend(demand.accept(task, answer.candidates))
+        self._to_build.extend(source.accept(task, answer.candidates))
 
     def _drop(self) -> None:
         """Forget what waits and let go of what is under way (after a stop)."""

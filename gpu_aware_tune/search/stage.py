@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,8 @@ from gpu_aware_tune.records.store import Record
 from gpu_aware_tune.search.budget import Budget, StopRequest
 from gpu_aware_tune.search.candidates import Candidate, NewTask
 from gpu_aware_tune.search.objectives import combined
-from gpu_aware_tune.search.pipeline import Demand, Outcome
+from gpu_aware_tune.search.pipeline import Outcome
+from gpu_aware_tune.search.sources import CandidateSource
 from gpu_aware_tune.search.workload import Known, Workload, allocation_of
 from gpu_aware_tune.settings import RunSettings
 
@@ -41,7 +42,7 @@ class Workers(Protocol):
     def run(
         self,
         candidates: Iterable[Candidate],
-        demand: Demand | None = None,
+        source: CandidateSource | None = None,
         effort: Effort = SEARCH,
         alone: bool = False,
     ) -> Iterator[Outcome]:
@@ -138,14 +139,14 @@ class _Search:
         self._context, self._pipeline, self._budgets = context, pipeline, budgets
         self._settings, self._work, self._known = context.settings, context.work, context.known
         self._effort = dataclasses.replace(SEARCH, budget_s=self._settings.measure_s)
-        self._allocation = allocation_of(self._work, self._known, self._settings)
-        self._names = {task.hash: task.name for task in self._work.tasks}
+        self.allocation = allocation_of(self._work, self._known, self._settings)
+        self.names = {task.hash: task.name for task in self._work.tasks}
         self._failures: Counter[str] = Counter()
         self._notes: list[Note] = []
         self._unsaved: list[Record] = []
         self._saved_at = self._shown_at = 0.0
         self._last_id, self._looked_at = self._known.records.store.last_id(), time.monotonic()
-        self._elsewhere: set[tuple[str, str]] = set()  # (task, trace) that other runs measured
+        self.elsewhere: set[tuple[str, str]] = set()  # (task, trace) that other runs measured
         self._resumed: dict[str, int] = {}
         self._search_from_s: float | None = None
         for model, budget in budgets.items():
@@ -178,26 +179,16 @@ class _Search:
                 if trace not in known:
                     candidates.append(Candidate(task.hash, trace, Origin.DEFAULT))
             candidates.extend(self._seeds(task.hash, known))
-        demand = Demand(stop=lambda: self._must_stop() or self._out_of_time(), note=self._warn)
-        yield from self._run(candidates, demand)
+        yield from self._run(candidates, _Baseline(self))
 
     def trials(self) -> Iterator[Event]:
         """Spend the budgets."""
         self._search_from_s = next(iter(self._budgets.values())).elapsed_s()
-        demand = Demand(
-            next_task=lambda busy: self._allocation.next(self._left(), busy),
-            accept=self._accept,
-            exhausted=self._allocation.exhaust,
-            lost=self._lost,
-            note=self._warn,
-            best_s=self._allocation.best_s,
-            stop=lambda: self._must_stop() or not self._left(),
-        )
-        yield from self._run((), demand)
+        yield from self._run((), _Trials(self))
 
     def result(self) -> SearchResult:
         """What it came to."""
-        allocation, stopped = self._allocation, self._stopped()
+        allocation, stopped = self.allocation, self._stopped()
         return SearchResult(
             best_s={
                 (task.hash, units): seconds
@@ -226,21 +217,21 @@ class _Search:
             trials_done=budget.done,
             trials_total=budget.trials or 0,
             trials_per_min=60 * (budget.done - resumed) / searched_s if searched_s > 0 else 0.0,
-            untuned_s=self._allocation.latency_s(model, untuned=True),
-            best_s=self._allocation.latency_s(model),
+            untuned_s=self.allocation.latency_s(model, untuned=True),
+            best_s=self.allocation.latency_s(model),
             failures=dict(self._failures),
             eta_s=budget.eta_s(resumed, self._search_from_s or 0.0),
             builds_in_flight=pipeline.builds_in_flight,
             waiting_to_measure=pipeline.waiting_to_measure,
-            slices=tuple((name, self._names.get(task or "")) for name, task in pipeline.slices),
+            slices=tuple((name, self.names.get(task or "")) for name, task in pipeline.slices),
         )
 
     def _stopped(self) -> bool:
         return self._context.stop.requested
 
-    def _must_stop(self) -> bool:
+    def must_stop(self) -> bool:
         """Whether the run was asked to stop; the pipeline asks all the time, so this also saves."""
-        if self._unsaved and time.monotonic() - self._saved_at > _FLUSH_S:
+        if time.monotonic() - self._saved_at > _FLUSH_S:
             self._save()
         return self._stopped()
 
@@ -250,19 +241,20 @@ class _Search:
             self._unsaved = []
             self._saved_at = time.monotonic()
 
-    def _out_of_time(self) -> bool:
+    def out_of_time(self) -> bool:
+        """Whether no time is left for any model."""
         return all(b.stopped_by() == StoppedBy.TIME for b in self._budgets.values())
 
-    def _run(self, candidates: Sequence[Candidate], demand: Demand) -> Iterator[Event]:
-        alone = self._settings.exclusive
+    def _run(self, wanted: Sequence[Candidate], source: CandidateSource) -> Iterator[Event]:
         try:
-            for outcome in self._pipeline.run(candidates, demand, self._effort, alone=alone):
+            alone = self._settings.exclusive
+            for outcome in self._pipeline.run(wanted, source, self._effort, alone):
                 yield from self._keep(outcome)
         finally:  # also where the caller closes the run, or an error or a second Ctrl-C ends it
             self._save()
         yield from self._flush(force=True)
 
-    def _left(self) -> dict[str, int]:
+    def left(self) -> dict[str, int]:
         """Trials left by model, of those whose search has not ended."""
         return {
             model: budget.left()
@@ -270,20 +262,9 @@ class _Search:
             if budget.stopped_by() is None
         }
 
-    def _lost(self, task: str, text: str) -> None:
-        """The search died on a task: leave the task, and say so with the next event."""
-        self._allocation.exhaust(task)
-        self._warn(f"search of {self._names[task]} ended: {text}")
-
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Say something with the next event."""
         self._notes.append(Note(text, Level.WARNING))
-
-    def _accept(self, task: str, drafted: Sequence[Candidate]) -> Sequence[Candidate]:
-        left = self._left()
-        drafted = [c for c in drafted if (task, c.trace) not in self._elsewhere]
-        models = [model for model in self._allocation.models_of(task) if model in left]
-        most = max((left[m] - self._allocation.in_flight(m) for m in models), default=0)
-        return drafted[: self._allocation.start(task, min(len(drafted), most))]
 
     def _keep(self, outcome: Outcome) -> Iterator[Event]:
         """Record one outcome and pass it on to the allocation, the search and the caller."""
@@ -292,18 +273,18 @@ class _Search:
         for units, measurement in outcome.measurements.items():
             self._unsaved.append(self._record(candidate, units, measurement))
             if measurement.seconds is not None:
-                self._allocation.note(candidate.task, units, measurement.seconds, candidate.origin)
+                self.allocation.note(candidate.task, units, measurement.seconds, candidate.origin)
         if outcome.failure is not None:
             self._failures[outcome.failure] += 1
         if candidate.origin == Origin.SEARCH:
-            self._allocation.finish(candidate.task)
-            for model in self._allocation.models_of(candidate.task):
-                latency_s = statistics.fmean(self._allocation.latency_s(model).values())
+            self.allocation.finish(candidate.task)
+            for model in self.allocation.models_of(candidate.task):
+                latency_s = statistics.fmean(self.allocation.latency_s(model).values())
                 self._budgets[model].spend(latency_s)
             whole = {u: s for u, s in seconds.items() if s is not None}
             score = self._objective(candidate.task, whole) if len(whole) == len(seconds) else None
             self._pipeline.tell(candidate, score)
-        name = self._names[candidate.task]
+        name = self.names[candidate.task]
         yield Trial(name, Origin(candidate.origin), seconds, outcome.failure)
         yield from self._flush()
 
@@ -312,7 +293,7 @@ class _Search:
 
         Scaled by the best latency, so that with one share it is simply the seconds.
         """
-        best = self._allocation.best_s(task)
+        best = self.allocation.best_s(task)
         ratios = [value / best.get(units, value) for units, value in seconds.items()]
         first = self._work.units_of(task)[0]
         scale = best.get(first, seconds.get(first, 1.0))
@@ -330,7 +311,7 @@ class _Search:
             origin=candidate.origin,
             spread=measurement.spread if measurement.seconds is not None else None,
             repeats=measurement.repeats or None,
-            run_id=self._context.run_ids.get(self._allocation.models_of(candidate.task)[0]),
+            run_id=self._context.run_ids.get(self.allocation.models_of(candidate.task)[0]),
             created=time.time(),
             partition=self._context.backend,
             flags=",".join((*coarse, *measurement.flags, *measurement.how)),
@@ -357,9 +338,9 @@ class _Search:
         last_id = records.store.last_id()
         for record in records.from_others(self._last_id, list(self._context.run_ids.values())):
             task = record.key.task
-            self._elsewhere.add((task, record.trace))
+            self.elsewhere.add((task, record.trace))
             if record.usable and record.best_s is not None:
-                self._allocation.note(task, record.key.units, record.best_s, record.origin)
+                self.allocation.note(task, record.key.units, record.best_s, record.origin)
         self._last_id = last_id
 
     def _seeds(self, task: str, known: set[str]) -> list[Candidate]:
@@ -372,3 +353,44 @@ class _Search:
                 if record.origin != Origin.DEFAULT and record.trace not in known:
                     traces[record.trace] = None
         return [Candidate(task, trace, Origin.SEED) for trace in list(traces)[:_SEEDS]]
+
+
+class _Baseline(CandidateSource):
+    """While the baseline is measured: nothing is drafted."""
+
+    def __init__(self, search: _Search) -> None:
+        self._search = search
+
+    def warn(self, text: str) -> None:
+        self._search.warn(text)
+
+    def stop(self) -> bool:
+        return self._search.must_stop() or self._search.out_of_time()
+
+
+class _Trials(_Baseline):
+    """The searchers' candidates, as far as the budgets go."""
+
+    def next_task(self, busy: Collection[str]) -> str | None:
+        return self._search.allocation.next(self._search.left(), busy)
+
+    def accept(self, task: str, drafted: Sequence[Candidate]) -> Sequence[Candidate]:
+        search, left = self._search, self._search.left()
+        drafted = [c for c in drafted if (task, c.trace) not in search.elsewhere]
+        models = [model for model in search.allocation.models_of(task) if model in left]
+        most = max((left[m] - search.allocation.in_flight(m) for m in models), default=0)
+        return drafted[: search.allocation.start(task, min(len(drafted), most))]
+
+    def exhausted(self, task: str) -> None:
+        self._search.allocation.exhaust(task)
+
+    def lost(self, task: str, text: str) -> None:
+        """The search died on a task: leave the task, and say so with the next event."""
+        self._search.allocation.exhaust(task)
+        self._search.warn(f"search of {self._search.names[task]} ended: {text}")
+
+    def best_s(self, task: str) -> Mapping[int, float]:
+        return self._search.allocation.best_s(task)
+
+    def stop(self) -> bool:
+        return self._search.must_stop() or not self._search.left()

@@ -37,8 +37,9 @@ from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.partition import Share
 from gpu_aware_tune.search.candidates import Candidate, NewTask
-from gpu_aware_tune.search.pipeline import Demand, TaskSpec
+from gpu_aware_tune.search.pipeline import TaskSpec
 from gpu_aware_tune.search.pools import PoolSettings
+from gpu_aware_tune.search.sources import CandidateSource
 from gpu_aware_tune.settings import Settings
 
 TASKS = {str(number): TaskSpec((((4,), "float32"),), (2,)) for number in range(1, 6)}
@@ -156,7 +157,7 @@ def given(count: int) -> list[Candidate]:
     return [Candidate(str(1 + n % 5), f"trace {n}", "default") for n in range(count)]
 
 
-class Budget:
+class Budget(CandidateSource):
     """Asks for drafts of any task until so many candidates were accepted."""
 
     def __init__(self, trials: int) -> None:
@@ -164,15 +165,15 @@ class Budget:
         self.notes: list[str] = []
         self.turn = itertools.cycle(TASKS)
 
-    def demand(self) -> Demand:
-        return Demand(next_task=self._next, accept=self._accept, note=self.notes.append)
+    def warn(self, text: str) -> None:
+        self.notes.append(text)
 
-    def _next(self, busy: Any) -> str | None:
+    def next_task(self, busy: Any) -> str | None:
         if not self.left or len(busy) == len(TASKS):
             return None
         return next(task for task in self.turn if task not in busy)
 
-    def _accept(self, task: str, drafted: Any) -> Any:
+    def accept(self, task: str, drafted: Any) -> Any:
         taken = drafted[: self.left]
         self.left -= len(taken)
         return taken
@@ -190,7 +191,7 @@ def test_every_candidate_comes_back_once_and_every_machine_has_some() -> None:
 def test_a_budget_is_met_exactly_and_each_task_is_drafted_for_on_one_machine() -> None:
     one, two = Machine("one"), Machine("two")
     pipeline, _ = cluster(one, two)
-    outcomes = list(pipeline.run((), Budget(101).demand()))
+    outcomes = list(pipeline.run((), Budget(101)))
     assert len(outcomes) == 101
     asked = [{ask.task for ask in machine.of(Ask)} for machine in (one, two)]
     assert asked[0] | asked[1] == set(TASKS) and not asked[0] & asked[1]
@@ -204,7 +205,7 @@ def test_a_budget_is_met_exactly_and_each_task_is_drafted_for_on_one_machine() -
 def test_only_one_draft_at_a_time_is_asked_of_a_searcher() -> None:
     one = Machine("one", searchers=2)
     pipeline, members = cluster(one)
-    stream = pipeline.run((), Budget(50).demand())
+    stream = pipeline.run((), Budget(50))
     next(stream)
     under_way = [message for message in one.inbox if isinstance(message, Ask)]
     assert len({int(ask.task) % 2 for ask in under_way}) == len(under_way)
@@ -219,7 +220,7 @@ def test_a_lost_machines_candidates_and_searches_go_elsewhere() -> None:
     pipeline, members = cluster(one, two)
     budget = Budget(80)
     outcomes = []
-    for outcome in pipeline.run(given(10), budget.demand()):
+    for outcome in pipeline.run(given(10), budget):
         outcomes.append(outcome)
         pipeline.tell(outcome.candidate, 1e-3)
         if len(outcomes) == 40:
@@ -266,7 +267,7 @@ def test_a_machine_that_joins_gets_work_and_the_last_one_that_goes_ends_the_run(
     one, late = Machine("one"), Machine("late")
     pipeline, members = cluster(one)
     budget = Budget(60)
-    stream = pipeline.run((), budget.demand(), alone=True)
+    stream = pipeline.run((), budget, alone=True)
     for _ in range(8):
         next(stream)
     members.join(late)
@@ -290,7 +291,7 @@ def test_what_a_machine_without_the_device_builds_is_measured_elsewhere() -> Non
     one, two, other = Machine("one"), Machine("two"), builder()
     pipeline, _ = cluster(one, two, other)
     budget = Budget(40)
-    outcomes = list(pipeline.run(given(60), budget.demand()))
+    outcomes = list(pipeline.run(given(60), budget))
     assert len(outcomes) == 100 and len({o.candidate.trace for o in outcomes}) == 100
     assert all(outcome.failure is None for outcome in outcomes)
     built, measured = other.of(Work), [*one.of(Measure), *two.of(Measure)]
@@ -316,9 +317,8 @@ def test_building_does_not_run_ahead_of_measuring_without_limit() -> None:
     one.answers = lambda at_most=3: []  # type: ignore[method-assign]
     looks = itertools.count()
     budget = Budget(1000)
-    demand = budget.demand()
-    demand.stop = lambda: next(looks) > 60
-    assert list(pipeline.run(given(200), demand)) == []
+    budget.stop = lambda: next(looks) > 60  # type: ignore[method-assign]
+    assert list(pipeline.run(given(200), budget)) == []
     assert len(one.of(Work)) + len(one.of(Measure)) == 6
     begun = sum(len(machine.of(Work)) for machine in others)
     assert begun == 12 + len(one.of(Measure)), "twice what the measuring machine holds"
@@ -372,7 +372,7 @@ def test_machines_that_only_build_are_not_enough() -> None:
         ClusterPipeline(Machines(small), TASKS).wait()
 
     pipeline, members = cluster(Machine("one"), builder())
-    stream = pipeline.run((), Budget(60).demand())
+    stream = pipeline.run((), Budget(60))
     next(stream)
     members.kill("one")
     with pytest.raises(SetupError, match="is left to measure on"):
@@ -384,7 +384,7 @@ def test_a_run_waits_for_a_measuring_machine_that_is_on_its_way_back() -> None:
     pipeline, members = cluster(one, builder())
     looks = itertools.count()
     outcomes = []
-    for outcome in pipeline.run((), Budget(60).demand()):
+    for outcome in pipeline.run((), Budget(60)):
         outcomes.append(outcome)
         if len(outcomes) == 30:
             members.kill("one")

@@ -411,7 +411,7 @@ def test_a_run_loses_nothing(start: Start, alone: bool) -> None:
 
 
 def test_a_stopped_run_leaves_nothing_under_way(start: Start) -> None:
-    from gpu_aware_tune.search.pipeline import Demand
+    from gpu_aware_tune.search.sources import CandidateSource
 
     shared = start([4, 3, 2], [3, 2], timeout_s=20)
     pipeline = Pipeline(
@@ -423,8 +423,12 @@ def test_a_stopped_run_leaves_nothing_under_way(start: Start) -> None:
         0,
     )
     turns = iter(range(1000))
-    demand = Demand(stop=lambda: next(turns) > 8)
+
+    class Source(CandidateSource):
+        def stop(self) -> bool:
+            return next(turns) > 8
+
     wanted = [Candidate("1", f"slow:5-{number}", "search") for number in range(4)]
-    assert list(pipeline.run(wanted, demand)) == []
+    assert list(pipeline.run(wanted, Source())) == []
     assert not any(measurer.busy for measurer in flat(shared))
     assert [outcome.failure for outcome in pipeline.run([Candidate("1", "ok", "search")])] == [None]
