@@ -8,6 +8,7 @@ the same with a virtual clock.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections import deque
@@ -27,6 +28,7 @@ Answer = Callable[[], None]
 PlannedSeconds = Callable[[int, int, int], float]
 """What a run is planned to take: of a model's number, units and rows."""
 
+_log = logging.getLogger(__name__)
 _SWITCHES = 10_000  # the latest, whose times are kept
 _DRIFT_WEIGHT = 0.05  # of the latest run in the average
 
@@ -108,6 +110,9 @@ class Dispatcher:
         request.first_slot, request.left = first, request.rows
         queue.slots.write(first, arrays, whole)
         with self.lock:
+            if queue.closed:  # while its inputs were being written
+                queue.slots.give_back(first, request.rows)
+                raise Draining(f"{queue.model.name} is being closed: send it elsewhere")
             queue.push(request)
             answers = self._step()
         _give(answers)
@@ -137,11 +142,15 @@ class Dispatcher:
         """Go on with another policy, other lanes or other models.
 
         Runs under way end where they are; a lane begins as soon as its cores are free. What waits
-        for models that are no longer there is refused.
+        for a model that is replaced waits for the new one; for one that is gone it is refused.
         """
         with self.lock:
             self._switched_s = self.clock()
             gone = [queue for queue in self.layout.queues if queue not in layout.queues]
+            names = {queue.model.name: queue for queue in layout.queues}
+            for queue in gone:
+                if queue.model.name in names:
+                    names[queue.model.name].adopt(queue)
             self.layout = layout
             answers = [answer for queue in gone for answer in self._close(queue)]
             self._arrange()
@@ -275,7 +284,10 @@ class Dispatcher:
                 queue.drift += _DRIFT_WEIGHT * (min(drift, 10.0) - queue.drift)
             answers = self._answers(run, outputs, error, begin_s, end_s)
             self._arrange()
-            answers += self._step()
+            try:
+                answers += self._step()
+            except Exception:  # a defect of a policy must not cost the answers of this run
+                _log.exception("the policy %s failed", self.layout.policy.name)
         _give(answers)
 
     def _answers(

@@ -36,7 +36,6 @@ from gpu_aware_tune.serving.statistics import ModelStatistics
 
 _ALL_LANES = 8  # cores up to which every lane is prepared at the start, not only the plan's
 _EVENTS = 200
-_REST_S = 10.0  # for what waits when a model is replaced
 
 
 class Engine:
@@ -142,9 +141,7 @@ class Engine:
             Draining: the engine is closing.
             Refused: it cannot be answered in time, or the model's queue is full.
         """
-        queue, request, arrays = self._request(model, inputs, timeout_s, arrived_s)
-        self._dispatcher.submit(queue, request, arrays)
-        return request.future
+        return self._submit(model, inputs, timeout_s, arrived_s)[1].future
 
     async def infer(
         self, model: str, inputs: Mapping[str, Any], timeout_s: float | None = None
@@ -156,8 +153,7 @@ class Engine:
             RunFailed: its run failed.
             UserError, UnknownModel, Draining: as for `submit`.
         """
-        queue, request, arrays = self._request(model, inputs, timeout_s, None)
-        self._dispatcher.submit(queue, request, arrays)
+        queue, request = self._submit(model, inputs, timeout_s, None)
         try:
             return await asyncio.wrap_future(request.future)
         except asyncio.CancelledError:
@@ -201,6 +197,7 @@ class Engine:
         """
         plan = plan_from_dict(facts, "the plan")
         with self._changing:
+            self._check_open()
             self._fixed = True
             planned = with_plan(self._planned, plan, "the plan")
             self._carry_out(self._catalog, planned, "a plan was given")
@@ -222,12 +219,13 @@ class Engine:
     def load_model(self, name: str, folder: Path | None = None) -> None:
         """Add a model, or replace one by what its folder, or another one, holds now.
 
-        Requests that wait for a model that is replaced are answered by the old one.
+        Requests that wait for a model that is replaced are answered by the new one.
 
         Raises:
             UserError: the folder cannot be served; what was served before still is.
         """
         with self._changing:
+            self._check_open()
             old = self._catalog.get(name)
             if folder is None and old is None:
                 raise UnknownModel(f"there is no model {name!r}: give its folder to add it")
@@ -238,7 +236,6 @@ class Engine:
             catalog = {**self._catalog, name: fresh}
             rates = {**first_rates(catalog), **self._rates()}
             planned = self._plan(rates, catalog=catalog)
-            self._serve_rest(old)
             self._carry_out(catalog, planned, f"{name} was {'replaced' if old else 'added'}")
             self._forget(old)
 
@@ -250,6 +247,7 @@ class Engine:
             UserError: it is the last one.
         """
         with self._changing:
+            self._check_open()
             old = self._served(name)
             if len(self._catalog) == 1:
                 raise UserError(f"{name} is the only model: stop the server instead")
@@ -260,9 +258,10 @@ class Engine:
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Accept nothing more, answer what waits, end the threads."""
-        if self._draining:
-            return
-        self._draining = True
+        with self._changing:
+            if self._draining:
+                return
+            self._draining = True
         self._controller.stop()
         self._dispatcher.drain(timeout_s)
         self._pool.close()
@@ -282,17 +281,28 @@ class Engine:
         """What is carried out."""
         return self._planned
 
-    def _request(
+    def _submit(
         self, model: str, inputs: Mapping[str, Any], timeout_s: float | None, at_s: float | None
-    ) -> tuple[ModelQueue, Request, list[np.ndarray]]:
+    ) -> tuple[ModelQueue, Request]:
+        while True:
+            self._check_open()
+            queue = self._served(model).queue
+            arrays, rows = queue.model.check(inputs, queue.slots.size // 2)
+            arrived_s = time.monotonic() if at_s is None else at_s
+            within_s = queue.model.slo_s if timeout_s is None else timeout_s
+            request = Request(model, rows, arrived_s, arrived_s + within_s, Future())
+            try:
+                self._dispatcher.submit(queue, request, arrays)
+                return queue, request
+            except Draining:
+                served = self._catalog.get(model)
+                if served is not None and served.queue is queue:
+                    raise
+                # it was replaced meanwhile: ask the new one
+
+    def _check_open(self) -> None:
         if self._draining:
             raise Draining("the server is stopping: send it elsewhere")
-        queue = self._served(model).queue
-        arrays, rows = queue.model.check(inputs, queue.slots.size // 2)
-        arrived_s = time.monotonic() if at_s is None else at_s
-        within_s = queue.model.slo_s if timeout_s is None else timeout_s
-        request = Request(model, rows, arrived_s, arrived_s + within_s, Future())
-        return queue, request, arrays
 
     def _served(self, name: str) -> Served:
         served = self._catalog.get(name)
@@ -337,13 +347,6 @@ class Engine:
         for width in range(1, len(self._pool.cores) + 1):
             for lane in self._pool.side_by_side([width] * (len(self._pool.cores) // width)):
                 lane.prepare(self.models)
-
-    @staticmethod
-    def _serve_rest(served: Served | None) -> None:
-        """Let a model that is to go answer what waits for it."""
-        end_s = time.monotonic() + _REST_S
-        while served is not None and served.queue.rows and time.monotonic() < end_s:
-            time.sleep(0.002)
 
     def _forget(self, served: Served | None) -> None:
         if served is not None:

@@ -74,6 +74,25 @@ class ModelQueue:
         self.deadlines.popleft()
         return self.rows.popleft()
 
+    def adopt(self, old: ModelQueue) -> None:
+        """Take over what waits in the queue of the same model that this one replaces.
+
+        What is left there afterwards found no room here, or has run in part.
+        """
+        if (old.model.row_shapes, old.model.dtypes) != (self.model.row_shapes, self.model.dtypes):
+            return
+        waiting: dict[Request, int] = {}
+        for row in old.rows:
+            waiting[row.request] = waiting.get(row.request, 0) + 1
+        for request, rows in waiting.items():
+            first = self.slots.take(request.rows) if rows == request.rows else None
+            if first is None:
+                continue
+            self.slots.copy(first, old.slots, request.first_slot, rows)
+            old.drop(request)
+            request.first_slot = first
+            self.push(request)
+
     def drop(self, request: Request) -> None:
         """Take out a request's rows that have not run."""
         kept = [row for row in self.rows if row.request is not request]

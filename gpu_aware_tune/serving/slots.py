@@ -76,6 +76,11 @@ class SlotRing:
             else:
                 slots[first : first + len(array)] = array
 
+    def copy(self, first: int, other: SlotRing, from_first: int, count: int) -> None:
+        """Copy rows from slots of another ring of the same shapes."""
+        for own, others in zip(self._arrays, other._arrays, strict=True):
+            own[first : first + count] = others[from_first : from_first + count]
+
     def rows(self, slots: Sequence[int], batch: int) -> list[np.ndarray]:
         """The inputs of a batch: views where the rows lie in order, else copies.
 

@@ -18,7 +18,8 @@ from gpu_aware_tune.partition import usable_cores
 from gpu_aware_tune.planning.policies import POLICIES
 from gpu_aware_tune.serving.deployments import Deployment
 from gpu_aware_tune.serving.engine import Engine
-from gpu_aware_tune.serving.requests import Draining, Refused, RunFailed, UnknownModel
+from gpu_aware_tune.serving.model_queue import ModelQueue
+from gpu_aware_tune.serving.requests import Draining, Refused, Request, RunFailed, UnknownModel
 
 LONG_S = 60.0  # an objective that no load of a test can miss
 
@@ -279,7 +280,7 @@ class Load:
             model = self._models[number % len(self._models)]
             try:
                 future = self._engine.submit(model, inputs)
-            except (UnknownModel, Draining):
+            except UnknownModel:
                 self._room.release()
                 continue
             future.add_done_callback(lambda _: self._room.release())
@@ -311,6 +312,32 @@ def test_changes_of_shares_under_load_lose_nothing(
         load.check(oracle)
         assert len(own.dispatcher.switch_s) >= 100
         assert own.statistics("tiny").fail.count == 0
+
+
+def test_what_waits_for_a_replaced_model_waits_for_the_new_one(engine: Engine) -> None:
+    model = engine.model("single")
+    old, new = ModelQueue(model, 8), ModelQueue(model, 4)
+    requests = []
+    for number in range(6):
+        request = Request("single", 1, 0.0, 10.0 - number, Future(), left=1)
+        first = old.slots.take(1)
+        assert first is not None
+        request.first_slot = first
+        arrays, _ = model.check(draw_inputs(number), 1)
+        old.slots.write(first, arrays, whole=True)
+        old.push(request)
+        requests.append(request)
+    new.adopt(old)
+    # The earliest deadlines found room; the others are still in the old queue.
+    assert [row.request for row in new.rows] == requests[:1:-1]
+    assert [row.request for row in old.rows] == requests[1::-1]
+    assert list(new.deadlines) == sorted(new.deadlines)
+    for row in new.rows:
+        wanted = draw_inputs(requests.index(row.request))
+        image, bias = new.slots.rows([row.slot], 1)
+        np.testing.assert_array_equal(image[0], wanted["image"])
+        np.testing.assert_array_equal(bias[0], wanted["bias"])
+    assert new.slots.take(1) is None and old.slots.free == 6
 
 
 def test_models_come_and_go_under_load(
