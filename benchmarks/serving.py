@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving a.tuned b.tuned ...             # half an hour for four models
     python -m benchmarks.serving a.tuned b.tuned ... --quick     # a few minutes; nothing is written
-    python -m benchmarks.serving a.tuned b.tuned ... --ray PYTHON   # and plain Ray Serve
+    python -m benchmarks.serving a.tuned b.tuned ... --ray       # and plain Ray Serve (ray[serve])
 
 Open-loop arrivals are drawn beforehand and are the same for every side; latency counts from the planned
 arrival. Each model gets an equal part of the work; the load is in parts of what any schedule could carry
@@ -11,8 +11,7 @@ arrival. Each model gets an equal part of the work; the load is in parts of what
 plan           the plan's policy, which is told no rates and adapts
 plan-fixed     the plan for the mean rates, which never changes
 equal-shares, gslice, d-stack, temporal-fifo    the baselines of `planning.policies`, told the mean rates
-ray-serve      a replica a model on one core each in turns, `@serve.batch`, called through its handle;
-               PYTHON has this package and ray[serve]
+ray-serve      a replica a model, on one core each in turns, `@serve.batch`, called through its handle
 
 With two cores a lane is one core wide or two. What is sent late is the generator's fault: cells in which
 it was late by more than 5 ms (p99) are marked, and count for no side. For the sides that do not adapt the
@@ -22,6 +21,8 @@ same streams are simulated with the same curves and policy: that is the simulato
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
 import statistics
 import sys
@@ -33,6 +34,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import RESULTS, environment, stamp, write_results
+from benchmarks.ray_serve import drive, ray_serve
+from gpu_aware_tune.partition import usable_cores
 from gpu_aware_tune.planning.arrivals import parse_arrivals
 from gpu_aware_tune.planning.curve import Floats
 from gpu_aware_tune.planning.curve_file import MeasuredCurve
@@ -51,6 +54,7 @@ SIDES = {
     "temporal-fifo": ("temporal-fifo", False),
 }
 ARRIVALS = ("poisson", "gamma:4", "square:3:4")
+RAY = "ray-serve"
 _LATE_S = 0.005
 
 
@@ -64,6 +68,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--ray", action="store_true", help="plain Ray Serve, too")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving.json")
     args = parser.parse_args()
@@ -71,8 +76,12 @@ def main() -> None:
         args.slo, args.loads, args.seeds, args.seconds = [5.0], [0.6, 1.2], 1, 5.0
     sys.setswitchinterval(5e-4)  # as `tune serve` does
     about, rows = environment(), list[dict[str, Any]]()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         curves = Path(folder)
+        args.handles = None
+        if args.ray:
+            args.sides = [*args.sides, RAY]
+            args.handles = stack.enter_context(ray_serve(args.folders, usable_cores()))
         latency_s = measure(args.folders, curves)
         for slo in args.slo:
             for load in args.loads:
@@ -137,6 +146,10 @@ class Cell:
         return [self.side(side, seed, streams, seconds) for side in sides]
 
     def side(self, side: str, seed: int, streams: list[Floats], seconds: float) -> dict[str, Any]:
+        if side == RAY:
+            sent = drive(self.args.handles, self.names, self.slo_s, streams, self.inputs(), seconds)
+            outcome, late_s = asyncio.run(sent)
+            return {**self.key, "side": side, "seed": seed, "late_s": late_s, **outcome.as_dict()}
         with self.engine(side) as engine:
             inputs = random_arrays(engine)
             outcome, late_s = drive_engine(engine, self.names, streams, inputs, seconds)
@@ -149,6 +162,11 @@ class Cell:
                 )  # fmt: skip
                 facts["simulated"] = fidelity(outcome, simulated)
         return facts
+
+    def inputs(self) -> dict[str, dict[str, np.ndarray]]:
+        """What is sent to each model."""
+        with self.engine("plan-fixed") as engine:
+            return random_arrays(engine)
 
     def line(self, rows: list[dict[str, Any]]) -> str:
         """The sides' goodput in this cell."""
