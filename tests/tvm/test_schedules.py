@@ -21,7 +21,8 @@ from gpu_aware_tune.kernels.schedules import default_schedules
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
 from gpu_aware_tune.kernels.schedules.blocks import block_of, inline_maps
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
-from gpu_aware_tune.kernels.schedules.tiles import STACK_BYTES, Machine, best_tiles
+from gpu_aware_tune.kernels.schedules.tile_cost import STACK_BYTES, Machine
+from gpu_aware_tune.kernels.schedules.tiles import best_tiles
 from gpu_aware_tune.kernels.traces import apply_trace, trace_to_json
 
 Spec = tuple[tuple[int, ...], str]

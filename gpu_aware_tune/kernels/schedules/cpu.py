@@ -21,7 +21,7 @@ from gpu_aware_tune.kernels.schedules.blocks import (
 from gpu_aware_tune.kernels.schedules.maps import schedule_map
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.kernels.schedules.reductions import Reduction, split_lanes
-from gpu_aware_tune.kernels.schedules.tiles import Machine
+from gpu_aware_tune.kernels.schedules.tile_cost import Machine
 
 _POOR = 3.0  # times what full vectors would take; then partial sums in lanes are tried first
 

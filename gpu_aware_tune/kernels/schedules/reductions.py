@@ -11,19 +11,14 @@ from gpu_aware_tune.kernels.packing import mark_packing, weight_buffers
 from gpu_aware_tune.kernels.schedules.access import Access, Axis, accesses_of, axes_of
 from gpu_aware_tune.kernels.schedules.blocks import block_of, is_costly, is_map, loops_of_axes
 from gpu_aware_tune.kernels.schedules.maps import PARALLEL_STEPS, parallel
-from gpu_aware_tune.kernels.schedules.tiles import (
-    Machine,
-    Tile,
-    best_tiles,
-    divisors,
-    held,
-    outer_order,
-)
+from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile, divisors, held
+from gpu_aware_tune.kernels.schedules.tiles import best_tiles, outer_order, plane_of
 
 _PARALLEL_TERMS = 131_072  # of vectorised reductions; below, one thread is faster
 _ROW_TERMS = 32  # unrolled terms of one result
 _ROW_STEP = 0.35  # cycles of one term in LLVM's loop
 _PACKED_ROW = 128  # elements of one row copied at a time
+_PANEL_ROW = 256  # elements of one row that go to panels side by side
 _UNROLLED, _UNROLLED_WHOLE = 72, 144  # multiply-adds in one unrolled body; where that is all of it
 
 
@@ -63,6 +58,8 @@ class Reduction:
             return
         for number in tile.packed:
             self._pack(schedule, tile, number)
+        for number, position in tile.panels:
+            self._store_in_panels(schedule, tile, number, self.axes[position])
         block = schedule.get_sblock(self.name)
         stages = self._stages(schedule, block, fuse_consumer)
         self._lay_out_result(schedule, block, tile)
@@ -152,17 +149,10 @@ class Reduction:
 
     def _pack(self, schedule: Schedule, tile: Tile, number: int) -> None:
         """Give an operand a layout in which the tile's vectorised axis is contiguous."""
-        block = schedule.get_sblock(self.name)
-        buffer = self.operands[number].buffer
-        writer = None
-        for producer in schedule.get_producers(block):
-            if any(region.source.same_as(buffer) for region in schedule.get(producer).writes):
-                writer = producer
         dim = self.operands[number].dims[tile.vector]
         size = tile.size(self.axes[tile.vector])
-        if writer is None:
-            writer = schedule.cache_read(block, number, "global")
-            at_load = mark_packing(schedule, writer, buffer)
+        writer, at_load = self._writer(schedule, number)
+        if at_load is not None:
             self._schedule_packing(schedule, writer, dim, size, at_load)
 
         def blocked(*index: Any) -> list[Any]:
@@ -170,6 +160,58 @@ class Reduction:
             return [index[dim] // size, *rest, index[dim] % size]
 
         schedule.transform_layout(writer, ("write", 0), blocked)
+
+    def _writer(self, schedule: Schedule, number: int) -> tuple[Any, bool | None]:
+        """What writes an operand: a block of the kernel, or a copy that is made here.
+
+        Returns:
+            The block; and, of a copy, whether it is made when the library is loaded.
+        """
+        block = schedule.get_sblock(self.name)
+        buffer = self.operands[number].buffer
+        for producer in schedule.get_producers(block):
+            if any(region.source.same_as(buffer) for region in schedule.get(producer).writes):
+                return producer, None
+        copy = schedule.cache_read(block, number, "global")
+        return copy, mark_packing(schedule, copy, buffer)
+
+    def _store_in_panels(self, schedule: Schedule, tile: Tile, number: int, axis: Axis) -> None:
+        """Store an operand tile by tile along an axis that its last dimensions are."""
+        operand, size = self.operands[number], tile.size(axis)
+        first = plane_of(operand, axis)
+        assert first is not None
+        shape = [int(extent) for extent in operand.buffer.shape]
+        writer, at_load = self._writer(schedule, number)
+        if at_load is not None:
+            self._schedule_panels(schedule, writer, first, size, at_load)
+
+        def panels(*index: Any) -> list[Any]:
+            along = index[first]
+            for value, extent in zip(index[first + 1 :], shape[first + 1 :], strict=True):
+                along = along * extent + value
+            return [along // size, *index[:first], along % size]
+
+        schedule.transform_layout(writer, ("write", 0), panels)
+
+    def _schedule_panels(
+        self, schedule: Schedule, writer: Any, first: int, size: int, at_load: bool
+    ) -> None:
+        """Copy some panels side by side, so that of each row whole cache lines are read."""
+        *rows, along = self._fused_from(schedule, schedule.get_loops(writer), first)
+        extent = int(schedule.get(along).extent)
+        many = divisors(extent // size, max(1, _PANEL_ROW // size))[0]
+        blocks, few, within = schedule.split(along, [None, many, size])
+        schedule.reorder(blocks, *rows, few, within)
+        if size % (self.machine.lanes // 2) == 0:
+            schedule.vectorize(within)
+        if self.operands and extent >= 2 * self.machine.units and not at_load:
+            schedule.parallel(blocks)
+
+    @staticmethod
+    def _fused_from(schedule: Schedule, loops: list[Any], first: int) -> list[Any]:
+        """Loops with those from `first` on as one."""
+        last = loops[first:]
+        return [*loops[:first], schedule.fuse(*last) if len(last) > 1 else last[0]]
 
     def _schedule_packing(
         self, schedule: Schedule, writer: Any, dim: int, size: int, at_load: bool
