@@ -25,9 +25,11 @@ _PACK = 1.2  # an element copied into another layout
 _STORE, _LOAD = 0.9, 0.5  # a vector of results
 _PER_TILE = 4.0
 _FAR = 7.0  # bytes a cycle from the far caches
+_KEPT = 0.25  # of that, what is read again and stayed in the second-level cache, or nearly
 
 _NEAR_BYTES = 24 * 1024  # of the first-level cache
 _MIDDLE_BYTES = 384 * 1024  # of the second-level cache
+_KEPT_BYTES = 1280 * 1024  # what it keeps, if only in part, while the rest streams by
 _LINE = 64
 _ALIAS = 4096  # addresses this far apart share the first-level cache's few ways
 _WAYS = 8
@@ -108,13 +110,19 @@ def priced(
         ports += _loads(tile, number, axes, operand) / 2
         misses += _misses(tile, axes, operand, number) / steps
     step = max(registers * width, ports, _LATENCY) + _PORT * ports + misses
-    copied = [operands[number] for number in tile.copied - weights]
-    packing = sum(_PACK * operand.elements for operand in copied)
+    packing = sum(_copying(tile, number, operands[number]) for number in tile.copied - weights)
     contiguous = result.strides[tile.vector] == 1
     store = registers * _STORE * (1 if contiguous else tile.lanes) + _PER_TILE
     compute = count * (steps * step + store) + packing
     cycles = _with_traffic(compute, tile, axes, operands) * _rounds(count, machine)
     return replace(tile, cycles=cycles)
+
+
+def _copying(tile: Tile, number: int, operand: Access) -> float:
+    """Cycles of a copy into another layout."""
+    apart = (operand.strides[tile.vector] or 0) * operand.itemsize
+    aliased = number in tile.packed and apart and apart % _ALIAS == 0
+    return _PACK * operand.elements * (_ALIASED if aliased else 1.0)
 
 
 def held(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> list[Axis]:
@@ -213,9 +221,12 @@ def _crowding(windows: Sequence[tuple[int, int]], itemsize: int) -> float:
 
     Lines a multiple of a power of two apart share the sets that this power leaves.
     """
-    run = math.prod(many for apart, many in windows if apart * itemsize < _LINE) * itemsize
+    run = _LINE
+    for apart, many in sorted(windows):
+        if apart * itemsize <= run:
+            run = max(run, apart * itemsize * many)
     powers = [math.gcd(apart * itemsize, _WAY_BYTES) for apart, many in windows if many >= _CROWD]
-    return max(1.0, max(powers, default=1) / max(_LINE, run))
+    return max(1.0, max(powers, default=1) / run)
 
 
 def traffic(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> tuple[float, float]:
@@ -230,4 +241,7 @@ def traffic(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> tup
             continue
         rounds[0 if first.uses(axis) else 1] *= axis.extent // tile.size(axis)
     bytes_ = [operand.elements * operand.itemsize for operand in (first, second)]
-    return bytes_[0] + bytes_[1] * rounds[0], bytes_[1] + bytes_[0] * rounds[1]
+    # Operands that are not copied share sets, so that little of them is kept between the rounds.
+    kept = [_KEPT if tile.panels and size <= _KEPT_BYTES else 1.0 for size in bytes_]
+    again = [(rounds[1 - n] - 1) * kept[n] * bytes_[n] for n in range(2)]
+    return sum(bytes_) + again[1], sum(bytes_) + again[0]
