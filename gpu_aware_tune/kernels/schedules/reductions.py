@@ -61,7 +61,7 @@ class Reduction:
         for number, position in tile.panels:
             self._store_in_panels(schedule, tile, number, self.axes[position])
         block = schedule.get_sblock(self.name)
-        stages = self._stages(schedule, block, fuse_consumer)
+        stages = self._stages(schedule, block, tile, fuse_consumer)
         self._lay_out_result(schedule, block, tile)
         loops = self._loops(schedule)
         order = outer_order(tile, self.axes, self.operands)
@@ -251,24 +251,35 @@ class Reduction:
         schedule.transform_layout(block, ("write", 0), last)
 
     def _stages(
-        self, schedule: Schedule, block: Any, fuse_consumer: bool
+        self, schedule: Schedule, block: Any, tile: Tile, fuse_consumer: bool
     ) -> list[tuple[Any, bool]]:
         """The blocks to compute at the tile after it, and whether each is to be unrolled."""
         consumers = schedule.get_consumers(block)
-        fitting = fuse_consumer and len(consumers) == 1 and self._fits(schedule, consumers[0])
+        fitting = fuse_consumer and len(consumers) == 1
+        fitting = fitting and self._fits(schedule, consumers[0], tile)
         if fitting and not is_costly(schedule.get(consumers[0])):
             return [(consumers[0], True)]
         copy = schedule.cache_write(block, 0, "global")
         return [(copy, True), (consumers[0], False)] if fitting else [(copy, True)]
 
-    def _fits(self, schedule: Schedule, consumer: Any) -> bool:
-        """Whether a consumer reads each result once."""
+    def _fits(self, schedule: Schedule, consumer: Any, tile: Tile | None = None) -> bool:
+        """Whether a consumer reads each result once, or with a tile all but what was padded."""
         block = schedule.get(consumer)
         axes = axes_of(block)
         if axes is None or not is_map(block):
             return False
-        spatial = math.prod(axis.extent for axis in self.axes if not axis.reduce)
-        return math.prod(axis.extent for axis in axes) == spatial
+        own = [axis for axis in self.axes if not axis.reduce and axis.extent > 1]
+        extents = [axis.extent for axis in axes if axis.extent > 1]
+        if math.prod(extents) == math.prod(axis.extent for axis in own):
+            return True
+        if tile is None or len(extents) != len(own):
+            return False
+        # Less than a whole tile is cut, and no vector: each store would need a condition.
+        cut = [(axis, axis.extent - extent) for axis, extent in zip(own, extents, strict=True)]
+        return all(
+            left == 0 or (axis.position != tile.vector and 0 < left < tile.size(axis))
+            for axis, left in cut
+        )
 
     def _parallel(
         self, schedule: Schedule, outer: list[tuple[Any, int]], least: int
