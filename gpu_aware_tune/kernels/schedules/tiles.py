@@ -156,7 +156,13 @@ def _counts(
 
 
 def _packed(vector: Axis, operands: Sequence[Access]) -> tuple[int, ...]:
-    """Operands in which the axis lies far apart, in a dimension of its own."""
+    """Operands in which the axis lies far apart, in a dimension of its own.
+
+    What is read only once, as a sum or a maximum does, is not worth a copy, and the elementwise
+    block that makes it would no longer run along its rows.
+    """
+    if len(operands) < 2:
+        return ()
     return tuple(
         number
         for number, operand in enumerate(operands)
