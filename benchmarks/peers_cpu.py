@@ -13,7 +13,9 @@ openvino   OpenVINO in float32, where `pip install openvino` has been done
 Each has a process of its own, with as many threads, all on the same cores. They take turns, with a
 pause between, because the waiting threads of one would take cores from the next. A ratio is that of
 the medians of one round; the table has the median over the rounds and how far they spread. Outputs
-are compared with ONNX Runtime's. The figures go to benchmarks/results/peers-cpu.json.
+are compared with ONNX Runtime's. Beside the time that passed, the processor time of each is compared:
+with one thread it hardly changes beside busy neighbours; with several it includes waiting. The
+figures go to benchmarks/results/peers-cpu.json.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def main() -> None:
             print(line(path.stem, rows[path.stem]), flush=True)
             write_results(args.results, about, {"threads": args.threads, "models": rows})
     for pair, value in means(rows).items():
-        print(f"geometric mean of {pair}: {value:.3f}")
+        in_cpu = means(rows, "cpu_ratios")[pair]
+        print(f"geometric mean of {pair}: {value:.3f}, of their processor time {in_cpu:.3f}")
     print(f"written to {args.results}")
 
 
@@ -101,12 +104,13 @@ class Contestant:
             )
         self._answer()  # once it is loaded
 
-    def run(self, seconds: float) -> list[float]:
-        """Run for so long; seconds of each inference."""
+    def run(self, seconds: float) -> tuple[list[float], float]:
+        """Run for so long; seconds of each inference, and processor seconds of one."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{seconds}\n")
         self._process.stdin.flush()
-        return list(self._answer()["seconds"])
+        answer = self._answer()
+        return list(answer["seconds"]), float(answer["cpu_s"])
 
     def close(self) -> None:
         """End the process."""
@@ -137,18 +141,23 @@ def measure(path: Path, args: argparse.Namespace, scratch: Path) -> dict[str, An
                     "shapes": shapes(args.shape), "scratch": str(scratch)}  # fmt: skip
             running[kind] = Contestant(cell, scratch / f"{kind}.log")
         rounds: list[dict[str, list[float]]] = []
+        cpu: list[dict[str, list[float]]] = []
         for _ in range(args.rounds):
             rounds.append({})
+            cpu.append({})
             for kind, contestant in running.items():
                 time.sleep(PAUSE_S)
-                samples = contestant.run(args.seconds)
+                samples, cpu_s = contestant.run(args.seconds)
                 rounds[-1][kind] = samples[1:] or samples
+                cpu[-1][kind] = [cpu_s]
     finally:
         for contestant in running.values():
             contestant.close()
     return {
         "ms": {kind: summary([s for turn in rounds for s in turn[kind]]) for kind in kinds},
         "ratios": ratios(rounds),
+        "cpu_ms": {kind: 1e3 * statistics.median(turn[kind][0] for turn in cpu) for kind in kinds},
+        "cpu_ratios": ratios(cpu),
         "errors": errors(kinds, scratch),
     }
 
@@ -200,11 +209,11 @@ def errors(kinds: Sequence[str], scratch: Path) -> dict[str, float]:
     }
 
 
-def means(rows: Mapping[str, Any]) -> dict[str, float]:
+def means(rows: Mapping[str, Any], of: str = "ratios") -> dict[str, float]:
     """The geometric means over the models of the ratios."""
     logs: dict[str, list[float]] = {}
     for row in rows.values():
-        for pair, ratio in row.get("ratios", {}).items():
+        for pair, ratio in row.get(of, {}).items():
             logs.setdefault(pair, []).append(math.log(ratio["median"]))
     return {pair: math.exp(statistics.fmean(values)) for pair, values in logs.items()}
 
@@ -218,8 +227,12 @@ def line(name: str, row: dict[str, Any]) -> str:
         f"{pair} {r['median']:.2f} ({r['p10']:.2f} to {r['p90']:.2f})"
         for pair, r in row["ratios"].items()
     )
+    cpu = row["cpu_ratios"]["untuned/best"]["median"]
     worst = max(row["errors"].values())
-    return f"{name:20} ms: {times}; {factors}; error {worst:.0e}; load {row['load']:.1f}"
+    return (
+        f"{name:20} ms: {times}; {factors}; processor time {cpu:.2f}; error {worst:.0e}; "
+        f"load {row['load']:.1f}"
+    )
 
 
 def serve(
@@ -244,7 +257,9 @@ def serve(
     np.savez(Path(scratch) / f"{kind}.npz", *outputs)
     tell({"ready": True})
     for text in sys.stdin:
-        tell({"seconds": timer(float(text))})
+        begun = time.process_time()
+        samples = timer(float(text))
+        tell({"seconds": samples, "cpu_s": (time.process_time() - begun) / len(samples)})
 
 
 def _untuned(

@@ -19,7 +19,7 @@ from gpu_aware_tune.finalize.kernel_check import kernel_inputs, verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING, mark_weights, without_packing
 from gpu_aware_tune.kernels.schedules import default_schedules
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
-from gpu_aware_tune.kernels.schedules.blocks import block_of, inline_maps
+from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, inline_maps
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.kernels.schedules.tile_cost import STACK_BYTES, Machine
 from gpu_aware_tune.kernels.schedules.tiles import best_tiles
@@ -260,6 +260,19 @@ def test_an_index_that_is_computed_has_no_stride() -> None:
     assert read.strides[1:] == (100, None, None)
     for schedule in default_schedules(module, target(), most=1):
         assert "T.vectorized" not in schedule.mod.script()
+
+
+def test_what_a_resize_reads_several_times_is_transposed_first() -> None:
+    def make(e: Any, x: Any) -> Any:
+        image = e(op.permute_dims(x, [0, 3, 1, 2]))
+        return op.image.resize2d(image, (24, 24), method="linear", layout="NCHW")
+
+    (module,) = kernels(make, f32(1, 12, 12, 16))
+    schedule = tvm.s_tir.Schedule(module)
+    inline_maps(schedule)
+    assert block_names(schedule) == block_names(tvm.s_tir.Schedule(module))
+    for found in default_schedules(module, target(), most=1):
+        assert verify_kernel(module, trace_to_json(found.trace), target(), seed=1).ok
 
 
 def test_a_1x1_convolution_walks_its_images_along_one_axis() -> None:
