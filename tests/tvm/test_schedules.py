@@ -275,6 +275,23 @@ def test_what_a_resize_reads_several_times_is_transposed_first() -> None:
         assert verify_kernel(module, trace_to_json(found.trace), target(), seed=1).ok
 
 
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_depthwise_convolution_pads_its_image_piece_by_piece(strides: int) -> None:
+    make = conv(padding=1, groups=16, strides=strides)
+    (module,) = kernels(make, f32(1, 16, 96, 96), f32(16, 1, 3, 3), f32(1, 16, 1, 1), inputs=1)
+    nearby = 0
+    for schedule in default_schedules(module, target(), most=6):
+        assert verify_kernel(module, trace_to_json(schedule.trace), target(), seed=1).ok
+        nearby += schedule.mod.script().count("T.parallel") == 1
+    assert nearby
+
+
+def test_a_dense_convolution_pads_its_image_once() -> None:
+    (module,) = kernels(conv(padding=1), f32(1, 16, 96, 96), f32(16, 16, 3, 3), f32(1, 16, 1, 1))
+    for schedule in default_schedules(module, target(), most=3):
+        assert schedule.mod.script().count("T.parallel") == 2
+
+
 def test_a_1x1_convolution_walks_its_images_along_one_axis() -> None:
     (module,) = kernels(*_case("1x1 conv of rows of 28, batch 2"))
     schedule = tvm.s_tir.Schedule(module)

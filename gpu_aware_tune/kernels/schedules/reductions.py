@@ -9,7 +9,13 @@ from tvm.s_tir import Schedule
 
 from gpu_aware_tune.kernels.packing import mark_packing, weight_buffers
 from gpu_aware_tune.kernels.schedules.access import Access, Axis, accesses_of, axes_of
-from gpu_aware_tune.kernels.schedules.blocks import block_of, is_costly, is_map, loops_of_axes
+from gpu_aware_tune.kernels.schedules.blocks import (
+    block_of,
+    conditions_of,
+    is_costly,
+    is_map,
+    loops_of_axes,
+)
 from gpu_aware_tune.kernels.schedules.maps import PARALLEL_STEPS, parallel
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile, divisors, held
 from gpu_aware_tune.kernels.schedules.tiles import best_tiles, outer_order, plane_of
@@ -19,6 +25,8 @@ _ROW_TERMS = 32  # unrolled terms of one result
 _ROW_STEP = 0.35  # cycles of one term in LLVM's loop
 _PACKED_ROW = 128  # elements of one row copied at a time
 _PANEL_ROW = 256  # elements of one row that go to panels side by side
+_PARALLEL = 1  # tirx.ForKind
+_NEARBY = 65_536  # elements of an image that does not stay in the near caches
 _UNROLLED, _UNROLLED_WHOLE = 72, 144  # multiply-adds in one unrolled body; where that is all of it
 
 
@@ -76,8 +84,31 @@ class Reduction:
         for loop in inner:
             schedule.unroll(loop)
         self._unroll(schedule, reduce, math.prod(tile.counts))
+        self._pad_nearby(schedule, block)
         init = schedule.decompose_reduction(block, reduce[0][0])
         self._finish(schedule, init, depth, tile, unrolled=True)
+
+    def _pad_nearby(self, schedule: Schedule, block: Any) -> None:
+        """Pad an image piece by piece, right before a piece is read, where it is read only once.
+
+        So it is by a depthwise convolution, which would otherwise wait for the padded image to go to
+        memory and back.
+        """
+        first = schedule.get_loops(block)[0]
+        if int(schedule.get(first).kind) != _PARALLEL:
+            return
+        spatial = [axis for axis in self.axes if not axis.reduce and axis.extent > 1]
+        for producer in schedule.get_producers(block):
+            found = schedule.get(producer)
+            image = [o for o in self.operands if o.buffer.same_as(found.writes[0].source)]
+            once = all(access.uses(axis) for access in image for axis in spatial)
+            padded = bool(conditions_of(found)) and image and image[0].elements >= _NEARBY
+            if not (once and padded) or len(schedule.get_consumers(producer)) != 1:
+                continue
+            schedule.compute_at(producer, first)
+            last = schedule.get_loops(producer)[-1]
+            if int(schedule.get(last).extent) == self.machine.lanes:
+                schedule.vectorize(last)
 
     def _apply_in_passes(self, schedule: Schedule, tile: Tile, fuse_consumer: bool) -> None:
         """Sum all results of a block of channels up side by side, a block of the input at a time."""
