@@ -105,7 +105,10 @@ class Reduction:
             padded = bool(conditions_of(found)) and image and image[0].elements >= _NEARBY
             if not (once and padded) or len(schedule.get_consumers(producer)) != 1:
                 continue
-            schedule.compute_at(producer, first)
+            try:
+                schedule.compute_at(producer, first)
+            except Exception:  # where TVM refuses, the image is padded as a whole
+                continue
             last = schedule.get_loops(producer)[-1]
             if int(schedule.get(last).extent) == self.machine.lanes:
                 schedule.vectorize(last)
