@@ -9,9 +9,9 @@ seventh float32 argument (sigmoid: every 61st), with fused multiply-adds:
 
     exp 1.01    log 0.85    tanh 2.6    erf 1.1    sigmoid 2.4
 
-NaN stays NaN, -0 keeps its sign, and overflow, underflow and poles are those of IEEE 754; sigmoid is
-0 where it is no normal number. Powers with constant exponents such as 2 and -0.5 are products and
-square roots. float16 is computed in float32; float64 keeps TVM's lowering.
+NaN stays NaN, -0 keeps its sign, and overflow, underflow and poles are those of IEEE 754; exp and
+sigmoid are 0 where they are no normal number. Powers with constant exponents such as 2 and -0.5 are
+products and square roots. float16 is computed in float32; float64 keeps TVM's lowering.
 
 Sources: argument reductions as in Cephes (Moshier, `expf`, `logf`); exp(n ln 2) in two factors and
 tanh from exp(x) - 1 as in SLEEF (Shibata and Petrogalli, "SLEEF: A Portable Vectorized Library of C
@@ -42,7 +42,9 @@ _LN2_HIGH, _LN2_LOW = (
 )  # ln 2; the high part has 9 bits: n * high is exact
 _ROUND = 1.5 * 2.0**23  # added to a number below 2^22 in magnitude, it leaves its nearest integer
 _ROUND_BITS = 0x4B400000
-_EXP_LOWEST, _EXP_HIGHEST = -104.0, 89.0  # exp is 0, or infinite, beyond them
+# exp is no normal number, or infinite, beyond them. What is not normal becomes 0: the products behind
+# a masked softmax (Swin adds -100 to what is masked) would take ten times as long with it.
+_EXP_LOWEST, _EXP_HIGHEST = -87.33654, 89.0
 _TANH_HIGHEST = 20.0  # twice the argument from which on tanh is 1
 _ERF_HIGHEST = 3.93  # the argument from which on erf is 1
 _ERF_NEAR = 0.93  # where erf's two polynomials meet
@@ -152,12 +154,16 @@ class _Values:
 
 def _exp_of(values: _Values, x: Any) -> Any:
     """exp(x); x has a name."""
-    x = values.let(values.at_least(values.at_most(x, _EXP_HIGHEST), _EXP_LOWEST))
-    n, r = values.reduced(x)
+    # Where the result is 0, that of 0 is computed: the processor takes hundreds of cycles for a
+    # product that underflows, and a masked softmax has many.
+    vanishes = x < values.number(_EXP_LOWEST)
+    bounded = values.at_most(x, _EXP_HIGHEST)
+    n, r = values.reduced(values.let(tirx.Select(vanishes, values.number(0), bounded)))
     n = values.let(n)
     half = values.let(n >> values.whole(1))  # n reaches 128 and -150: no single float32 factor
     value = values.polynomial(r, _EXP) * (r * r) + r + values.number(1)
-    return value * values.power_of_two(half) * values.power_of_two(n - half)
+    value = value * values.power_of_two(half) * values.power_of_two(n - half)
+    return tirx.Select(vanishes, values.number(0), value)
 
 
 def _exp(values: _Values, x: Any) -> Any:

@@ -23,15 +23,15 @@ Plan = dict[int, Axis]
 
 def resize(node: NodeProto, to: Rewriter) -> list[str] | None:
     """Rule: replace a Resize by Gathers or a MatMul per resized axis, where TVM needs that."""
+    plan = resize_plan(node, to.facts)
+    if plan is not None and all(piece.size == piece.extent for piece in plan.values()):
+        return [node.input[0]]  # as in ONNX Runtime, whatever the scales say
     if not resize_is_wrong(node, to.facts):
         return _without_empty_inputs(node, to)
-    plan = resize_plan(node, to.facts)
     dtype, shape = to.dtype(node.input[0]), to.shape(node.input[0])
     mode = Mode.of(attributes(node))
     if plan is None or dtype is None or shape is None:
         return None
-    if all(piece.size == piece.extent for piece in plan.values()):
-        return [node.input[0]]  # as in ONNX Runtime, whatever the scales say
     inner = dtype if mode.kind == "nearest" or dtype == np.float64 else np.float32
     result = node.input[0] if inner == dtype else to.cast(node.input[0], inner)
     for axis, piece in plan.items():

@@ -162,3 +162,10 @@ def test_ties_are_broken_as_by_onnxruntime() -> None:
 def test_an_unknown_mode_has_no_matrix() -> None:
     assert resize_matrix(Axis(4, 2.0, 8), Mode(kind="lanczos")) is None
     assert resize_matrix(Axis(4, 2.0, 8), Mode(coordinates="sideways")) is None
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_a_resize_to_the_same_size_is_left_out(mode: str) -> None:
+    model = resize_model([7, 6], IMAGE["x"], mode=mode)
+    assert "Resize" not in operators(prepare(model, {}, None, SUPPORTED, []))
+    assert_as_onnxruntime(model, IMAGE)

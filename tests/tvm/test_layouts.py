@@ -23,7 +23,7 @@ from gpu_aware_tune.kernels.schedules import channels, default_schedules
 from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, is_reduction
 from gpu_aware_tune.kernels.schedules.cpu import cpu_schedules, machine_of
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
-from gpu_aware_tune.kernels.schedules.tiles import Machine
+from gpu_aware_tune.kernels.schedules.tile_cost import Machine
 from gpu_aware_tune.kernels.traces import trace_to_json
 from gpu_aware_tune.model.importer import Model, load_model
 from gpu_aware_tune.model.tasks import Task, extract

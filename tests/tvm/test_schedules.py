@@ -19,9 +19,10 @@ from gpu_aware_tune.finalize.kernel_check import kernel_inputs, verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING, mark_weights, without_packing
 from gpu_aware_tune.kernels.schedules import default_schedules
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
-from gpu_aware_tune.kernels.schedules.blocks import block_of, inline_maps
+from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, inline_maps
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
-from gpu_aware_tune.kernels.schedules.tiles import STACK_BYTES, Machine, best_tiles
+from gpu_aware_tune.kernels.schedules.tile_cost import STACK_BYTES, Machine
+from gpu_aware_tune.kernels.schedules.tiles import best_tiles
 from gpu_aware_tune.kernels.traces import apply_trace, trace_to_json
 
 Spec = tuple[tuple[int, ...], str]
@@ -259,6 +260,36 @@ def test_an_index_that_is_computed_has_no_stride() -> None:
     assert read.strides[1:] == (100, None, None)
     for schedule in default_schedules(module, target(), most=1):
         assert "T.vectorized" not in schedule.mod.script()
+
+
+def test_what_a_resize_reads_several_times_is_transposed_first() -> None:
+    def make(e: Any, x: Any) -> Any:
+        image = e(op.permute_dims(x, [0, 3, 1, 2]))
+        return op.image.resize2d(image, (24, 24), method="linear", layout="NCHW")
+
+    (module,) = kernels(make, f32(1, 12, 12, 16))
+    schedule = tvm.s_tir.Schedule(module)
+    inline_maps(schedule)
+    assert block_names(schedule) == block_names(tvm.s_tir.Schedule(module))
+    for found in default_schedules(module, target(), most=1):
+        assert verify_kernel(module, trace_to_json(found.trace), target(), seed=1).ok
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_depthwise_convolution_pads_its_image_piece_by_piece(strides: int) -> None:
+    make = conv(padding=1, groups=16, strides=strides)
+    (module,) = kernels(make, f32(1, 16, 96, 96), f32(16, 1, 3, 3), f32(1, 16, 1, 1), inputs=1)
+    nearby = 0
+    for schedule in default_schedules(module, target(), most=6):
+        assert verify_kernel(module, trace_to_json(schedule.trace), target(), seed=1).ok
+        nearby += schedule.mod.script().count("T.parallel") == 1
+    assert nearby
+
+
+def test_a_dense_convolution_pads_its_image_once() -> None:
+    (module,) = kernels(conv(padding=1), f32(1, 16, 96, 96), f32(16, 16, 3, 3), f32(1, 16, 1, 1))
+    for schedule in default_schedules(module, target(), most=3):
+        assert schedule.mod.script().count("T.parallel") == 2
 
 
 def test_a_1x1_convolution_walks_its_images_along_one_axis() -> None:

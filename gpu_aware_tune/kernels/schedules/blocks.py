@@ -103,6 +103,8 @@ def inline_maps(schedule: Schedule) -> None:
 def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
     """Whether a map should be computed inside one of its consumers."""
     if is_map(consumer):
+        if _transposes(block) and _gathers(consumer, block.writes[0].source):
+            return False
         return len(consumers) == 1 or not is_costly(block)
     value = block.body.value
     if isinstance(value, TensorLoad):
@@ -117,6 +119,35 @@ def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
         steps *= axis.extent
     written = block.writes[0].source
     return all(a.elements >= steps for a in accesses if a.buffer.same_as(written))
+
+
+def _transposes(block: Any) -> bool:
+    """Whether a block reads a buffer along another axis than it writes its result along."""
+    axes, accesses = axes_of(block) or [], accesses_of(block, [*block.reads, *block.writes])
+    if not accesses:
+        return False
+    *reads, write = accesses
+    along = [axis for axis in axes if axis.extent > 1 and write.strides[axis.position] == 1]
+    return any(
+        read.strides[axis.position] not in (0, 1) and 1 in read.strides
+        for read in reads
+        for axis in along
+    )
+
+
+def _gathers(consumer: Any, buffer: Any) -> bool:
+    """Whether a block reads elements of a buffer that it computes the places of, as Resize does.
+
+    It reads each several times, and what it reads should lie side by side.
+    """
+    axes, accesses = axes_of(consumer) or [], accesses_of(consumer, consumer.reads) or []
+    return any(
+        access.strides[axis.position] is None
+        for access in accesses
+        if access.buffer.same_as(buffer)
+        for axis in axes
+        if axis.extent > 1
+    )
 
 
 def is_costly(block: Any) -> bool:

@@ -19,9 +19,10 @@ from gpu_aware_tune.kernels.schedules.blocks import (
     loops_of_axes,
 )
 from gpu_aware_tune.kernels.schedules.maps import schedule_map
+from gpu_aware_tune.kernels.schedules.padding import pad_product
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.kernels.schedules.reductions import Reduction, split_lanes
-from gpu_aware_tune.kernels.schedules.tiles import Machine
+from gpu_aware_tune.kernels.schedules.tile_cost import Machine
 
 _POOR = 3.0  # times what full vectors would take; then partial sums in lanes are tried first
 
@@ -51,6 +52,7 @@ def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator
     for name in names:
         for change in (flatten_planes, interleave_rows):
             base = attempt(base, partial(change, name=name))
+        base = pad_product(base, name, machine)
     heaviest = max(names, key=lambda name: Reduction(base, name, machine).steps)
     for schedule in islice(_reduced(base, heaviest, machine), most):
         done = schedule

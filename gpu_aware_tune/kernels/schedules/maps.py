@@ -9,7 +9,7 @@ from tvm.s_tir import Schedule
 
 from gpu_aware_tune.kernels.schedules.access import Access, Axis, accesses_of, axes_of, variables_in
 from gpu_aware_tune.kernels.schedules.blocks import block_of, conditions_of, loops_of_axes
-from gpu_aware_tune.kernels.schedules.tiles import Machine, divisors
+from gpu_aware_tune.kernels.schedules.tile_cost import Machine, divisors
 
 PARALLEL_STEPS = 32_768  # below, waking the other threads costs more than they save
 

@@ -42,14 +42,13 @@ def flatten_planes(schedule: Schedule, name: str) -> None:
     if plane is None or len(consumers) != 1:
         raise ValueError(f"{name} has no plane, or not one reader")
     reader = schedule.get(consumers[0])
-    spatial = [axis for axis in axes_of(found) or [] if not axis.reduce]
-    extents = [axis.extent for axis in spatial]
-    if not is_map(reader) or [axis.extent for axis in axes_of(reader) or []] != extents:
-        raise ValueError(f"{name} is read in another order")
     inner, dim = plane
+    at = _same_axis(found, inner, reader)
+    if not is_map(reader) or at is None:
+        raise ValueError(f"{name} is read in another order")
     schedule.transform_layout(block, ("write", 0), _merged(dim, inner))
     _merge_axes(schedule, block, inner.position, inner)
-    _merge_axes(schedule, consumers[0], spatial.index(inner), inner)
+    _merge_axes(schedule, consumers[0], at, inner)
 
 
 def interleave_rows(schedule: Schedule, name: str) -> None:
@@ -111,6 +110,26 @@ def _plane(block: Any) -> tuple[Axis, int] | None:
         if beside and all(_walked_as_one(each, outer, inner) for each in buffers):
             return inner, dims[1]
     return None
+
+
+def _same_axis(block: Any, inner: Axis, reader: Any) -> int | None:
+    """The position of an axis, which follows its neighbour, in a reader with the same axes.
+
+    Where rows are read pixel by pixel, axes of extent 1 do not count: of a convolution that writes
+    blocks of channels, those of a 1x1 window are not summed over any more. One that reads blocks as
+    well keeps its rows, which fit the nearest cache.
+    """
+    axes = [axis for axis in axes_of(block) or [] if not axis.reduce]
+    others = axes_of(reader) or []
+    operands = accesses_of(block, block.reads) or []
+    if any(operand.strides[inner.position] == 1 for operand in operands):
+        axes = [axis for axis in axes if axis.extent > 1]
+        others = [axis for axis in others if axis.extent > 1]
+    if [axis.extent for axis in axes] != [axis.extent for axis in others]:
+        return None
+    at = axes.index(inner)
+    found = others[at].position
+    return found if others[at - 1].position == found - 1 else None
 
 
 def _walked_as_one(access: Access, outer: Axis, inner: Axis) -> bool:

@@ -9,21 +9,24 @@ from tvm.s_tir import Schedule
 
 from gpu_aware_tune.kernels.packing import mark_packing, weight_buffers
 from gpu_aware_tune.kernels.schedules.access import Access, Axis, accesses_of, axes_of
-from gpu_aware_tune.kernels.schedules.blocks import block_of, is_costly, is_map, loops_of_axes
-from gpu_aware_tune.kernels.schedules.maps import PARALLEL_STEPS, parallel
-from gpu_aware_tune.kernels.schedules.tiles import (
-    Machine,
-    Tile,
-    best_tiles,
-    divisors,
-    held,
-    outer_order,
+from gpu_aware_tune.kernels.schedules.blocks import (
+    block_of,
+    conditions_of,
+    is_costly,
+    is_map,
+    loops_of_axes,
 )
+from gpu_aware_tune.kernels.schedules.maps import PARALLEL_STEPS, parallel
+from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile, divisors, held
+from gpu_aware_tune.kernels.schedules.tiles import best_tiles, outer_order, plane_of
 
 _PARALLEL_TERMS = 131_072  # of vectorised reductions; below, one thread is faster
 _ROW_TERMS = 32  # unrolled terms of one result
 _ROW_STEP = 0.35  # cycles of one term in LLVM's loop
 _PACKED_ROW = 128  # elements of one row copied at a time
+_PANEL_ROW = 256  # elements of one row that go to panels side by side
+_PARALLEL = 1  # tirx.ForKind
+_NEARBY = 65_536  # elements of an image that does not stay in the near caches
 _UNROLLED, _UNROLLED_WHOLE = 72, 144  # multiply-adds in one unrolled body; where that is all of it
 
 
@@ -63,8 +66,10 @@ class Reduction:
             return
         for number in tile.packed:
             self._pack(schedule, tile, number)
+        for number, position in tile.panels:
+            self._store_in_panels(schedule, tile, number, self.axes[position])
         block = schedule.get_sblock(self.name)
-        stages = self._stages(schedule, block, fuse_consumer)
+        stages = self._stages(schedule, block, tile, fuse_consumer)
         self._lay_out_result(schedule, block, tile)
         loops = self._loops(schedule)
         order = outer_order(tile, self.axes, self.operands)
@@ -79,8 +84,34 @@ class Reduction:
         for loop in inner:
             schedule.unroll(loop)
         self._unroll(schedule, reduce, math.prod(tile.counts))
+        self._pad_nearby(schedule, block)
         init = schedule.decompose_reduction(block, reduce[0][0])
         self._finish(schedule, init, depth, tile, unrolled=True)
+
+    def _pad_nearby(self, schedule: Schedule, block: Any) -> None:
+        """Pad an image piece by piece, right before a piece is read, where it is read only once.
+
+        So it is by a depthwise convolution, which would otherwise wait for the padded image to go to
+        memory and back.
+        """
+        first = schedule.get_loops(block)[0]
+        if int(schedule.get(first).kind) != _PARALLEL:
+            return
+        spatial = [axis for axis in self.axes if not axis.reduce and axis.extent > 1]
+        for producer in schedule.get_producers(block):
+            found = schedule.get(producer)
+            image = [o for o in self.operands if o.buffer.same_as(found.writes[0].source)]
+            once = all(access.uses(axis) for access in image for axis in spatial)
+            padded = bool(conditions_of(found)) and image and image[0].elements >= _NEARBY
+            if not (once and padded) or len(schedule.get_consumers(producer)) != 1:
+                continue
+            try:
+                schedule.compute_at(producer, first)
+            except Exception:  # where TVM refuses, the image is padded as a whole
+                continue
+            last = schedule.get_loops(producer)[-1]
+            if int(schedule.get(last).extent) == self.machine.lanes:
+                schedule.vectorize(last)
 
     def _apply_in_passes(self, schedule: Schedule, tile: Tile, fuse_consumer: bool) -> None:
         """Sum all results of a block of channels up side by side, a block of the input at a time."""
@@ -152,17 +183,10 @@ class Reduction:
 
     def _pack(self, schedule: Schedule, tile: Tile, number: int) -> None:
         """Give an operand a layout in which the tile's vectorised axis is contiguous."""
-        block = schedule.get_sblock(self.name)
-        buffer = self.operands[number].buffer
-        writer = None
-        for producer in schedule.get_producers(block):
-            if any(region.source.same_as(buffer) for region in schedule.get(producer).writes):
-                writer = producer
         dim = self.operands[number].dims[tile.vector]
         size = tile.size(self.axes[tile.vector])
-        if writer is None:
-            writer = schedule.cache_read(block, number, "global")
-            at_load = mark_packing(schedule, writer, buffer)
+        writer, at_load = self._writer(schedule, number)
+        if at_load is not None:
             self._schedule_packing(schedule, writer, dim, size, at_load)
 
         def blocked(*index: Any) -> list[Any]:
@@ -170,6 +194,58 @@ class Reduction:
             return [index[dim] // size, *rest, index[dim] % size]
 
         schedule.transform_layout(writer, ("write", 0), blocked)
+
+    def _writer(self, schedule: Schedule, number: int) -> tuple[Any, bool | None]:
+        """What writes an operand: a block of the kernel, or a copy that is made here.
+
+        Returns:
+            The block; and, of a copy, whether it is made when the library is loaded.
+        """
+        block = schedule.get_sblock(self.name)
+        buffer = self.operands[number].buffer
+        for producer in schedule.get_producers(block):
+            if any(region.source.same_as(buffer) for region in schedule.get(producer).writes):
+                return producer, None
+        copy = schedule.cache_read(block, number, "global")
+        return copy, mark_packing(schedule, copy, buffer)
+
+    def _store_in_panels(self, schedule: Schedule, tile: Tile, number: int, axis: Axis) -> None:
+        """Store an operand tile by tile along an axis that its last dimensions are."""
+        operand, size = self.operands[number], tile.size(axis)
+        first = plane_of(operand, axis)
+        assert first is not None
+        shape = [int(extent) for extent in operand.buffer.shape]
+        writer, at_load = self._writer(schedule, number)
+        if at_load is not None:
+            self._schedule_panels(schedule, writer, first, size, at_load)
+
+        def panels(*index: Any) -> list[Any]:
+            along = index[first]
+            for value, extent in zip(index[first + 1 :], shape[first + 1 :], strict=True):
+                along = along * extent + value
+            return [along // size, *index[:first], along % size]
+
+        schedule.transform_layout(writer, ("write", 0), panels)
+
+    def _schedule_panels(
+        self, schedule: Schedule, writer: Any, first: int, size: int, at_load: bool
+    ) -> None:
+        """Copy some panels side by side, so that of each row whole cache lines are read."""
+        *rows, along = self._fused_from(schedule, schedule.get_loops(writer), first)
+        extent = int(schedule.get(along).extent)
+        many = divisors(extent // size, max(1, _PANEL_ROW // size))[0]
+        blocks, few, within = schedule.split(along, [None, many, size])
+        schedule.reorder(blocks, *rows, few, within)
+        if size % (self.machine.lanes // 2) == 0:
+            schedule.vectorize(within)
+        if self.operands and extent >= 2 * self.machine.units and not at_load:
+            schedule.parallel(blocks)
+
+    @staticmethod
+    def _fused_from(schedule: Schedule, loops: list[Any], first: int) -> list[Any]:
+        """Loops with those from `first` on as one."""
+        last = loops[first:]
+        return [*loops[:first], schedule.fuse(*last) if len(last) > 1 else last[0]]
 
     def _schedule_packing(
         self, schedule: Schedule, writer: Any, dim: int, size: int, at_load: bool
@@ -209,24 +285,35 @@ class Reduction:
         schedule.transform_layout(block, ("write", 0), last)
 
     def _stages(
-        self, schedule: Schedule, block: Any, fuse_consumer: bool
+        self, schedule: Schedule, block: Any, tile: Tile, fuse_consumer: bool
     ) -> list[tuple[Any, bool]]:
         """The blocks to compute at the tile after it, and whether each is to be unrolled."""
         consumers = schedule.get_consumers(block)
-        fitting = fuse_consumer and len(consumers) == 1 and self._fits(schedule, consumers[0])
+        fitting = fuse_consumer and len(consumers) == 1
+        fitting = fitting and self._fits(schedule, consumers[0], tile)
         if fitting and not is_costly(schedule.get(consumers[0])):
             return [(consumers[0], True)]
         copy = schedule.cache_write(block, 0, "global")
         return [(copy, True), (consumers[0], False)] if fitting else [(copy, True)]
 
-    def _fits(self, schedule: Schedule, consumer: Any) -> bool:
-        """Whether a consumer reads each result once."""
+    def _fits(self, schedule: Schedule, consumer: Any, tile: Tile | None = None) -> bool:
+        """Whether a consumer reads each result once, or with a tile all but what was padded."""
         block = schedule.get(consumer)
         axes = axes_of(block)
         if axes is None or not is_map(block):
             return False
-        spatial = math.prod(axis.extent for axis in self.axes if not axis.reduce)
-        return math.prod(axis.extent for axis in axes) == spatial
+        own = [axis for axis in self.axes if not axis.reduce and axis.extent > 1]
+        extents = [axis.extent for axis in axes if axis.extent > 1]
+        if math.prod(extents) == math.prod(axis.extent for axis in own):
+            return True
+        if tile is None or len(extents) != len(own):
+            return False
+        # Less than a whole tile is cut, and no vector: each store would need a condition.
+        cut = [(axis, axis.extent - extent) for axis, extent in zip(own, extents, strict=True)]
+        return all(
+            left == 0 or (axis.position != tile.vector and 0 < left < tile.size(axis))
+            for axis, left in cut
+        )
 
     def _parallel(
         self, schedule: Schedule, outer: list[tuple[Any, int]], least: int

@@ -1,0 +1,247 @@
+"""What a register tile is, and how many cycles a reduction is expected to take with it.
+
+The model counts cycles; it need not be right, only rank tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gpu_aware_tune.kernels.schedules.access import Access, Axis
+
+STACK_BYTES = 1024  # TVM keeps smaller buffers on the stack, where LLVM turns them into registers
+
+# Cycles, fitted to the times of 750 tiles of 25 kernels on one core of an AVX-512 machine.
+_HALF = 0.55  # a half-width vector operation: they run at up to twice the rate
+_LATENCY = 2.6  # the least a step takes
+_PORT = 0.16  # what a load costs beside the arithmetic that hides it
+_UNALIGNED = 1.35  # half-vector loads for one that may straddle cache lines
+_GATHER = 3.0  # loads for each lane that lies apart
+_ALIASED = 5.0  # a load whose line others keep evicting
+_NEAR, _MIDDLE = 0.7, 4.0  # a line from the second-level cache, and from beyond
+_PACK = 1.2  # an element copied into another layout
+_STORE, _LOAD = 0.9, 0.5  # a vector of results
+_PER_TILE = 4.0
+_FAR = 7.0  # bytes a cycle from the far caches
+_KEPT = 0.25  # of that, what is read again and stayed in the second-level cache, or nearly
+
+_NEAR_BYTES = 24 * 1024  # of the first-level cache
+_MIDDLE_BYTES = 384 * 1024  # of the second-level cache
+_KEPT_BYTES = 1280 * 1024  # what it keeps, if only in part, while the rest streams by
+_LINE = 64
+_ALIAS = 4096  # addresses this far apart share the first-level cache's few ways
+_WAYS = 8
+_WAY_BYTES = 65536  # of the second-level cache: what lies so far apart shares a set
+_CROWD = 64  # rows, from which on that matters
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the model must know of a CPU target."""
+
+    lanes: int  # float32 values of one vector register
+    registers: int
+    units: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One way to hold results in registers.
+
+    Args:
+        vector: position of the vectorised axis.
+        lanes: its results in one register.
+        counts: registers along each axis, by position (1 where the axis is not tiled).
+        packed: operands (by number) to copy so that the vectorised axis lies contiguous.
+        cycles: what the model expects of all units together.
+        panels: operands (by number) to copy tile by tile, each with the axis along which it lies
+            contiguous: what a tile reads, term by term, is then one piece of memory.
+        passes: over all results of a block of channels, each for one step of the first reduction
+            axis, whose weights then stay in the nearest cache; 1 sums every tile up at once.
+    """
+
+    vector: int
+    lanes: int
+    counts: tuple[int, ...]
+    packed: tuple[int, ...]
+    cycles: float
+    passes: int = 1
+    panels: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def copied(self) -> set[int]:
+        """The operands that are read from a copy."""
+        return {*self.packed, *(number for number, _ in self.panels)}
+
+    def size(self, axis: Axis) -> int:
+        """Results along an axis."""
+        return self.counts[axis.position] * (self.lanes if axis.position == self.vector else 1)
+
+
+def divisors(number: int, most: int) -> list[int]:
+    """Divisors of a number up to `most`, largest first."""
+    return [d for d in range(min(number, most), 0, -1) if number % d == 0]
+
+
+def _moves(operand: Access, axis: Axis, size: int) -> bool:
+    """Whether an operand's element changes within `size` steps of an axis."""
+    if not operand.uses(axis):
+        return False
+    return operand.strides[axis.position] is not None or operand.granules[axis.position] % size > 0
+
+
+def priced(
+    tile: Tile,
+    axes: Sequence[Axis],
+    operands: Sequence[Access],
+    result: Access,
+    machine: Machine,
+    weights: frozenset[int],
+) -> Tile:
+    registers = math.prod(tile.counts)
+    width = _HALF if tile.lanes <= machine.lanes // 2 else 1.0
+    steps = math.prod(axis.extent for axis in axes if axis.reduce)
+    spatial = math.prod(axis.extent for axis in axes if not axis.reduce)
+    count = spatial // (registers * tile.lanes)
+    ports, misses = 0.0, 0.0
+    for number, operand in enumerate(operands):
+        ports += _loads(tile, number, axes, operand) / 2
+        misses += _misses(tile, axes, operand, number) / steps
+    step = max(registers * width, ports, _LATENCY) + _PORT * ports + misses
+    packing = sum(_copying(tile, number, operands[number]) for number in tile.copied - weights)
+    contiguous = result.strides[tile.vector] == 1
+    store = registers * _STORE * (1 if contiguous else tile.lanes) + _PER_TILE
+    compute = count * (steps * step + store) + packing
+    cycles = _with_traffic(compute, tile, axes, operands) * _rounds(count, machine)
+    return replace(tile, cycles=cycles)
+
+
+def _copying(tile: Tile, number: int, operand: Access) -> float:
+    """Cycles of a copy into another layout."""
+    apart = (operand.strides[tile.vector] or 0) * operand.itemsize
+    aliased = number in tile.packed and apart and apart % _ALIAS == 0
+    return _PACK * operand.elements * (_ALIASED if aliased else 1.0)
+
+
+def held(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> list[Axis]:
+    """The axes whose loops are outside of the passes: those of the weights."""
+    vector = axes[tile.vector]
+    own = [operand for operand in operands if operand.uses(vector)]
+    return [axis for axis in axes if not axis.reduce and any(o.uses(axis) for o in own)]
+
+
+def priced_in_passes(
+    tile: Tile, axes: Sequence[Axis], operands: Sequence[Access], machine: Machine
+) -> Tile:
+    registers = math.prod(tile.counts)
+    width = _HALF if tile.lanes <= machine.lanes // 2 else 1.0
+    passes, *terms = [axis.extent for axis in axes if axis.reduce]
+    spatial = math.prod(axis.extent for axis in axes if not axis.reduce)
+    count = spatial // (registers * tile.lanes)
+    pieces = math.prod(axis.extent // tile.size(axis) for axis in held(tile, axes, operands))
+    ports = sum(_loads(tile, n, axes, operand) for n, operand in enumerate(operands)) / 2
+    step = max(registers * width, ports, _LATENCY) + _PORT * ports
+    again = registers * (_STORE + _LOAD) + _PER_TILE
+    compute = count * passes * (math.prod(terms) * step + again)
+    read = sum(
+        operand.elements * operand.itemsize * (1 if operand.uses(axes[tile.vector]) else pieces)
+        for operand in operands
+    )
+    compute += _NEAR * read / _LINE
+    cycles = _with_traffic(compute, tile, axes, operands) * _rounds(pieces, machine)
+    return replace(tile, cycles=cycles, passes=passes)
+
+
+def _rounds(pieces: int, machine: Machine) -> float:
+    """How much longer the slowest unit takes than all would with equal work."""
+    return math.ceil(pieces / machine.units) * machine.units / pieces
+
+
+def _with_traffic(
+    compute: float, tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]
+) -> float:
+    """Cycles of the arithmetic and of what comes from the far caches, which mostly overlap."""
+    moved = min(traffic(tile, axes, operands)) / _FAR
+    return max(compute, moved) + 0.25 * min(compute, moved)
+
+
+def _loads(tile: Tile, number: int, axes: Sequence[Axis], operand: Access) -> float:
+    """Load instructions of one step of the reduction."""
+    vector = axes[tile.vector]
+    values, ways = 1, 0
+    for axis, count in zip(axes, tile.counts, strict=True):
+        if count > 1 and _moves(operand, axis, tile.size(axis)):
+            values *= count
+            stride = operand.strides[axis.position] or 0
+            if axis is not vector and number not in tile.copied:
+                ways = max(ways, count * math.gcd(stride * operand.itemsize, _ALIAS) // _ALIAS)
+    extra = _ALIASED * values if ways > _WAYS else 0.0
+    if not _moves(operand, vector, tile.size(vector)):
+        return values + extra
+    if number not in tile.packed and operand.strides[tile.vector] != 1:
+        return values * _GATHER * tile.lanes + extra
+    return values * _UNALIGNED * max(1.0, tile.lanes * operand.itemsize / 32) + extra
+
+
+def _misses(tile: Tile, axes: Sequence[Axis], operand: Access, number: int) -> float:
+    """Cycles one tile waits for an operand that does not stay in the nearest cache."""
+    copied = number in tile.copied
+    sizes = {axis.position: tile.size(axis) for axis in axes if not axis.reduce}
+    windows: list[tuple[int, int]] = []  # (elements apart, how many)
+    for axis in axes:
+        step = operand.strides[axis.position]
+        if not axis.reduce or step == 0:
+            continue
+        window = axis.extent
+        for other in sizes:
+            move = operand.strides[other]
+            if step and move and sizes[other] and move % step == 0 and move // step <= window:
+                # A sliding window: neighbouring results share all but the edge.
+                window += move // step * (sizes[other] - 1)
+                sizes[other] = 0
+        windows.append((abs(step) if step else _LINE, window))
+    for other, size in sizes.items():
+        if size and operand.strides[other] != 0:
+            move = operand.strides[other]
+            side_by_side = number in tile.packed and other == tile.vector
+            windows.append((1 if side_by_side else abs(move or _LINE), size))
+    lines, line = 1.0, _LINE / operand.itemsize
+    for apart, many in windows:
+        lines *= max(1.0, many * apart / line) if apart < line else many
+    if lines * _LINE <= _NEAR_BYTES:
+        return 0.0
+    crowded = 1.0 if copied else _crowding(windows, operand.itemsize)
+    return lines * (_NEAR if lines * _LINE * crowded <= _MIDDLE_BYTES else _MIDDLE)
+
+
+def _crowding(windows: Sequence[tuple[int, int]], itemsize: int) -> float:
+    """By how much less of the second-level cache serves lines that lie far apart.
+
+    Lines a multiple of a power of two apart share the sets that this power leaves.
+    """
+    run = _LINE
+    for apart, many in sorted(windows):
+        if apart * itemsize <= run:
+            run = max(run, apart * itemsize * many)
+    powers = [math.gcd(apart * itemsize, _WAY_BYTES) for apart, many in windows if many >= _CROWD]
+    return max(1.0, max(powers, default=1) / run)
+
+
+def traffic(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> tuple[float, float]:
+    """Bytes read with the first operand's own axes as the outer loops, and with the second's."""
+    if len(operands) < 2:
+        only = float(sum(operand.elements * operand.itemsize for operand in operands))
+        return only, only
+    first, second = operands[0], operands[1]
+    rounds = [1, 1]
+    for axis in axes:
+        if axis.reduce or first.uses(axis) == second.uses(axis):
+            continue
+        rounds[0 if first.uses(axis) else 1] *= axis.extent // tile.size(axis)
+    bytes_ = [operand.elements * operand.itemsize for operand in (first, second)]
+    # Operands that are not copied share sets, so that little of them is kept between the rounds.
+    kept = [_KEPT if tile.panels and size <= _KEPT_BYTES else 1.0 for size in bytes_]
+    again = [(rounds[1 - n] - 1) * kept[n] * bytes_[n] for n in range(2)]
+    return sum(bytes_) + again[1], sum(bytes_) + again[0]
