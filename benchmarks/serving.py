@@ -109,7 +109,8 @@ def measure(folders: Sequence[Path], curves: Path) -> dict[str, float]:
 def write_curve(curve: MeasuredCurve, path: Path) -> None:
     """As `tune profile --save` does."""
     points = [vars(point) for point in curve.points]
-    path.write_text(json.dumps({**vars(curve), "points": points}))
+    with path.open("w") as file:
+        json.dump({**vars(curve), "points": points}, file)
 
 
 class Cell:
