@@ -2,11 +2,13 @@
 
     python -m benchmarks.real_models FOLDER [FOLDER...]    # every .onnx file in them
     python -m benchmarks.real_models FOLDER --order reversed --again
+    python -m benchmarks.real_models FOLDER --again --only gpt2 unet    # these once more
 
-The files are not part of the repository: exports of torchvision, timm, transformers and ultralytics
-architectures, and what packages ship. Each row says whether the command ended with a verified library,
+The files are not part of the repository: `benchmarks.export_models` writes them, and packages ship
+others. Each row says whether the command ended with a verified library,
 how long it took to the first measurement and in all, the peak memory of its processes, and the error.
-With `--again` the store of an earlier call is used, in which nothing should be left to search.
+With `--again` the store of an earlier call is used, in which nothing should be left to search, and rows
+of other models stay in the results file.
 """
 
 from __future__ import annotations
@@ -36,14 +38,19 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600, help="seconds of one model")
     parser.add_argument("--order", choices=("sorted", "reversed"), default="sorted")
     parser.add_argument("--again", action="store_true", help="use the store of the call before")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the models")
     parser.add_argument("--results", type=Path, default=RESULTS / "real-models.json")
     args = parser.parse_args()
     models = sorted({path for folder in args.folders for path in folder.glob("*.onnx")})
+    if args.only:
+        models = [path for path in models if path.stem in args.only]
     if args.order == "reversed":
         models.reverse()
     if not args.again and STORE.exists():
         raise SystemExit(f"{STORE} exists: remove it, or give --again")
     about, rows = environment(), {}
+    if args.again and args.results.exists():
+        rows = json.loads(args.results.read_text())["models"]
     for path in models:
         rows[path.stem] = {**tuned(path, args.trials, args.limit), "measured": stamp(about)}
         show(path.stem, rows[path.stem])
