@@ -323,7 +323,7 @@ def attention_reason(node: NodeProto, facts: Facts) -> str:
         return "the shape of its input must be static; give --input"
     if is_packed and attributes(node).get("do_rotary", 0):
         return "do_rotary is not supported; export it with RotaryEmbedding before it"
-    if is_packed and input_of(node, 6) or any(input_of(node, place) for place in (8, 9)):
+    if (is_packed and input_of(node, 6)) or any(input_of(node, place) for place in (8, 9)):
         return "a cache shared with its output is not supported; export it without"
     return "its mask or its operands have a form that is not supported"
 
