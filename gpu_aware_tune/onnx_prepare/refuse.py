@@ -111,6 +111,11 @@ def _reduce(node: NodeProto, facts: Facts) -> str:
     return ""
 
 
+def _tile(node: NodeProto, facts: Facts) -> str:
+    repeats = facts.constant(input_of(node, 1))
+    return "its repeats must not be negative" if repeats is not None and (repeats < 0).any() else ""
+
+
 def _space_to_depth(node: NodeProto, facts: Facts) -> str:
     return "mode 'CRD' is not supported" if attributes(node).get("mode") == b"CRD" else ""
 
@@ -138,4 +143,5 @@ WRONG: dict[str, Reason] = {
     "Resize": resize_is_wrong,
     "RoiAlign": _roi_align,
     "SpaceToDepth": _space_to_depth,
+    "Tile": _tile,
 }
