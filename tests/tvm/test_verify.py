@@ -230,3 +230,19 @@ def test_a_file_that_nobody_can_run_is_told_with_each_reason(tmp_path: Path) -> 
     )
     with pytest.raises(TuneError, match=r"ONNX Runtime: .*float32: .*reference evaluator: "):
         make_reference(path, {}, 0, None, None)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_an_order_that_is_free_is_the_sorted_one(tmp_path: Path, order: int) -> None:
+    """ONNX Runtime leaves the largest in any order where TopK has `sorted` 0."""
+    path = save(
+        tmp_path / "top.onnx",
+        [helper.make_node("TopK", ["x", "k"], ["v", "i"], axis=1, sorted=order)],
+        {"x": (TensorProto.FLOAT, [2, 64])},
+        {"v": TensorProto.FLOAT, "i": TensorProto.INT64},
+        {"k": np.array([40])},
+    )
+    found = make_reference(path, {}, 0, None, None)
+    for draw in found.draws:
+        if draw.kind in ORDINARY:
+            np.testing.assert_array_equal(draw.outputs[0], -np.sort(-draw.outputs[0], axis=1))
