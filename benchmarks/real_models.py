@@ -36,12 +36,15 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--limit", type=float, default=600, help="seconds of one model")
-    parser.add_argument("--order", choices=("sorted", "reversed"), default="sorted")
+    parser.add_argument("--order", choices=("smallest", "sorted", "reversed"), default="smallest")
     parser.add_argument("--again", action="store_true", help="use the store of the call before")
+    parser.add_argument("--missing", action="store_true", help="only those without a row")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the models")
     parser.add_argument("--results", type=Path, default=RESULTS / "real-models.json")
     args = parser.parse_args()
     models = sorted({path for folder in args.folders for path in folder.glob("*.onnx")})
+    if args.order == "smallest":
+        models.sort(key=lambda path: path.stat().st_size)
     if args.only:
         models = [path for path in models if path.stem in args.only]
     if args.order == "reversed":
@@ -52,6 +55,8 @@ def main() -> None:
     if args.again and args.results.exists():
         rows = json.loads(args.results.read_text())["models"]
     for path in models:
+        if args.missing and path.stem in rows:
+            continue
         rows[path.stem] = {**tuned(path, args.trials, args.limit), "measured": stamp(about)}
         show(path.stem, rows[path.stem])
         write_results(args.results, about, {"trials": args.trials, "models": rows})

@@ -309,7 +309,8 @@ def test_group_query_attention(case: str, packed: bool) -> None:
 @pytest.mark.parametrize("case", ["past", "quantised"])
 def test_what_group_query_attention_cannot_do_is_said(case: str) -> None:
     feeds = {"q": numbers(2, 5, 128), "p": numbers(2, 2, 3, 16), "r": numbers(2, 2, 3, 16)}
-    order, values, reason = "q,,,p,r,n,t", {}, r"past keys and values \('p'\).*without a cache"
+    values: dict[str, Any] = {}
+    order, reason = "q,,,p,r,n,t", r"past keys and values \('p'\).*without a cache"
     if case == "quantised":
         feeds = {"q": feeds["q"]}
         order, values = "q,,,,,n,t", {"k_quant_type": "PER_TENSOR"}
