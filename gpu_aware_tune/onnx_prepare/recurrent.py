@@ -18,10 +18,12 @@ import numpy as np
 from onnx import NodeProto
 
 from gpu_aware_tune.onnx_prepare.activations import ACTIVATIONS, activate
+from gpu_aware_tune.onnx_prepare.dynamic_quant import dynamic_product
 from gpu_aware_tune.onnx_prepare.facts import Facts, attributes, input_of
 from gpu_aware_tune.onnx_prepare.rewriter import Rewriter, Rule
 
 MOST_STEPS = 256  # beyond, importing takes minutes
+QUANTISED = "DynamicQuantizeLSTM"
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 FUNCTIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
 
@@ -50,6 +52,13 @@ class Cell:
     recurrence_bias: str  # (G H), "" without
     peephole: Sequence[str]  # (H) each, for the input, output and forget gates
     functions: Sequence[tuple[str, float | None, float | None]]
+    quantised: Sequence[str] = ()  # scale and zero point where the recurrence is of 8-bit integers
+
+    def recurred(self, to: Rewriter, state: str) -> str:
+        """Emit the product of the hidden state and the recurrence."""
+        if self.quantised:
+            return dynamic_product(to, state, self.recurrence, *self.quantised)
+        return to.op("MatMul", state, self.recurrence)
 
     def activated(self, to: Rewriter, which: int, value: str) -> str:
         """Emit one of the cell's activations; what goes into it is clipped where `clip` says."""
@@ -72,7 +81,7 @@ Step = Callable[[Cell, Rewriter, str, list[str]], list[str]]
 def _lstm(cell: Cell, to: Rewriter, projected: str, state: list[str]) -> list[str]:
     """Gates in the order input, output, forget, cell."""
     h, c = state
-    gates = to.op("Add", projected, to.op("MatMul", h, cell.recurrence))
+    gates = to.op("Add", projected, cell.recurred(to, h))
     i, o, f, g = (cell.gate(to, gates, place) for place in range(4))
     if cell.peephole:
         i = to.op("Add", i, to.op("Mul", cell.peephole[0], c))
@@ -112,7 +121,7 @@ def _gru(cell: Cell, to: Rewriter, projected: str, state: list[str]) -> list[str
 
 
 def _rnn(cell: Cell, to: Rewriter, projected: str, state: list[str]) -> list[str]:
-    product = to.op("MatMul", state[0], cell.recurrence)
+    product = cell.recurred(to, state[0])
     return [cell.activated(to, 0, to.op("Add", projected, product))]
 
 
@@ -125,10 +134,15 @@ def recurrent(node: NodeProto, to: Rewriter) -> list[str] | None:
     Inputs are X (T, B, I), W (D, G H, I), R (D, G H, H), B (D, 2 G H), sequence_lens (B), initial_h
     and initial_c (D, B, H), P (D, 3 H); outputs Y (T, D, B, H), Y_h and Y_c (D, B, H). With
     `layout` 1 the batch comes first in X, the initial states and the outputs.
+
+    ONNX Runtime's DynamicQuantizeLSTM has integers W (D, I, G H) and R (D, H, G H), and behind P their
+    scales and zero points.
     """
     layer = _layer(node, to)
-    functions = _functions(node.op_type, attributes(node), layer.directions) if layer else None
-    if layer is None or functions is None:
+    if layer is None:
+        return None
+    functions = _functions(layer.op_type, attributes(node), layer.directions)
+    if functions is None:
         return None
     batch_first = layer.values.get("layout", 0) == 1
     x = node.input[0]
@@ -166,7 +180,9 @@ def _layer(node: NodeProto, to: Rewriter) -> Layer | None:
     steps, batch = reversed(shape[:2]) if values.get("layout", 0) else shape[:2]
     if not 0 < steps <= MOST_STEPS:
         return None
-    return Layer(node.op_type, values, steps, batch, recurrence[2], dtype, recurrence[0])
+    is_quantised = node.op_type == QUANTISED
+    size, op_type = recurrence[1 if is_quantised else 2], "LSTM" if is_quantised else node.op_type
+    return Layer(op_type, values, steps, batch, size, dtype, recurrence[0])
 
 
 def _functions(
@@ -213,9 +229,13 @@ def _cell(
     gates = GATES[layer.op_type]
     which = to.constant(number)
     w, r = (to.op("Gather", node.input[place], which, axis=0) for place in (1, 2))
-    recurrence = to.op("Transpose", r, perm=[1, 0])
-    cell = Cell(layer, recurrence, "", (), functions)
-    projected = to.op("MatMul", x, to.op("Transpose", w, perm=[1, 0]))
+    if node.op_type == QUANTISED:
+        scales = [to.op("Gather", node.input[place], which, axis=0) for place in range(8, 12)]
+        cell = Cell(layer, r, "", (), functions, scales[2:])
+        projected = dynamic_product(to, x, w, *scales[:2])
+    else:
+        cell = Cell(layer, to.op("Transpose", r, perm=[1, 0]), "", (), functions)
+        projected = to.op("MatMul", x, to.op("Transpose", w, perm=[1, 0]))
     if bias := input_of(node, 3):
         halves = to.op("Reshape", to.op("Gather", bias, which, axis=0), to.constant([2, -1]))
         first, cell.recurrence_bias = (to.op("Gather", halves, to.constant(i)) for i in (0, 1))
@@ -279,5 +299,5 @@ def recurrent_reason(node: NodeProto, facts: Facts) -> str:
     return "one of its activations is not known"
 
 
-RECURRENT: dict[str, Rule] = dict.fromkeys(GATES, recurrent)
+RECURRENT: dict[str, Rule] = dict.fromkeys((*GATES, f"com.microsoft.{QUANTISED}"), recurrent)
 """Rules by operator name, see `rewriter.operator_name`."""

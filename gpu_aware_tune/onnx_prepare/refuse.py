@@ -11,7 +11,7 @@ from gpu_aware_tune.errors import UserError, one_line
 from gpu_aware_tune.onnx_prepare.attention import attention_reason, group_query_reason
 from gpu_aware_tune.onnx_prepare.facts import FLOATS, Facts, attributes, input_of, opset_of, walk
 from gpu_aware_tune.onnx_prepare.loops import loop_reason
-from gpu_aware_tune.onnx_prepare.recurrent import recurrent_reason
+from gpu_aware_tune.onnx_prepare.recurrent import RECURRENT, recurrent_reason
 from gpu_aware_tune.onnx_prepare.resize import resize_is_wrong
 from gpu_aware_tune.onnx_prepare.rewriter import operator_name
 
@@ -122,7 +122,7 @@ def _space_to_depth(node: NodeProto, facts: Facts) -> str:
 
 # Why a rule left an operator alone that the importer lacks.
 NOT_EXPANDED: dict[str, Reason] = {
-    **dict.fromkeys(("GRU", "LSTM", "RNN"), recurrent_reason),
+    **dict.fromkeys(RECURRENT, recurrent_reason),
     **dict.fromkeys(("Loop", "Scan"), loop_reason),
     "com.microsoft.Attention": attention_reason,
     "com.microsoft.GroupQueryAttention": group_query_reason,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from onnx_check import computed, imported
-from onnx_graphs import run_onnxruntime
+from onnx_check import assert_correct, computed, imported
+from onnx_graphs import node_model, numbers, run_onnxruntime
 
 U8, I8 = TensorProto.UINT8, TensorProto.INT8
 
@@ -90,3 +90,47 @@ def test_what_onnxruntime_writes_is_right_to_one_step(
     assert got.dtype == wanted.dtype and got.shape == wanted.shape
     apart = np.abs(got.astype(int) - wanted.astype(int))
     assert apart.max() <= 1 and np.mean(apart > 0) < 0.05, "ties are rounded either way"
+
+
+@pytest.mark.parametrize("case", ["bias", "zero point", "plain", "per column"])
+def test_a_product_whose_activations_are_quantised_while_it_runs(case: str) -> None:
+    generator = np.random.default_rng(0)
+    columns = (7,) if case == "per column" else ()
+    constants: dict[str, np.ndarray] = {
+        "b": generator.integers(-100, 100, (8, 7)).astype(np.int8),
+        "s": generator.uniform(0.01, 0.02, columns).astype(np.float32),
+    }
+    order = "x,b,s"
+    if case != "plain":
+        constants["z"] = np.full(columns, 3, np.int8)
+        order += ",z"
+    if case == "bias":
+        constants["bias"] = numbers(7, seed=2)
+        order += ",bias"
+    feeds = {"x": numbers(2, 5, 8)}
+    model = node_model(
+        "DynamicQuantizeMatMul", feeds, constants, order=order, domain="com.microsoft"
+    )
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert_correct(model, feeds)
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 2])
+def test_an_integer_product_that_is_scaled(zeros: int) -> None:
+    generator = np.random.default_rng(0)
+    constants: dict[str, np.ndarray] = {
+        "b": generator.integers(-100, 100, (8, 7)).astype(np.int8),
+        "as": np.array(0.02, np.float32),
+        "bs": np.array(0.03, np.float32),
+        "az": np.array(120, np.uint8),
+        "bz": np.array(-2, np.int8),
+        "bias": numbers(7, seed=2),
+    }
+    order = ["x,b,as,bs,,,bias", "x,b,as,bs,az,,bias", "x,b,as,bs,az,bz,bias"][zeros]
+    constants = {name: array for name, array in constants.items() if name in order.split(",")}
+    feeds = {"x": generator.integers(0, 255, (2, 8)).astype(np.uint8)}
+    model = node_model(
+        "MatMulIntegerToFloat", feeds, constants, order=order, domain="com.microsoft"
+    )
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert_correct(model, feeds)
