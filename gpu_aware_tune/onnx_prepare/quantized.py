@@ -66,12 +66,68 @@ def _concat(node: NodeProto, to: Rewriter) -> list[str] | None:
     return [_quantized(to, whole, node.input[0], node.input[1])]
 
 
+def _gemm(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """Rule: QGemm, whose addend is of integers that the product's scale belongs to."""
+    values = attributes(node)
+    a, a_scale, a_zero, b, b_scale, b_zero = node.input[:6]
+    columns = to.shape(b_scale)
+    if columns is None:
+        return None
+    matrix = _dequantized(to, b, b_scale, b_zero)
+    if columns not in ((), (1,)):
+        axis = 0 if values.get("transB", 0) else 1
+        matrix = to.op("DequantizeLinear", b, b_scale, b_zero, axis=axis)
+    operands = [_dequantized(to, a, a_scale, a_zero), matrix]
+    if addend := input_of(node, 6):
+        scale = to.op(
+            "Mul", to.op("Mul", a_scale, b_scale), to.constant(values.get("alpha", 1.0), np.float32)
+        )
+        operands.append(to.op("Mul", to.cast(addend, np.float32), scale))
+    result = to.op("Gemm", *operands, **values)
+    if not input_of(node, 7):
+        return [result]
+    return [_quantized(to, result, node.input[7], node.input[8])]
+
+
+def _pooled(op_type: str) -> Rule:
+    def rule(node: NodeProto, to: Rewriter) -> list[str] | None:
+        values = attributes(node)
+        if values.pop("channels_last", 0) or not input_of(node, 4):
+            return None
+        result = to.op(op_type, _dequantized(to, *node.input[:3]), **values)
+        return [_quantized(to, result, node.input[3], node.input[4])]
+
+    return rule
+
+
+def _softmax(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """Rule: QLinearSoftmax, which says which operator set its `axis` is meant in."""
+    values = attributes(node)
+    shape, axis = to.shape(node.input[0]), values.get("axis", -1)
+    if not input_of(node, 4) or shape is None:
+        return None
+    if values.get("opset", 13) < 13 and axis not in (-1, len(shape) - 1):
+        return None
+    result = to.op("Softmax", _dequantized(to, *node.input[:3]), axis=axis)
+    return [_quantized(to, result, node.input[3], node.input[4])]
+
+
+def _where(node: NodeProto, to: Rewriter) -> list[str] | None:
+    x, y = _dequantized(to, *node.input[1:4]), _dequantized(to, *node.input[4:7])
+    return [_quantized(to, to.op("Where", node.input[0], x, y), *node.input[7:9])]
+
+
 QUANTIZED: dict[str, Rule] = {
     "ConvInteger": conv_integer,
+    "com.microsoft.QGemm": _gemm,
     "com.microsoft.QLinearAdd": _binary("Add"),
+    "com.microsoft.QLinearAveragePool": _pooled("AveragePool"),
+    "com.microsoft.QLinearGlobalAveragePool": _pooled("GlobalAveragePool"),
     "com.microsoft.QLinearMul": _binary("Mul"),
     "com.microsoft.QLinearConcat": _concat,
     "com.microsoft.QLinearLeakyRelu": _unary("LeakyRelu"),
     "com.microsoft.QLinearSigmoid": _unary("Sigmoid"),
+    "com.microsoft.QLinearSoftmax": _softmax,
+    "com.microsoft.QLinearWhere": _where,
 }
 """Rules by operator name, see `rewriter.operator_name`. Source: ONNX Runtime's contrib operators."""

@@ -75,6 +75,8 @@ C = {"cs": scale(0.06), "cz": np.array(128, "uint8")}
         ("QLinearConcat", ["cs", "cz", "a", "as", "az", "b", "bs", "bz"], {"axis": 1}),
         ("QLinearLeakyRelu", ["a", "as", "az", "cs", "cz"], {"alpha": 0.1}),
         ("QLinearSigmoid", ["a", "as", "az", "cs", "cz"], {}),
+        ("QLinearSoftmax", ["a", "as", "az", "cs", "cz"], {"axis": 1, "opset": 13}),
+        ("QLinearWhere", ["c", "a", "as", "az", "b", "bs", "bz", "cs", "cz"], {}),
     ],
 )
 def test_what_onnxruntime_writes_is_right_to_one_step(
@@ -82,14 +84,60 @@ def test_what_onnxruntime_writes_is_right_to_one_step(
 ) -> None:
     rng = np.random.default_rng(1)
     every = {name: rng.integers(0, 256, (2, 300)).astype("uint8") for name in ("a", "b")}
+    every["c"] = rng.integers(0, 2, (2, 300)).astype("bool")
     feeds = {name: array for name, array in every.items() if name in order}
     constants = {name: value for name, value in {**A, **B, **C}.items() if name in order}
     model = one(op_type, feeds, constants, order, U8, **attributes)
+    assert_one_step(model, feeds)
+
+
+def assert_one_step(model: ModelProto, feeds: dict[str, np.ndarray]) -> None:
     (wanted,) = run_onnxruntime(model, dict(feeds))
     (got,) = computed(imported(model), feeds)
     assert got.dtype == wanted.dtype and got.shape == wanted.shape
     apart = np.abs(got.astype(int) - wanted.astype(int))
     assert apart.max() <= 1 and np.mean(apart > 0) < 0.05, "ties are rounded either way"
+
+
+@pytest.mark.parametrize("op_type", ["QLinearAveragePool", "QLinearGlobalAveragePool"])
+def test_quantised_pools_are_right_to_one_step(op_type: str) -> None:
+    feeds = {"a": np.random.default_rng(1).integers(0, 256, (1, 6, 8, 8)).astype("uint8")}
+    order = ["a", "as", "az", "cs", "cz"]
+    attributes: dict[str, Any] = {}
+    if op_type == "QLinearAveragePool":
+        attributes["kernel_shape"] = [3, 3]
+    model = one(op_type, feeds, A | C, order, U8, **attributes)
+    assert_one_step(model, feeds)
+
+
+GEMM = ["a", "as", "az", "b", "bs", "bz", "bias", "cs", "cz"]
+
+
+@pytest.mark.parametrize("per_column", [False, True])
+@pytest.mark.parametrize("case", ["all", "no bias", "float", "transposed"])
+def test_quantised_products_are_right_to_one_step(case: str, per_column: bool) -> None:
+    rng = np.random.default_rng(1)
+    columns = (5,) if per_column else ()
+    shape = (5, 8) if case == "transposed" else (8, 5)
+    constants = {
+        "b": rng.integers(0, 256, shape).astype("uint8"),
+        "bs": rng.uniform(0.01, 0.02, columns).astype("float32"),
+        "bz": np.full(columns, 131, "uint8"),
+        "bias": rng.integers(-9000, 9000, 5).astype("int32"),
+        **A,
+        **C,
+    }
+    order = [name if case != "no bias" or name != "bias" else "" for name in GEMM]
+    order = order[:7] if case == "float" else order
+    feeds = {"a": rng.integers(0, 256, (3, 8)).astype("uint8")}
+    kept = {name: array for name, array in constants.items() if name in order}
+    kind = TensorProto.FLOAT if case == "float" else U8
+    values: dict[str, Any] = {"alpha": 0.5, "transB": int(case == "transposed")}
+    model = one("QGemm", feeds, kept, order, kind, **values)
+    if case == "float":
+        assert_correct(model, feeds)
+    else:
+        assert_one_step(model, feeds)
 
 
 @pytest.mark.parametrize("case", ["bias", "zero point", "plain", "per column"])
