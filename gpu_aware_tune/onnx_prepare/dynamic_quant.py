@@ -31,7 +31,8 @@ def _scaled(to: Rewriter, operands: list[str], first_scale: str, second_scale: s
 
 
 def _dynamic_quantize_matmul(node: NodeProto, to: Rewriter) -> list[str] | None:
-    result = dynamic_product(to, *node.input[:3], input_of(node, 3))
+    x, weight, scale = node.input[:3]
+    result = dynamic_product(to, x, weight, scale, input_of(node, 3))
     bias = input_of(node, 4)
     return [to.op("Add", result, bias) if bias else result]
 
