@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--time", help="of each run, such as 60s")
     parser.add_argument("--limit", type=float, default=600, help="seconds of one model")
     parser.add_argument("--order", choices=("smallest", "sorted", "reversed"), default="smallest")
     parser.add_argument("--again", action="store_true", help="use the store of the call before")
@@ -57,14 +58,19 @@ def main() -> None:
     for path in models:
         if args.missing and path.stem in rows:
             continue
-        rows[path.stem] = {**tuned(path, args.trials, args.limit), "measured": stamp(about)}
+        rows[path.stem] = {
+            **tuned(path, args.trials, args.time, args.limit),
+            "measured": stamp(about),
+        }
         show(path.stem, rows[path.stem])
-        write_results(args.results, about, {"trials": args.trials, "models": rows})
+        write_results(
+            args.results, about, {"trials": args.trials, "time": args.time, "models": rows}
+        )
     good = sum(row["verified"] for row in rows.values())
     print(f"{good} of {len(rows)} models verified")
 
 
-def tuned(path: Path, trials: int, limit_s: float) -> dict[str, Any]:
+def tuned(path: Path, trials: int, time_given: str | None, limit_s: float) -> dict[str, Any]:
     """The whole command on one model, in the common store."""
     command = [sys.executable, "cli.py", str(path), "--target", "llvm", "--json"]
     command += [
@@ -75,6 +81,7 @@ def tuned(path: Path, trials: int, limit_s: float) -> dict[str, Any]:
         "-o",
         str(STORE / f"{path.stem}.tuned"),
     ]
+    command += ["--time", time_given] if time_given else []
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(
