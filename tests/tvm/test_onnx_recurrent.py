@@ -118,9 +118,9 @@ def test_equal_steps_are_one_task() -> None:
 
 def test_long_sequences_are_refused_with_a_way_out() -> None:
     with pytest.raises(
-        UserError, match=r"its 500 steps are more than .* carry the state"
+        UserError, match=r"its 600 steps are more than .* carry the state"
     ) as caught:
-        imported(recurrent("LSTM", 500)[0])
+        imported(recurrent("LSTM", 600)[0])
     assert len(str(caught.value)) <= 300
 
 
