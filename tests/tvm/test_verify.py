@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_library import write_onnx
 
 from gpu_aware_tune.errors import TuneError, UserError
+from gpu_aware_tune.finalize import oracle
 from gpu_aware_tune.finalize.oracle import Noise, Reference, make_reference
 from gpu_aware_tune.finalize.verify import AS_ORACLE, compare
 from gpu_aware_tune.model.draws import ORDINARY, DrawKind
@@ -246,3 +247,21 @@ def test_an_order_that_is_free_is_the_sorted_one(tmp_path: Path, order: int) -> 
     for draw in found.draws:
         if draw.kind in ORDINARY:
             np.testing.assert_array_equal(draw.outputs[0], -np.sort(-draw.outputs[0], axis=1))
+
+
+def test_a_file_that_onnxruntime_cannot_optimise_is_still_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimiser writes a QGemm of int8 beside uint8, for which it has no kernel."""
+    import onnxruntime
+
+    whole = oracle._session
+
+    def refusing(model: str | bytes, level: object, names: tuple[str, ...]) -> oracle.Run:
+        if level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL:
+            raise RuntimeError("no kernel")
+        return whole(model, level, names)
+
+    monkeypatch.setattr(oracle, "_session", refusing)
+    found = make_reference(write_onnx(tmp_path / "net.onnx"), {}, 0, None, None)
+    assert "on the original file" in found.oracle
