@@ -52,13 +52,6 @@ class Cell:
     recurrence_bias: str  # (G H), "" without
     peephole: Sequence[str]  # (H) each, for the input, output and forget gates
     functions: Sequence[tuple[str, float | None, float | None]]
-    quantised: Sequence[str] = ()  # scale and zero point where the recurrence is of 8-bit integers
-
-    def recurred(self, to: Rewriter, state: str) -> str:
-        """Emit the product of the hidden state and the recurrence."""
-        if self.quantised:
-            return dynamic_product(to, state, self.recurrence, *self.quantised)
-        return to.op("MatMul", state, self.recurrence)
 
     def activated(self, to: Rewriter, which: int, value: str) -> str:
         """Emit one of the cell's activations; what goes into it is clipped where `clip` says."""
@@ -81,7 +74,7 @@ Step = Callable[[Cell, Rewriter, str, list[str]], list[str]]
 def _lstm(cell: Cell, to: Rewriter, projected: str, state: list[str]) -> list[str]:
     """Gates in the order input, output, forget, cell."""
     h, c = state
-    gates = to.op("Add", projected, cell.recurred(to, h))
+    gates = to.op("Add", projected, to.op("MatMul", h, cell.recurrence))
     i, o, f, g = (cell.gate(to, gates, place) for place in range(4))
     if cell.peephole:
         i = to.op("Add", i, to.op("Mul", cell.peephole[0], c))
@@ -121,7 +114,7 @@ def _gru(cell: Cell, to: Rewriter, projected: str, state: list[str]) -> list[str
 
 
 def _rnn(cell: Cell, to: Rewriter, projected: str, state: list[str]) -> list[str]:
-    product = cell.recurred(to, state[0])
+    product = to.op("MatMul", state[0], cell.recurrence)
     return [cell.activated(to, 0, to.op("Add", projected, product))]
 
 
@@ -136,7 +129,8 @@ def recurrent(node: NodeProto, to: Rewriter) -> list[str] | None:
     `layout` 1 the batch comes first in X, the initial states and the outputs.
 
     ONNX Runtime's DynamicQuantizeLSTM has integers W (D, I, G H) and R (D, H, G H), and behind P their
-    scales and zero points.
+    scales and zero points. It rounds the hidden state to 8 bits, too; here that stays in floats: it
+    would be ten small kernels more in each step, 25 times the time.
     """
     layer = _layer(node, to)
     if layer is None:
@@ -231,7 +225,7 @@ def _cell(
     w, r = (to.op("Gather", node.input[place], which, axis=0) for place in (1, 2))
     if node.op_type == QUANTISED:
         scales = [to.op("Gather", node.input[place], which, axis=0) for place in range(8, 12)]
-        cell = Cell(layer, r, "", (), functions, scales[2:])
+        cell = Cell(layer, _dequantized(to, r, *scales[2:]), "", (), functions)
         projected = dynamic_product(to, x, w, *scales[:2])
     else:
         cell = Cell(layer, to.op("Transpose", r, perm=[1, 0]), "", (), functions)
@@ -248,6 +242,12 @@ def _cell(
         own = to.op("Gather", peephole, which, axis=0)
         cell.peephole = [cell.gate(to, own, place) for place in range(3)]
     return cell, projected
+
+
+def _dequantized(to: Rewriter, matrix: str, scale: str, zero: str) -> str:
+    """Emit a matrix in floats."""
+    whole = to.op("Sub", to.cast(matrix, np.float32), to.cast(zero, np.float32))
+    return to.op("Mul", whole, scale)
 
 
 def _initial(

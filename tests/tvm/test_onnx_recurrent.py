@@ -127,7 +127,7 @@ def test_long_sequences_are_refused_with_a_way_out() -> None:
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 def test_an_lstm_whose_products_are_quantised(direction: str, per_channel: bool) -> None:
-    """ONNX Runtime's DynamicQuantizeLSTM; the initial state of zeros has no range to quantise by."""
+    """ONNX Runtime's DynamicQuantizeLSTM."""
     steps, size, inputs = 4, 8, 6
     directions = 2 if direction == "bidirectional" else 1
     generator = np.random.default_rng(0)
@@ -147,4 +147,4 @@ def test_an_lstm_whose_products_are_quantised(direction: str, per_channel: bool)
         "x,w,r,b,,,,,ws,wz,rs,rz", domain="com.microsoft", hidden_size=size, direction=direction,
     )  # fmt: skip
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    assert_correct(model, feeds, tolerance=2e-3)
+    assert_correct(model, feeds, tolerance=1e-2)  # it rounds the hidden state
