@@ -64,6 +64,22 @@ def tokens(vocabulary: int, length: int) -> Tensor:
     return torch.randint(0, vocabulary, (1, length))
 
 
+def calibrate(module: nn.Module, example: tuple[Tensor, ...]) -> None:
+    """Set the statistics of batch norms to those of random images.
+
+    Without, the values of a deep network with random weights vanish, in float16 altogether.
+    """
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+    module.train()
+    with torch.no_grad():
+        for _ in range(2 if norms else 0):
+            module(*(torch.randn(4, *value.shape[1:]) for value in example))
+    module.eval()
+
+
 def vision(name: str, size: int = 224, **options: Any) -> Callable[[], Example]:
     """A classifier of torchvision."""
 
@@ -104,10 +120,11 @@ def yolo(name: str, size: int = 640) -> Callable[[], Example]:
     def make() -> Example:
         from ultralytics import YOLO
 
-        model = YOLO(f"{name}.yaml").model.eval().float().fuse()
+        model, example = YOLO(f"{name}.yaml").model.float(), picture(size)
+        calibrate(model, example)
+        model = model.eval().fuse()
         head = model.model[-1]
         head.export, head.format = True, "onnx"
-        example = picture(size)
         with torch.no_grad():
             model(*example)
         return model, example
@@ -332,7 +349,8 @@ def export(name: str, out: Path) -> None:
         return
     torch.manual_seed(0)
     module, example = MODELS[name]()
-    module = module.eval()
+    if not name.startswith("yolo"):  # its norms are folded already
+        calibrate(module, example)
     with torch.no_grad():
         if name.endswith("_ts"):
             torch.onnx.export(module, example, str(out), dynamo=False, opset_version=17)
