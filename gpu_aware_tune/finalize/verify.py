@@ -4,6 +4,7 @@ For each draw and output, with `scale` the largest finite value that the oracle 
 
     largest error    at most base * scale + 4 * the noise's largest
     RMS error        at most base / 3 * scale + 3 * the noise's RMS
+    both, in float16 four steps of its smallest numbers more
     integers         at most 1 in 1000 may differ, and 3 times as many as differ by noise
 
 `base` follows from the type that is computed in and from whether the model is quantised, where it is
@@ -32,6 +33,7 @@ _QUANTISED = 0.03
 _INTEGERS = 1e-3  # part of them that may differ
 _RMS_PART = 3.0  # the RMS error may be so many times smaller than the largest
 _LARGEST_NOISE, _RMS_NOISE = 4.0, 3.0
+_LAST_STEPS = 4.0  # of the smallest that the type has
 
 Outputs = Sequence[np.ndarray]
 
@@ -204,9 +206,15 @@ def _check(
     scale = float(np.abs(right[finite]).max()) or 1.0
     largest = float(apart.max()) / scale
     rms = float(np.sqrt(np.mean(np.square(apart)))) / scale
-    allowed = base + _LARGEST_NOISE * noise.largest / scale
-    allowed_rms = base / _RMS_PART + _RMS_NOISE * noise.rms / scale
+    steps = _LAST_STEPS * _smallest_step(wanted.dtype)
+    allowed = base + (_LARGEST_NOISE * noise.largest + steps) / scale
+    allowed_rms = base / _RMS_PART + (_RMS_NOISE * noise.rms + steps) / scale
     return OutputCheck(name, max(largest, rms * allowed / allowed_rms), allowed)
+
+
+def _smallest_step(dtype: np.dtype[Any]) -> float:
+    """The distance of the smallest numbers of a type: what vanishes in it is rounded to that."""
+    return 2.0**-24 if dtype == np.float16 else 0.0
 
 
 def _badness(check: OutputCheck) -> float:

@@ -265,3 +265,12 @@ def test_a_file_that_onnxruntime_cannot_optimise_is_still_run(
     monkeypatch.setattr(oracle, "_session", refusing)
     found = make_reference(write_onnx(tmp_path / "net.onnx"), {}, 0, None, None)
     assert "on the original file" in found.oracle
+
+
+def test_what_vanishes_in_float16_may_be_off_by_its_smallest_steps() -> None:
+    step = np.float16(2.0**-24)
+    right = np.array([0, 1, 2, 1], np.float16) * step
+    draw = oracle.DrawReference(DrawKind.NORMAL, (right,), (Noise(0.0, 0.0),))
+    found = Reference(None, "", (draw,), ("y",))  # type: ignore[arg-type]
+    assert compare(found, [[right + step]], 1e-2).ok
+    assert not compare(found, [[right + np.float16(8) * step]], 1e-2).ok
