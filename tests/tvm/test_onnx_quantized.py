@@ -58,6 +58,24 @@ def test_integer_convolutions_are_exact(channels: int, per_channel: bool) -> Non
     np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("channels", [3, 600])
+def test_integer_sums_stay_floats_where_they_become_floats(channels: int) -> None:
+    """As the dynamic quantiser writes it; a cast to integers and back is dozens of operators."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (1, channels, 5, 5)).astype("uint8")
+    constants = {
+        "w": rng.integers(-128, 128, (4, channels, 3, 3)).astype("int8"),
+        "xz": np.array(131, "uint8"),
+    }
+    model = one("ConvInteger", {"x": x}, constants, ["x", "w", "xz"], TensorProto.INT32, "")
+    model.graph.node.append(helper.make_node("Cast", ["y"], ["f"], to=TensorProto.FLOAT))
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("f", TensorProto.FLOAT, None))
+    made = assert_correct(model, {"x": x}, tolerance=1e-7)
+    kernels = str([gv.name_hint for gv in made.module.get_global_vars()])
+    assert "isfinite" not in kernels and "floor_mod" not in kernels
+
+
 def scale(value: float) -> np.ndarray:
     return np.array(value, "float32")
 
