@@ -274,3 +274,15 @@ def test_what_vanishes_in_float16_may_be_off_by_its_smallest_steps() -> None:
     found = Reference(None, "", (draw,), ("y",))  # type: ignore[arg-type]
     assert compare(found, [[right + step]], 1e-2).ok
     assert not compare(found, [[right + np.float16(8) * step]], 1e-2).ok
+
+
+@pytest.mark.parametrize("kind", [DrawKind.NORMAL, DrawKind.LARGE])
+def test_large_inputs_that_overflow_float16_in_the_oracle_are_compared_apart(
+    kind: DrawKind,
+) -> None:
+    right = np.array([np.inf, 6e4, 1, 2], np.float16)
+    draw = oracle.DrawReference(kind, (right,), (Noise(0.0, 0.0),))
+    found = Reference(None, "", (draw,), ("y",))  # type: ignore[arg-type]
+    report = compare(found, [[np.array([6.5e4, np.inf, 1, 2], np.float16)]], 1e-2)
+    assert report.ok == (kind == DrawKind.LARGE)
+    assert (report.special == AS_ORACLE) == (kind == DrawKind.NORMAL)
