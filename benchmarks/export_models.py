@@ -29,8 +29,6 @@ from benchmarks import small_architectures as small
 
 Example = tuple[nn.Module, tuple[Tensor, ...]]
 
-LIMIT_BYTES = 1 << 31  # of one protobuf file
-
 
 class First(nn.Module):
     """A model of transformers that takes tensors by position and returns its first result."""
@@ -179,8 +177,6 @@ def only(value: tuple[Tensor, ...]) -> Callable[[Any], tuple[Tensor, ...]]:
     return lambda _: value
 
 
-SAMPLES = (torch.randn(1, 16000),)
-
 MODELS: dict[str, Callable[[], Example]] = {
     # the ones wanted most, first
     "bert_base": hugging("BertModel", "BertConfig", IDS, text()),
@@ -265,7 +261,7 @@ MODELS: dict[str, Callable[[], Example]] = {
         part="encoder", d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536,
     ),
     "wav2vec2_ts": hugging(
-        "Wav2Vec2Model", "Wav2Vec2Config", ("input_values",), only(SAMPLES), num_hidden_layers=3
+        "Wav2Vec2Model", "Wav2Vec2Config", ("input_values",), only((torch.randn(1, 16000),)), num_hidden_layers=3
     ),
     "silero_like_ts": small.voice_detector,
     # recurrent
