@@ -261,7 +261,8 @@ MODELS: dict[str, Callable[[], Example]] = {
         part="encoder", d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536,
     ),
     "wav2vec2_ts": hugging(
-        "Wav2Vec2Model", "Wav2Vec2Config", ("input_values",), only((torch.randn(1, 16000),)), num_hidden_layers=3
+        "Wav2Vec2Model", "Wav2Vec2Config", ("input_values",), only((torch.randn(1, 16000),)),
+        num_hidden_layers=3,
     ),
     "silero_like_ts": small.voice_detector,
     # recurrent
