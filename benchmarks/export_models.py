@@ -386,14 +386,13 @@ def main() -> None:
             continue
         part = out.with_suffix(".part")
         try:
-            export(name, part) if name in MODELS else export(name, out)
+            export(name, part)
         except Exception:
             traceback.print_exc(limit=-3)
             part.unlink(missing_ok=True)
             print(f"{name:24} NOT exported", flush=True)
             continue
-        if part.exists():
-            part.rename(out)
+        part.rename(out)
         print(f"{name:24} {out.stat().st_size / 2**20:8.1f} MiB", flush=True)
 
 
