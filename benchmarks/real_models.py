@@ -2,11 +2,13 @@
 
     python -m benchmarks.real_models FOLDER [FOLDER...]    # every .onnx file in them
     python -m benchmarks.real_models FOLDER --order reversed --again
+    python -m benchmarks.real_models FOLDER --again --only gpt2 unet    # these once more
 
-The files are not part of the repository: exports of torchvision, timm, transformers and ultralytics
-architectures, and what packages ship. Each row says whether the command ended with a verified library,
+The files are not part of the repository: `benchmarks.export_models` writes them, and packages ship
+others. Each row says whether the command ended with a verified library,
 how long it took to the first measurement and in all, the peak memory of its processes, and the error.
-With `--again` the store of an earlier call is used, in which nothing should be left to search.
+With `--again` the store of an earlier call is used, in which nothing should be left to search, and rows
+of other models stay in the results file.
 """
 
 from __future__ import annotations
@@ -33,26 +35,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--time", help="of each run, such as 60s")
     parser.add_argument("--limit", type=float, default=600, help="seconds of one model")
-    parser.add_argument("--order", choices=("sorted", "reversed"), default="sorted")
+    parser.add_argument("--order", choices=("smallest", "sorted", "reversed"), default="smallest")
     parser.add_argument("--again", action="store_true", help="use the store of the call before")
+    parser.add_argument("--missing", action="store_true", help="only those without a row")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the models")
     parser.add_argument("--results", type=Path, default=RESULTS / "real-models.json")
     args = parser.parse_args()
     models = sorted({path for folder in args.folders for path in folder.glob("*.onnx")})
+    if args.order == "smallest":
+        models.sort(key=lambda path: path.stat().st_size)
+    if args.only:
+        models = [path for path in models if path.stem in args.only]
     if args.order == "reversed":
         models.reverse()
     if not args.again and STORE.exists():
         raise SystemExit(f"{STORE} exists: remove it, or give --again")
     about, rows = environment(), {}
+    if args.again and args.results.exists():
+        rows = json.loads(args.results.read_text())["models"]
     for path in models:
-        rows[path.stem] = {**tuned(path, args.trials, args.limit), "measured": stamp(about)}
+        if args.missing and path.stem in rows:
+            continue
+        rows[path.stem] = {
+            **tuned(path, args.trials, args.time, args.limit),
+            "measured": stamp(about),
+        }
         show(path.stem, rows[path.stem])
-        write_results(args.results, about, {"trials": args.trials, "models": rows})
+        write_results(
+            args.results, about, {"trials": args.trials, "time": args.time, "models": rows}
+        )
     good = sum(row["verified"] for row in rows.values())
     print(f"{good} of {len(rows)} models verified")
 
 
-def tuned(path: Path, trials: int, limit_s: float) -> dict[str, Any]:
+def tuned(path: Path, trials: int, time_given: str | None, limit_s: float) -> dict[str, Any]:
     """The whole command on one model, in the common store."""
     command = [sys.executable, "cli.py", str(path), "--target", "llvm", "--json"]
     command += [
@@ -63,6 +81,7 @@ def tuned(path: Path, trials: int, limit_s: float) -> dict[str, Any]:
         "-o",
         str(STORE / f"{path.stem}.tuned"),
     ]
+    command += ["--time", time_given] if time_given else []
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(

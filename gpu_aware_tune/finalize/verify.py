@@ -4,6 +4,7 @@ For each draw and output, with `scale` the largest finite value that the oracle 
 
     largest error    at most base * scale + 4 * the noise's largest
     RMS error        at most base / 3 * scale + 3 * the noise's RMS
+    both, in float16 four steps of its smallest numbers more
     integers         at most 1 in 1000 may differ, and 3 times as many as differ by noise
 
 `base` follows from the type that is computed in and from whether the model is quantised, where it is
@@ -24,7 +25,7 @@ from tvm.s_tir import SBlock
 
 from gpu_aware_tune.finalize.oracle import DrawReference, Noise, Reference
 from gpu_aware_tune.kernels.tf32 import is_marked
-from gpu_aware_tune.model.draws import SPECIAL, is_float
+from gpu_aware_tune.model.draws import SPECIAL, DrawKind, is_float
 from gpu_aware_tune.model.importer import Model
 
 _BASE = {"float64": 1e-4, "float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 4e-2}
@@ -32,6 +33,7 @@ _QUANTISED = 0.03
 _INTEGERS = 1e-3  # part of them that may differ
 _RMS_PART = 3.0  # the RMS error may be so many times smaller than the largest
 _LARGEST_NOISE, _RMS_NOISE = 4.0, 3.0
+_LAST_STEPS = 4.0  # of the smallest that the type has
 
 Outputs = Sequence[np.ndarray]
 
@@ -106,7 +108,7 @@ def compare(reference: Reference, got: Sequence[Outputs], base: float) -> Verify
     special = []
     for draw, outputs in zip(reference.draws, got, strict=True):
         checks = _checks(reference, draw, outputs, base)
-        if draw.kind in SPECIAL:
+        if draw.kind in SPECIAL or _overflows(draw):
             differing = [check.name for check in checks if not check.ok]
             if differing:
                 special.append(f"draw {draw.kind}: {', '.join(map(repr, differing))} differs")
@@ -122,6 +124,13 @@ def compare(reference: Reference, got: Sequence[Outputs], base: float) -> Verify
         tuple(worst.values()),
         "; ".join(special) or AS_ORACLE,
         reference.notes,
+    )
+
+
+def _overflows(draw: DrawReference) -> bool:
+    """Whether large inputs are beyond the range of a float16 model itself, as the oracle shows."""
+    return draw.kind == DrawKind.LARGE and any(
+        output.dtype == np.float16 and not np.isfinite(output).all() for output in draw.outputs
     )
 
 
@@ -204,9 +213,15 @@ def _check(
     scale = float(np.abs(right[finite]).max()) or 1.0
     largest = float(apart.max()) / scale
     rms = float(np.sqrt(np.mean(np.square(apart)))) / scale
-    allowed = base + _LARGEST_NOISE * noise.largest / scale
-    allowed_rms = base / _RMS_PART + _RMS_NOISE * noise.rms / scale
+    steps = _LAST_STEPS * _smallest_step(wanted.dtype)
+    allowed = base + (_LARGEST_NOISE * noise.largest + steps) / scale
+    allowed_rms = base / _RMS_PART + (_RMS_NOISE * noise.rms + steps) / scale
     return OutputCheck(name, max(largest, rms * allowed / allowed_rms), allowed)
+
+
+def _smallest_step(dtype: np.dtype[Any]) -> float:
+    """The distance of the smallest numbers of a type: what vanishes in it is rounded to that."""
+    return 2.0**-24 if dtype == np.float16 else 0.0
 
 
 def _badness(check: OutputCheck) -> float:

@@ -95,6 +95,7 @@ def load_model(
     is_quantised = any(node.op_type in _QUANTISING for node in walk(original.graph))
     notes: list[str] = []
     proto = prepare(original, input_shapes or {}, dtype, supported_operators(), notes)
+    del original  # its weights take as much memory as the file
     model = import_prepared(proto, path.stem, target, dtype, blocks)
     return dataclasses.replace(model, is_quantised=is_quantised, notes=(*notes, *model.notes))
 

@@ -1,6 +1,6 @@
 """ONNX file -> a static, folded graph of operators that TVM imports correctly; knows no TVM.
 
-In the order of the work: `read` (with `tensors` and `order`), `shapes`, `upgrade`, `fold` (with
+In the order of the work: `read` (with `limits`, `tensors` and `order`), `shapes`, `upgrade`, `fold` (with
 `branches`), `expand` (with `rules`, which lists the rules of the modules that it imports), `refuse`,
 `convert`, `batch_norm`; `stages` runs them. `facts` and `rewriter` are what they all use.
 """

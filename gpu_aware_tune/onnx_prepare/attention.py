@@ -14,7 +14,7 @@ import numpy as np
 from onnx import NodeProto
 
 from gpu_aware_tune.onnx_prepare.activations import like
-from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
+from gpu_aware_tune.onnx_prepare.facts import Facts, attributes, input_of
 from gpu_aware_tune.onnx_prepare.rewriter import Rewriter, Rule
 from gpu_aware_tune.onnx_prepare.rotary import rotary_embedding, rotated
 
@@ -253,10 +253,8 @@ def _group_query_attention(node: NodeProto, to: Rewriter) -> list[str] | None:
     values = attributes(node)
     heads, key_heads = values["num_heads"], values["kv_num_heads"]
     q, k, v = node.input[:3]
-    shape, past = to.shape(q), to.shape(input_of(node, 3))
-    has_past = bool(input_of(node, 3)) and (past is None or 0 not in past)
-    quantised = any(values.get(key, b"NONE") != b"NONE" for key in ("k_quant_type", "v_quant_type"))
-    if shape is None or has_past or quantised or len(node.output) > 3:
+    shape = to.shape(q)
+    if shape is None or group_query_reason(node, to.facts):
         return None
     batch, length = shape[:2]
     size = shape[2] // (heads if k else heads + 2 * key_heads)
@@ -270,8 +268,6 @@ def _group_query_attention(node: NodeProto, to: Rewriter) -> list[str] | None:
         caches = (input_of(node, 7), input_of(node, 8))
         width = 2 * (to.shape(caches[0]) or (0, 0))[1]
         interleaved = bool(values.get("rotary_interleaved", 0))
-        if not width:
-            return None
         q, k = (rotated(to, value, caches, places, size, width, interleaved) for value in (q, k))
         to.facts.types[q] = to.facts.types.get(node.input[0], 0)
     present = [k, v]
@@ -298,6 +294,38 @@ def _repeated(
     shape = [batch, groups, heads // groups, length, size]
     spread = to.op("Expand", split, to.constant(shape))
     return to.op("Reshape", spread, to.constant([batch, heads, length, size]))
+
+
+def group_query_reason(node: NodeProto, facts: Facts) -> str:
+    """Say why a GroupQueryAttention was not expanded; empty where it can be."""
+    values = attributes(node)
+    past = facts.shapes.get(input_of(node, 3))
+    if facts.shapes.get(node.input[0]) is None:
+        return "the shape of its query must be static; give --input"
+    if input_of(node, 3) and (past is None or 0 not in past):
+        return (
+            f"it continues from past keys and values ({input_of(node, 3)!r}), of which only an empty"
+            " past is supported; export the model for the prompt, without a cache"
+        )
+    if any(values.get(key, b"NONE") != b"NONE" for key in ("k_quant_type", "v_quant_type")):
+        return "its keys and values are quantised; export the cache in floats"
+    if len(node.output) > 3:
+        return "of its outputs only the first three are supported"
+    if values.get("do_rotary", 0) and not facts.shapes.get(input_of(node, 7)):
+        return "do_rotary needs a table of cosines of static shape"
+    return ""
+
+
+def attention_reason(node: NodeProto, facts: Facts) -> str:
+    """Say why an Attention or MultiHeadAttention was not expanded."""
+    is_packed = node.op_type == "Attention"
+    if facts.shapes.get(node.input[0]) is None:
+        return "the shape of its input must be static; give --input"
+    if is_packed and attributes(node).get("do_rotary", 0):
+        return "do_rotary is not supported; export it with RotaryEmbedding before it"
+    if (is_packed and input_of(node, 6)) or any(input_of(node, place) for place in (8, 9)):
+        return "a cache shared with its output is not supported; export it without"
+    return "its mask or its operands have a form that is not supported"
 
 
 ATTENTION: dict[str, Rule] = {

@@ -63,6 +63,7 @@ def attach_weights(model: ModelProto, weights: list[TensorProto]) -> ModelProto:
 def optimised_by_onnxruntime(model: ModelProto) -> ModelProto:
     """Fold constants and batch norms with ONNX Runtime, or return the model where it cannot.
 
+    The model goes there in a file: ONNX Runtime needs several times its size, without another copy.
     Not for models with half-precision values: on a CPU ONNX Runtime surrounds their operators with
     casts to float32, and writes those back.
     """
@@ -71,6 +72,8 @@ def optimised_by_onnxruntime(model: ModelProto) -> ModelProto:
     except ImportError:
         return model
     with tempfile.TemporaryDirectory(prefix="gpu-aware-tune-") as folder:
+        source = Path(folder) / "prepared.onnx"
+        source.write_bytes(model.SerializeToString())
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
@@ -78,7 +81,7 @@ def optimised_by_onnxruntime(model: ModelProto) -> ModelProto:
         options.intra_op_num_threads = 1
         try:
             providers = ["CPUExecutionProvider"]
-            ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+            ort.InferenceSession(str(source), options, providers=providers)
             optimised: ModelProto = onnx.load(options.optimized_model_filepath)
         except Exception as error:  # its exception types are not public
             log.debug("ONNX Runtime: %s", error)

@@ -1,4 +1,4 @@
-"""Puts the nodes of a graph in an order in which inputs come first."""
+"""Settles orders that a file leaves open: of nodes, inputs first, and of what TopK returns."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def sort_nodes(graph: GraphProto) -> None:
     nodes = [graph.node[index] for index in order]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def sort_top_k(graph: GraphProto) -> None:
+    """Ask each TopK for the sorted order where any is allowed, so that all who run it agree."""
+    for node in walk(graph):
+        if node.op_type == "TopK" and not node.domain:
+            for attribute in node.attribute:
+                if attribute.name == "sorted":
+                    attribute.i = 1
 
 
 def _in_order(graph: GraphProto) -> bool:

@@ -8,7 +8,13 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.onnx_prepare.order import sort_nodes
+from gpu_aware_tune.onnx_prepare.limits import (
+    check_equations,
+    check_functions,
+    check_sizes,
+    check_text,
+)
+from gpu_aware_tune.onnx_prepare.order import sort_nodes, sort_top_k
 from gpu_aware_tune.onnx_prepare.tensors import LIMIT_BYTES, load_external_data, make_dense
 
 
@@ -46,7 +52,12 @@ def read_model(path: Path) -> ModelProto:
         raise UserError(f"{path}: not an ONNX model; export the network to ONNX first")
     if not model.opset_import:
         raise UserError(f"{path}: the file is truncated or damaged: it names no operator set")
+    check_text(model)
+    check_functions(model)
+    check_equations(model)
     load_external_data(model, path)
     make_dense(model.graph)
     sort_nodes(model.graph)
+    sort_top_k(model.graph)
+    check_sizes(model)
     return model

@@ -8,9 +8,10 @@ import numpy as np
 from onnx import ModelProto, NodeProto
 
 from gpu_aware_tune.errors import UserError, one_line
+from gpu_aware_tune.onnx_prepare.attention import attention_reason, group_query_reason
 from gpu_aware_tune.onnx_prepare.facts import FLOATS, Facts, attributes, input_of, opset_of, walk
 from gpu_aware_tune.onnx_prepare.loops import loop_reason
-from gpu_aware_tune.onnx_prepare.recurrent import recurrent_reason
+from gpu_aware_tune.onnx_prepare.recurrent import RECURRENT, recurrent_reason
 from gpu_aware_tune.onnx_prepare.resize import resize_is_wrong
 from gpu_aware_tune.onnx_prepare.rewriter import operator_name
 
@@ -28,7 +29,8 @@ def refuse_unsupported(model: ModelProto, supported: Collection[tuple[str, str]]
         name = one_line(operator_name(node), 60)
         where = one_line(repr(node.name or node.output[0]), 60)
         if (node.domain, node.op_type) not in supported:
-            why = NOT_EXPANDED[node.op_type](node, facts) if node.op_type in NOT_EXPANDED else ""
+            reason_of = NOT_EXPANDED.get(operator_name(node))
+            why = reason_of(node, facts) if reason_of else ""
             text = f"operator {name} ({{}}){': ' + why if why else ' is not supported'}"
             problems.setdefault(text, []).append(where)
         elif node.op_type in WRONG and (reason := WRONG[node.op_type](node, facts)):
@@ -109,14 +111,22 @@ def _reduce(node: NodeProto, facts: Facts) -> str:
     return ""
 
 
+def _tile(node: NodeProto, facts: Facts) -> str:
+    repeats = facts.constant(input_of(node, 1))
+    return "its repeats must not be negative" if repeats is not None and (repeats < 0).any() else ""
+
+
 def _space_to_depth(node: NodeProto, facts: Facts) -> str:
     return "mode 'CRD' is not supported" if attributes(node).get("mode") == b"CRD" else ""
 
 
 # Why a rule left an operator alone that the importer lacks.
 NOT_EXPANDED: dict[str, Reason] = {
-    **dict.fromkeys(("GRU", "LSTM", "RNN"), recurrent_reason),
+    **dict.fromkeys(RECURRENT, recurrent_reason),
     **dict.fromkeys(("Loop", "Scan"), loop_reason),
+    "com.microsoft.Attention": attention_reason,
+    "com.microsoft.GroupQueryAttention": group_query_reason,
+    "com.microsoft.MultiHeadAttention": attention_reason,
 }
 REDUCTIONS = ["L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"]
 WRONG: dict[str, Reason] = {
@@ -133,4 +143,5 @@ WRONG: dict[str, Reason] = {
     "Resize": resize_is_wrong,
     "RoiAlign": _roi_align,
     "SpaceToDepth": _space_to_depth,
+    "Tile": _tile,
 }

@@ -12,6 +12,7 @@ from onnx import NodeProto, TensorProto
 from gpu_aware_tune.onnx_prepare.attention import ATTENTION
 from gpu_aware_tune.onnx_prepare.contrib import CONTRIB
 from gpu_aware_tune.onnx_prepare.contrib_norms import CONTRIB_NORMS
+from gpu_aware_tune.onnx_prepare.dynamic_quant import DYNAMIC
 from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
 from gpu_aware_tune.onnx_prepare.half import IN_FLOAT32, in_float32, in_float32_or
 from gpu_aware_tune.onnx_prepare.integers import (
@@ -204,6 +205,7 @@ SPECIAL: dict[str, Rule] = {
     **ATTENTION,
     **CONTRIB,
     **CONTRIB_NORMS,
+    **DYNAMIC,
     **LOOPS,
     **QUANTIZED,
     **RECURRENT,

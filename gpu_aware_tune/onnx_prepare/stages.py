@@ -18,6 +18,7 @@ from gpu_aware_tune.onnx_prepare.convert import (
 from gpu_aware_tune.onnx_prepare.expand import expand
 from gpu_aware_tune.onnx_prepare.facts import HALF, opset_of, uses_types, walk
 from gpu_aware_tune.onnx_prepare.fold import fold
+from gpu_aware_tune.onnx_prepare.limits import check_sizes
 from gpu_aware_tune.onnx_prepare.refuse import refuse_unsupported
 from gpu_aware_tune.onnx_prepare.shapes import drop_weight_inputs, fix_inputs
 from gpu_aware_tune.onnx_prepare.upgrade import upgrade
@@ -48,6 +49,7 @@ def prepare(
     if notes is not None:
         notes.extend(assumed)
     _tidy(model)
+    check_sizes(model)  # again, as all inputs are static now
     model, weights = detach_weights(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import ModelProto, helper
-from onnx_check import assert_correct
+from onnx_check import assert_correct, imported
 from onnx_graphs import F16, F32, numbers, run_onnxruntime
 from onnx_graphs import node_model as standard_model
+
+from gpu_aware_tune.errors import UserError
 
 X = numbers(2, 5, 8)
 SCALE, SHIFT, BIAS = numbers(8, seed=1), numbers(8, seed=2), numbers(8, seed=3)
@@ -302,3 +304,20 @@ def test_group_query_attention(case: str, packed: bool) -> None:
     values = {"num_heads": 4, "kv_num_heads": 2, **GROUPED[case]}
     model = node_model("GroupQueryAttention", feeds, constants, outputs, order=order, **values)
     assert_correct(model, feeds)
+
+
+@pytest.mark.parametrize("case", ["past", "quantised"])
+def test_what_group_query_attention_cannot_do_is_said(case: str) -> None:
+    feeds = {"q": numbers(2, 5, 128), "p": numbers(2, 2, 3, 16), "r": numbers(2, 2, 3, 16)}
+    values: dict[str, Any] = {}
+    order, reason = "q,,,p,r,n,t", r"past keys and values \('p'\).*without a cache"
+    if case == "quantised":
+        feeds = {"q": feeds["q"]}
+        order, values = "q,,,,,n,t", {"k_quant_type": "PER_TENSOR"}
+        reason = "quantised; export the cache in floats"
+    constants = {"n": np.array([4, 4], np.int32), "t": np.array(5, np.int32)}
+    outputs = [("y", F32), ("pk", F32), ("pv", F32)]
+    values |= {"num_heads": 4, "kv_num_heads": 2}
+    model = node_model("GroupQueryAttention", feeds, constants, outputs, order=order, **values)
+    with pytest.raises(UserError, match=rf"GroupQueryAttention \(node 'y'\): .*{reason}"):
+        imported(model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, helper
 from onnx_check import LLVM, assert_correct, imported
 from onnx_graphs import F32, node_model, numbers, run_onnxruntime
 
@@ -118,7 +118,33 @@ def test_equal_steps_are_one_task() -> None:
 
 def test_long_sequences_are_refused_with_a_way_out() -> None:
     with pytest.raises(
-        UserError, match=r"its 500 steps are more than .* carry the state"
+        UserError, match=r"its 600 steps are more than .* carry the state"
     ) as caught:
-        imported(recurrent("LSTM", 500)[0])
+        imported(recurrent("LSTM", 600)[0])
     assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_an_lstm_whose_products_are_quantised(direction: str, per_channel: bool) -> None:
+    """ONNX Runtime's DynamicQuantizeLSTM."""
+    steps, size, inputs = 4, 8, 6
+    directions = 2 if direction == "bidirectional" else 1
+    generator = np.random.default_rng(0)
+    columns = (directions, 4 * size) if per_channel else (directions,)
+    weights = {
+        "w": generator.integers(-100, 100, (directions, inputs, 4 * size)).astype(np.int8),
+        "r": generator.integers(-100, 100, (directions, size, 4 * size)).astype(np.int8),
+        "b": numbers(directions, 8 * size, seed=3),
+        "ws": generator.uniform(0.004, 0.006, columns).astype(np.float32),
+        "wz": np.zeros(columns, np.int8),
+        "rs": generator.uniform(0.004, 0.006, columns).astype(np.float32),
+        "rz": np.zeros(columns, np.int8),
+    }
+    feeds = {"x": numbers(steps, 1, inputs)}
+    model = node_model(
+        "DynamicQuantizeLSTM", feeds, weights, [("y", F32), ("h", F32), ("c", F32)], 17,
+        "x,w,r,b,,,,,ws,wz,rs,rz", domain="com.microsoft", hidden_size=size, direction=direction,
+    )  # fmt: skip
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert_correct(model, feeds, tolerance=1e-2)  # it rounds the hidden state

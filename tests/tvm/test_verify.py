@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_library import write_onnx
 
 from gpu_aware_tune.errors import TuneError, UserError
+from gpu_aware_tune.finalize import oracle
 from gpu_aware_tune.finalize.oracle import Noise, Reference, make_reference
 from gpu_aware_tune.finalize.verify import AS_ORACLE, compare
 from gpu_aware_tune.model.draws import ORDINARY, DrawKind
@@ -230,3 +231,58 @@ def test_a_file_that_nobody_can_run_is_told_with_each_reason(tmp_path: Path) -> 
     )
     with pytest.raises(TuneError, match=r"ONNX Runtime: .*float32: .*reference evaluator: "):
         make_reference(path, {}, 0, None, None)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_an_order_that_is_free_is_the_sorted_one(tmp_path: Path, order: int) -> None:
+    """ONNX Runtime leaves the largest in any order where TopK has `sorted` 0."""
+    path = save(
+        tmp_path / "top.onnx",
+        [helper.make_node("TopK", ["x", "k"], ["v", "i"], axis=1, sorted=order)],
+        {"x": (TensorProto.FLOAT, [2, 64])},
+        {"v": TensorProto.FLOAT, "i": TensorProto.INT64},
+        {"k": np.array([40])},
+    )
+    found = make_reference(path, {}, 0, None, None)
+    for draw in found.draws:
+        if draw.kind in ORDINARY:
+            np.testing.assert_array_equal(draw.outputs[0], -np.sort(-draw.outputs[0], axis=1))
+
+
+def test_a_file_that_onnxruntime_cannot_optimise_is_still_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimiser writes a QGemm of int8 beside uint8, for which it has no kernel."""
+    import onnxruntime
+
+    whole = oracle._session
+
+    def refusing(model: str | bytes, level: object, names: tuple[str, ...]) -> oracle.Run:
+        if level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL:
+            raise RuntimeError("no kernel")
+        return whole(model, level, names)
+
+    monkeypatch.setattr(oracle, "_session", refusing)
+    found = make_reference(write_onnx(tmp_path / "net.onnx"), {}, 0, None, None)
+    assert "on the original file" in found.oracle
+
+
+def test_what_vanishes_in_float16_may_be_off_by_its_smallest_steps() -> None:
+    step = np.float16(2.0**-24)
+    right = np.array([0, 1, 2, 1], np.float16) * step
+    draw = oracle.DrawReference(DrawKind.NORMAL, (right,), (Noise(0.0, 0.0),))
+    found = Reference(None, "", (draw,), ("y",))  # type: ignore[arg-type]
+    assert compare(found, [[right + step]], 1e-2).ok
+    assert not compare(found, [[right + np.float16(8) * step]], 1e-2).ok
+
+
+@pytest.mark.parametrize("kind", [DrawKind.NORMAL, DrawKind.LARGE])
+def test_large_inputs_that_overflow_float16_in_the_oracle_are_compared_apart(
+    kind: DrawKind,
+) -> None:
+    right = np.array([np.inf, 6e4, 1, 2], np.float16)
+    draw = oracle.DrawReference(kind, (right,), (Noise(0.0, 0.0),))
+    found = Reference(None, "", (draw,), ("y",))  # type: ignore[arg-type]
+    report = compare(found, [[np.array([6.5e4, np.inf, 1, 2], np.float16)]], 1e-2)
+    assert report.ok == (kind == DrawKind.LARGE)
+    assert (report.special == AS_ORACLE) == (kind == DrawKind.NORMAL)

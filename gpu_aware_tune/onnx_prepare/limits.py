@@ -1,0 +1,175 @@
+"""Refuses files that are damaged, or that a few bytes unfold to more than any machine has.
+
+Looked at before anything is inferred, folded or run: each of these is also what makes shape inference,
+folding or ONNX Runtime take all memory or never end.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+import onnx
+import onnx.shape_inference
+from onnx import FunctionProto, ModelProto, NodeProto
+
+from gpu_aware_tune.errors import UserError, one_line
+from gpu_aware_tune.onnx_prepare.convert import detach_weights
+from gpu_aware_tune.onnx_prepare.facts import attributes, bodies, walk
+
+VALUE_BYTES = 4 << 30  # of one value
+CONSTANT_BYTES = 1 << 30  # of one value that no input changes
+MOST_NODES = 200_000  # with the local functions put in their places
+MOST_LETTERS = 52 * 4  # of an Einsum's operands
+EINSUM = re.compile(r"[A-Za-z. ]*(,[A-Za-z. ]*)*(->[A-Za-z. ]*)?")
+
+
+def check_text(model: ModelProto) -> None:
+    """Refuse names that are no text: protobuf passes bytes that are not UTF-8 through.
+
+    Raises:
+        UserError: there are some.
+    """
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.initializer)
+    for text in (*_names(_all_nodes(model)), *(value.name for value in values)):
+        if not isinstance(text, str) or (not text.isascii() and not _is_encodable(text)):
+            shown = one_line(repr(text), 60)
+            raise UserError(f"the file is damaged: its name {shown} is not text; get it again")
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeError:
+        return False
+    return True
+
+
+def _all_nodes(model: ModelProto) -> Iterator[NodeProto]:
+    yield from walk(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield node
+            for body in bodies(node):
+                yield from walk(body)
+
+
+def _names(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    for node in nodes:
+        yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
+def check_functions(model: ModelProto) -> None:
+    """Refuse local functions that call themselves, or that unfold to too many nodes.
+
+    Raises:
+        UserError: they do.
+    """
+    functions = {(f.domain, f.name): f for f in model.functions}
+    sizes: dict[tuple[str, str], int | None] = {}
+    count = sum(_unfolded(node, functions, sizes) for node in walk(model.graph))
+    if count > MOST_NODES:
+        raise UserError(
+            f"the model's local functions unfold to {count} nodes; models of up to {MOST_NODES} are"
+            " taken: export it without functions"
+        )
+
+
+def _unfolded(
+    node: NodeProto,
+    functions: dict[tuple[str, str], FunctionProto],
+    sizes: dict[tuple[str, str], int | None],
+) -> int:
+    """Return the nodes that a node becomes; None in `sizes` is a function that is being counted."""
+    key = (node.domain, node.op_type)
+    if key not in functions:
+        return 1
+    if key not in sizes:
+        sizes[key] = None
+        sizes[key] = sum(_unfolded(inner, functions, sizes) for inner in functions[key].node)
+    size = sizes[key]
+    if size is None:
+        raise UserError(
+            f"the model is not valid: its function {one_line(repr(node.op_type), 60)} calls itself"
+        )
+    return size
+
+
+def check_equations(model: ModelProto) -> None:
+    """Refuse equations of Einsum that ONNX's shape inference never comes to an end with.
+
+    Raises:
+        UserError: there is one.
+    """
+    for node in _all_nodes(model):
+        if node.op_type != "Einsum" or node.domain not in ("", "ai.onnx"):
+            continue
+        equation = attributes(node).get("equation", b"")
+        text = equation.decode(errors="replace") if isinstance(equation, bytes) else ""
+        if len(text) > MOST_LETTERS or not EINSUM.fullmatch(text) or "." in text.replace("...", ""):
+            raise UserError(
+                f"the model is not valid: operator Einsum (node {_label(node)}) has the equation"
+                f" {one_line(repr(text), 60)}"
+            )
+
+
+def check_sizes(model: ModelProto) -> None:
+    """Refuse values that no machine holds.
+
+    Raises:
+        UserError: there is one; it names the operator that makes it.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    model, _ = detach_weights(model)
+    graph = model.graph
+    try:  # no values are propagated: that has no limit itself
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=False).graph
+    except Exception:  # an invalid graph is reported where it is imported
+        return
+    sizes = {
+        value.name: size
+        for value in (*graph.input, *inferred.value_info, *inferred.output)
+        if (size := _bytes(value)) is not None
+    }
+    changing = {value.name for value in graph.input} - constants
+    for value in graph.input:
+        if sizes.get(value.name, 0) > VALUE_BYTES:
+            shown = one_line(repr(value.name), 60)
+            raise UserError(f"input {shown} has {_gib(sizes[value.name])}; up to 4 GiB are taken")
+    for node in graph.node:
+        is_constant = changing.isdisjoint(node.input) and not any(True for _ in bodies(node))
+        if not is_constant:
+            changing.update(node.output)
+        limit = CONSTANT_BYTES if is_constant else VALUE_BYTES
+        size = max((sizes.get(name, 0) for name in node.output if name), default=0)
+        if size > limit:
+            raise UserError(
+                f"operator {one_line(node.op_type, 40)} (node {_label(node)}) makes a value of"
+                f" {_gib(size)}; up to {limit >> 30} GiB are taken: check the shapes of the model"
+            )
+
+
+def _label(node: NodeProto) -> str:
+    return one_line(repr(node.name or next(iter(node.output), "")), 60)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.0f} GiB" if size < 2**50 else "more than a million GiB"
+
+
+def _bytes(value: onnx.ValueInfoProto) -> int | None:
+    """Return the size of a tensor of static shape."""
+    if value.type.WhichOneof("value") != "tensor_type":
+        return None
+    tensor = value.type.tensor_type
+    extents = [dim.dim_value for dim in tensor.shape.dim if dim.HasField("dim_value")]
+    if not tensor.HasField("shape") or len(extents) != len(tensor.shape.dim):
+        return None
+    try:
+        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+    except KeyError:  # not stated, or not known
+        width = 1
+    return math.prod(max(extent, 0) for extent in extents) * width
