@@ -19,7 +19,7 @@ from gpu_aware_tune.search.stage import SearchResult, Workers
 from gpu_aware_tune.search.workload import Workload, latency_s
 from gpu_aware_tune.settings import RunSettings
 
-_WORTH = 0.002  # tasks below this part of a model's latency are not measured again
+_LEAST_PART = 0.002  # tasks below this part of a model's latency are not measured again
 _HEAVY = 0.05  # tasks from this part on get all of the time that a comparison may take
 _LEAST = 0.2  # the part of that time that any task gets
 _DRIFT_TASKS = 3  # the heaviest tasks of a model, for the drift of the machine
@@ -160,7 +160,7 @@ def _finalists(
     finalists: dict[int, list[str]] = {}
     every = {units: records.all(task.hash, units) for units in work.units_of(task.hash)}
     for units, here in every.items():
-        if parts.of(task.hash, units) < _WORTH:
+        if parts.of(task.hash, units) < _LEAST_PART:
             continue
         best = records.best(task.hash, units, settings.top_k)
         baseline = records.baseline(task.hash, units)

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class _Lane:
+class _OpenShare:
     """A program and the thread it runs in; no two lanes share a program, which is not reentrant.
 
     A closed library has no program.
@@ -103,7 +103,7 @@ class Library:
         )
         self._closed = False
         self._switching = threading.Lock()
-        self._lanes: dict[tuple[str, str, CoreThread | PartitionThread], _Lane] = {}
+        self._lanes: dict[tuple[str, str, CoreThread | PartitionThread], _OpenShare] = {}
         self._lends = beside is None  # it ends the threads; others only use them
         self._places: CorePlaces | PartitionPlaces = (
             beside._places if beside else places_for(path, manifest, partition)
@@ -281,13 +281,13 @@ class Library:
         if self._closed:
             raise UserError(f"{self!r} is closed: load it again")
 
-    def _open_for(self, units: int | None) -> _Lane:
+    def _open_for(self, units: int | None) -> _OpenShare:
         """The library for a share; without one the nearest to what is visible, on its own units."""
         seen = visible_units(self.about) if units is None else check_units(units)
         chosen = nearest(self.about.units, seen)
         return self._open(chosen, chosen if units is None else seen)
 
-    def _open(self, units: int, place: int) -> _Lane:
+    def _open(self, units: int, place: int) -> _OpenShare:
         """The library for `units` on `place` cores or SMs, opened when it is first asked for."""
         library = self.about.library(units)
         file, entry = library.file, library.entry
@@ -296,7 +296,7 @@ class Library:
         if lane is None:
             check_library(self.path, self.about, units)
             program = self._program(file, entry, thread)
-            lane = self._lanes[file, entry, thread] = _Lane(units, program, thread)
+            lane = self._lanes[file, entry, thread] = _OpenShare(units, program, thread)
         return lane if lane.units == units else dataclasses.replace(lane, units=units)
 
     def _program(self, file: str, entry: str, thread: CoreThread | PartitionThread) -> Program:
@@ -343,7 +343,7 @@ def load(
     return library.preload() if preload else library
 
 
-def _run(lane: _Lane, function: Callable[[Program], Result]) -> Result:
+def _run(lane: _OpenShare, function: Callable[[Program], Result]) -> Result:
     program = lane.program
     if program is None:  # closed meanwhile
         raise UserError("the library is closed: load it again")

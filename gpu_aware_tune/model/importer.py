@@ -113,7 +113,7 @@ def import_prepared(
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
     from gpu_aware_tune.kernels.tf32 import mark_products
     from gpu_aware_tune.kernels.vector_math import mark_vector_math
-    from gpu_aware_tune.model.layouts import block_channels
+    from gpu_aware_tune.model.layouts import to_nchwc
 
     prepared = proto.SerializeToString(deterministic=True)
     with _quiet():
@@ -125,7 +125,7 @@ def import_prepared(
     if target.kind.name == "llvm":
         module = mark_vector_math(mark_weights(module))
         if blocks:
-            blocked = block_channels(module, weights, machine_of(target).lanes)
+            blocked = to_nchwc(module, weights, machine_of(target).lanes)
             module, weights, notes = blocked.module, blocked.weights, blocked.notes
     module = canonical_names(module)
     names = [value.name for value in proto.graph.output]

@@ -36,7 +36,7 @@ class Blocked:
     notes: tuple[str, ...]
 
 
-def block_channels(module: tvm.IRModule, weights: Mapping[str, np.ndarray], lanes: int) -> Blocked:
+def to_nchwc(module: tvm.IRModule, weights: Mapping[str, np.ndarray], lanes: int) -> Blocked:
     """Store the images that convolutions read and write in blocks of `lanes` channels.
 
     Args:

@@ -15,7 +15,7 @@ from tvm.relax import op
 from gpu_aware_tune.finalize.kernel_check import verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING, without_packing
 from gpu_aware_tune.kernels.schedules import default_schedules
-from gpu_aware_tune.kernels.schedules.blocks import block_of, inline_maps
+from gpu_aware_tune.kernels.schedules.blocks import block_of, inline_elementwise
 from gpu_aware_tune.kernels.schedules.padding import pad_product
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine
@@ -70,7 +70,7 @@ def padding(*case: Any, inputs: int | None = None) -> list[list[int]]:
     found = []
     for module in kernels(make, *specs, inputs=inputs):
         schedule = tvm.s_tir.Schedule(module)
-        inline_maps(schedule)
+        inline_elementwise(schedule)
         padded = pad_product(schedule, "matmul", MACHINE)
         found += [[axis.extent for axis in Reduction(padded, "matmul", MACHINE).axes]]
     return found
@@ -107,6 +107,6 @@ def test_a_convolution_is_left_alone() -> None:
     make, specs = CASES["conv of prime width, batch 2"]
     (module,) = kernels(make, *specs)
     schedule = tvm.s_tir.Schedule(module)
-    inline_maps(schedule)
+    inline_elementwise(schedule)
     assert pad_product(schedule, "conv2d_nchw", MACHINE) is schedule
     assert block_of(schedule, "conv2d_nchw") is not None

@@ -14,7 +14,12 @@ from tvm.relax import op
 from gpu_aware_tune.finalize.kernel_check import verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING
 from gpu_aware_tune.kernels.schedules import default_schedules
-from gpu_aware_tune.kernels.schedules.blocks import attempt, block_names, block_of, inline_maps
+from gpu_aware_tune.kernels.schedules.blocks import (
+    attempt,
+    block_names,
+    block_of,
+    inline_elementwise,
+)
 from gpu_aware_tune.kernels.schedules.blocks import is_reduction as reduces
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
@@ -29,7 +34,7 @@ IMAGE = (conv(), f32(1, 96, 16, 16), f32(32, 96, 1, 1), f32(1, 32, 1, 1))
 def tiled(module: tvm.IRModule) -> list[tuple[Tile, tvm.s_tir.Schedule]]:
     """A kernel with each of its cheapest tiles that copy an operand tile by tile."""
     base = tvm.s_tir.Schedule(module)
-    inline_maps(base)
+    inline_elementwise(base)
     (name,) = (name for name in block_names(base) if reduces(block_of(base, name)))
     base = attempt(base, partial(flatten_planes, name=name))
     reduction = Reduction(base, name, MACHINE)
@@ -88,7 +93,7 @@ def test_rows_a_power_of_two_apart_cost_more_unless_they_are_copied() -> None:
         specs = f32(1, 512, width, width), f32(512, 512, 1, 1), f32(1, 512, 1, 1)
         (module,) = kernels(make, *specs, inputs=1)
         base = tvm.s_tir.Schedule(module)
-        inline_maps(base)
+        inline_elementwise(base)
         (name,) = (name for name in block_names(base) if reduces(block_of(base, name)))
         flatten_planes(base, name)
         tiles = Reduction(base, name, MACHINE).tiles()

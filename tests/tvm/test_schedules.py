@@ -19,7 +19,7 @@ from gpu_aware_tune.finalize.kernel_check import kernel_inputs, verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING, mark_weights, without_packing
 from gpu_aware_tune.kernels.schedules import default_schedules
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
-from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, inline_maps
+from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, inline_elementwise
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.kernels.schedules.tile_cost import STACK_BYTES, Machine
 from gpu_aware_tune.kernels.schedules.tiles import best_tiles
@@ -269,7 +269,7 @@ def test_what_a_resize_reads_several_times_is_transposed_first() -> None:
 
     (module,) = kernels(make, f32(1, 12, 12, 16))
     schedule = tvm.s_tir.Schedule(module)
-    inline_maps(schedule)
+    inline_elementwise(schedule)
     assert block_names(schedule) == block_names(tvm.s_tir.Schedule(module))
     for found in default_schedules(module, target(), most=1):
         assert verify_kernel(module, trace_to_json(found.trace), target(), seed=1).ok
@@ -295,7 +295,7 @@ def test_a_dense_convolution_pads_its_image_once() -> None:
 def test_a_1x1_convolution_walks_its_images_along_one_axis() -> None:
     (module,) = kernels(*_case("1x1 conv of rows of 28, batch 2"))
     schedule = tvm.s_tir.Schedule(module)
-    inline_maps(schedule)
+    inline_elementwise(schedule)
     flatten_planes(schedule, "conv2d_nchw")
     axes = axes_of(block_of(schedule, "conv2d_nchw")) or []
     assert [axis.extent for axis in axes if axis.extent > 1] == [2, 32, 12 * 28, 16]
@@ -308,7 +308,7 @@ def test_a_1x1_convolution_walks_its_images_along_one_axis() -> None:
 def test_a_3x3_convolution_keeps_rows_and_columns() -> None:
     (module,) = kernels(*_case("conv"))
     schedule = tvm.s_tir.Schedule(module)
-    inline_maps(schedule)
+    inline_elementwise(schedule)
     with pytest.raises(ValueError, match="no plane"):
         flatten_planes(schedule, "conv2d_nchw")
 

@@ -77,7 +77,7 @@ def is_reduction(block: Any) -> bool:
     return axes is not None and block.init is not None and any(axis.reduce for axis in axes)
 
 
-def is_map(block: Any) -> bool:
+def is_elementwise(block: Any) -> bool:
     """Whether a block computes each element of one buffer by itself."""
     axes = axes_of(block)
     return (
@@ -87,13 +87,17 @@ def is_map(block: Any) -> bool:
     )
 
 
-def inline_maps(schedule: Schedule) -> None:
-    """Compute element-wise blocks inside their consumers wherever that costs nothing."""
+def inline_elementwise(schedule: Schedule) -> None:
+    """Compute elementwise blocks inside their consumers wherever that costs nothing."""
     for name in block_names(schedule):
         variable = schedule.get_sblock(name)
         block = schedule.get(variable)
         consumers = [schedule.get(consumer) for consumer in schedule.get_consumers(variable)]
-        if is_map(block) and consumers and all(_may_inline(block, c, consumers) for c in consumers):
+        if (
+            is_elementwise(block)
+            and consumers
+            and all(_may_inline(block, c, consumers) for c in consumers)
+        ):
             try:
                 schedule.compute_inline(variable)
             except Exception:  # a block that refuses stays a stage of its own
@@ -101,8 +105,8 @@ def inline_maps(schedule: Schedule) -> None:
 
 
 def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
-    """Whether a map should be computed inside one of its consumers."""
-    if is_map(consumer):
+    """Whether an elementwise block should be computed inside one of its consumers."""
+    if is_elementwise(consumer):
         if _transposes(block) and _gathers(consumer, block.writes[0].source):
             return False
         return len(consumers) == 1 or not is_costly(block)

@@ -14,17 +14,19 @@ from gpu_aware_tune.kernels.schedules.blocks import (
     attempt,
     block_names,
     block_of,
-    inline_maps,
+    inline_elementwise,
     is_reduction,
     loops_of_axes,
 )
-from gpu_aware_tune.kernels.schedules.maps import schedule_map
+from gpu_aware_tune.kernels.schedules.elementwise import schedule_elementwise
 from gpu_aware_tune.kernels.schedules.padding import pad_product
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.kernels.schedules.reductions import Reduction, split_lanes
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine
 
-_POOR = 3.0  # times what full vectors would take; then partial sums in lanes are tried first
+_PARTIAL_SUMS_RATIO = (
+    3.0  # times what full vectors would take; then partial sums in lanes are tried first
+)
 
 
 def machine_of(target: tvm.target.Target) -> Machine:
@@ -44,7 +46,7 @@ def machine_of(target: tvm.target.Target) -> Machine:
 def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator[Schedule]:
     """Schedule every block of a kernel, in up to `most` ways for its heaviest reduction."""
     base = Schedule(module, error_render_level="fast")
-    inline_maps(base)
+    inline_elementwise(base)
     names = [name for name in block_names(base) if is_reduction(block_of(base, name))]
     if not names:
         yield _with_maps(base, machine)
@@ -71,7 +73,7 @@ def _reduced(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedu
     tiles = reduction.tiles()
     ideal = reduction.steps / machine.lanes / machine.units
     found = False
-    if not tiles or tiles[0].cycles > _POOR * ideal:
+    if not tiles or tiles[0].cycles > _PARTIAL_SUMS_RATIO * ideal:
         split = attempt(schedule, partial(split_lanes, name=name, machine=machine))
         if split is not schedule:
             for part in (f"{name}_rf", name):
@@ -109,8 +111,8 @@ def _tiled(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule
 
 
 def _with_maps(schedule: Schedule, machine: Machine) -> Schedule:
-    """Schedule what is left: element-wise blocks whose loops nobody has touched."""
+    """Schedule what is left: elementwise blocks whose loops nobody has touched."""
     for name in block_names(schedule):
         if loops_of_axes(schedule, name) is not None:
-            schedule = attempt(schedule, partial(schedule_map, name=name, machine=machine))
+            schedule = attempt(schedule, partial(schedule_elementwise, name=name, machine=machine))
     return schedule

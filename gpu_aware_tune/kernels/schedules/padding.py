@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from tvm.s_tir import Schedule
 
 from gpu_aware_tune.kernels.schedules.access import Axis
-from gpu_aware_tune.kernels.schedules.blocks import attempt, inline_maps
+from gpu_aware_tune.kernels.schedules.blocks import attempt, inline_elementwise
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine
 
 _LEAST = 16  # smaller extents would grow by too much
-_POOR = 1.15  # times what full vectors would take, from which on padding is considered
+_PADDING_RATIO = 1.15  # times what full vectors would take, from which on padding is considered
 _GAIN = 0.9  # of the cycles without padding, for the copies are cheap only nearly always
 _COPY = 0.5  # cycles an element of a padded operand, or of a result that is read once more
 
@@ -38,7 +38,7 @@ def pad_product(schedule: Schedule, name: str, machine: Machine) -> Schedule:
     if len(plain.operands) != 2 or not tiles or tiles[0].passes > 1:
         return schedule
     best, cycles = schedule, _GAIN * tiles[0].cycles
-    if tiles[0].cycles < _POOR * plain.steps / machine.lanes:
+    if tiles[0].cycles < _PADDING_RATIO * plain.steps / machine.lanes:
         return schedule
     for padding in _paddings(plain, machine):
         padded = _padded(schedule, name, padding)
@@ -76,7 +76,7 @@ def _padded(schedule: Schedule, name: str, padding: Sequence[int]) -> Schedule:
 
     def change(changed: Schedule) -> None:
         changed.pad_einsum(changed.get_sblock(name), list(padding))
-        inline_maps(changed)  # what cuts the result, into its reader
+        inline_elementwise(changed)  # what cuts the result, into its reader
 
     return attempt(schedule, change)
 

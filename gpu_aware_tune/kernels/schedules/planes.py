@@ -17,14 +17,14 @@ from tvm.s_tir import Schedule
 from tvm.tirx import IndexMap
 
 from gpu_aware_tune.kernels.schedules.access import Access, Axis, accesses_of, axes_of
-from gpu_aware_tune.kernels.schedules.blocks import is_map
+from gpu_aware_tune.kernels.schedules.blocks import is_elementwise
 
 _ALIAS = 1024  # bytes: what lies a multiple of them apart shares a sixteenth of the nearest cache
-_CROWD = 32  # channels, from which on that matters
+_MANY_CHANNELS = 32  # channels, from which on that matters
 
 
 def flatten_planes(schedule: Schedule, name: str) -> None:
-    """Make two axes of a reduction, and of the one map that reads it, into one.
+    """Make two axes of a reduction, and of the one elementwise block that reads it, into one.
 
     The result in between gets the shape that goes with it; arguments keep theirs.
 
@@ -44,7 +44,7 @@ def flatten_planes(schedule: Schedule, name: str) -> None:
     reader = schedule.get(consumers[0])
     inner, dim = plane
     at = _same_axis(found, inner, reader)
-    if not is_map(reader) or at is None:
+    if not is_elementwise(reader) or at is None:
         raise ValueError(f"{name} is read in another order")
     schedule.transform_layout(block, ("write", 0), _merged(dim, inner))
     _merge_axes(schedule, block, inner.position, inner)
@@ -79,7 +79,7 @@ def _crowded(access: Access, axes: list[Axis]) -> int | None:
     """The dimension in which what is summed lies so far apart that it aliases; None: there is none."""
     for axis in axes:
         step, at = access.strides[axis.position], access.dims[axis.position]
-        summed = axis.reduce and axis.extent >= _CROWD
+        summed = axis.reduce and axis.extent >= _MANY_CHANNELS
         if summed and step and at >= 0 and step * access.itemsize % _ALIAS == 0:
             return at if at < len(access.buffer.shape) - 2 else None
     return None

@@ -13,10 +13,10 @@ from gpu_aware_tune.kernels.schedules.blocks import (
     block_of,
     conditions_of,
     is_costly,
-    is_map,
+    is_elementwise,
     loops_of_axes,
 )
-from gpu_aware_tune.kernels.schedules.maps import PARALLEL_STEPS, parallel
+from gpu_aware_tune.kernels.schedules.elementwise import PARALLEL_STEPS, parallel
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile, divisors, held
 from gpu_aware_tune.kernels.schedules.tiles import best_tiles, outer_order, plane_of
 
@@ -300,7 +300,7 @@ class Reduction:
         """Whether a consumer reads each result once, or with a tile all but what was padded."""
         block = schedule.get(consumer)
         axes = axes_of(block)
-        if axes is None or not is_map(block):
+        if axes is None or not is_elementwise(block):
             return False
         own = [axis for axis in self.axes if not axis.reduce and axis.extent > 1]
         extents = [axis.extent for axis in axes if axis.extent > 1]

@@ -20,11 +20,11 @@ _PORT = 0.16  # what a load costs beside the arithmetic that hides it
 _UNALIGNED = 1.35  # half-vector loads for one that may straddle cache lines
 _GATHER = 3.0  # loads for each lane that lies apart
 _ALIASED = 5.0  # a load whose line others keep evicting
-_NEAR, _MIDDLE = 0.7, 4.0  # a line from the second-level cache, and from beyond
+_L2_LINE_CYCLES, _FAR_LINE_CYCLES = 0.7, 4.0  # a line from the second-level cache, and from beyond
 _PACK = 1.2  # an element copied into another layout
 _STORE, _LOAD = 0.9, 0.5  # a vector of results
 _PER_TILE = 4.0
-_FAR = 7.0  # bytes a cycle from the far caches
+_MEMORY_BYTES_PER_CYCLE = 7.0  # bytes a cycle from the far caches
 _KEPT = 0.25  # of that, what is read again and stayed in the second-level cache, or nearly
 
 _NEAR_BYTES = 24 * 1024  # of the first-level cache
@@ -34,7 +34,7 @@ _LINE = 64
 _ALIAS = 4096  # addresses this far apart share the first-level cache's few ways
 _WAYS = 8
 _WAY_BYTES = 65536  # of the second-level cache: what lies so far apart shares a set
-_CROWD = 64  # rows, from which on that matters
+_ALIASING_ROWS = 64  # rows, from which on that matters
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def priced_in_passes(
         operand.elements * operand.itemsize * (1 if operand.uses(axes[tile.vector]) else pieces)
         for operand in operands
     )
-    compute += _NEAR * read / _LINE
+    compute += _L2_LINE_CYCLES * read / _LINE
     cycles = _with_traffic(compute, tile, axes, operands) * _rounds(pieces, machine)
     return replace(tile, cycles=cycles, passes=passes)
 
@@ -163,7 +163,7 @@ def _with_traffic(
     compute: float, tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]
 ) -> float:
     """Cycles of the arithmetic and of what comes from the far caches, which mostly overlap."""
-    moved = min(traffic(tile, axes, operands)) / _FAR
+    moved = min(traffic(tile, axes, operands)) / _MEMORY_BYTES_PER_CYCLE
     return max(compute, moved) + 0.25 * min(compute, moved)
 
 
@@ -213,7 +213,9 @@ def _misses(tile: Tile, axes: Sequence[Axis], operand: Access, number: int) -> f
     if lines * _LINE <= _NEAR_BYTES:
         return 0.0
     crowded = 1.0 if copied else _crowding(windows, operand.itemsize)
-    return lines * (_NEAR if lines * _LINE * crowded <= _MIDDLE_BYTES else _MIDDLE)
+    return lines * (
+        _L2_LINE_CYCLES if lines * _LINE * crowded <= _MIDDLE_BYTES else _FAR_LINE_CYCLES
+    )
 
 
 def _crowding(windows: Sequence[tuple[int, int]], itemsize: int) -> float:
@@ -225,7 +227,9 @@ def _crowding(windows: Sequence[tuple[int, int]], itemsize: int) -> float:
     for apart, many in sorted(windows):
         if apart * itemsize <= run:
             run = max(run, apart * itemsize * many)
-    powers = [math.gcd(apart * itemsize, _WAY_BYTES) for apart, many in windows if many >= _CROWD]
+    powers = [
+        math.gcd(apart * itemsize, _WAY_BYTES) for apart, many in windows if many >= _ALIASING_ROWS
+    ]
     return max(1.0, max(powers, default=1) / run)
 
 

@@ -24,7 +24,7 @@ from gpu_aware_tune.kernels.schedules.tile_cost import (
     traffic,
 )
 
-_HOPEFUL = 2.0  # times the best tile's cycles, for a tile of another kind to be tried early
+_EXPLORE_RATIO = 2.0  # times the best tile's cycles, for a tile of another kind to be tried early
 _ROWS = 64  # that a tile reads a few elements of, from which on a copy tile by tile may pay
 _PASS_TERMS = 32  # of the sum, at least, before its results are stored
 
@@ -51,7 +51,7 @@ def best_tiles(
     ranked = sorted(every, key=lambda tile: tile.cycles)
     best: dict[tuple[int, bool], Tile] = {}
     for tile in ranked:
-        if tile.cycles <= _HOPEFUL * ranked[0].cycles:
+        if tile.cycles <= _EXPLORE_RATIO * ranked[0].cycles:
             best.setdefault((tile.vector, tile.passes > 1), tile)
     first = list(best.values())
     return [*first, *(tile for tile in ranked if not any(tile is other for other in first))]

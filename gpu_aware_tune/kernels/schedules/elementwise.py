@@ -1,4 +1,4 @@
-"""Default schedule of an element-wise block: parallel outer loops, a vectorised inner one."""
+"""Default schedule of an elementwise block: parallel outer loops, a vectorised inner one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpu_aware_tune.kernels.schedules.tile_cost import Machine, divisors
 PARALLEL_STEPS = 32_768  # below, waking the other threads costs more than they save
 
 
-def schedule_map(schedule: Schedule, name: str, machine: Machine) -> None:
+def schedule_elementwise(schedule: Schedule, name: str, machine: Machine) -> None:
     """Run a block's rows in parallel and vectorise along them; loops already changed are left."""
     block = block_of(schedule, name)
     axes = axes_of(block)
