@@ -45,7 +45,10 @@ class ModelQueue:
         probe = SlotRing(shapes, dtypes, 1)
         fitting = _LARGEST_RING_BYTES // max(1, probe.row_bytes)
         self.slots = SlotRing(
-            shapes, dtypes, max(2 * model.largest_run, min(most_rows, fitting), 2)
+            shapes,
+            dtypes,
+            max(2 * model.largest_run, min(most_rows, fitting), 2),
+            in_order=model.max_batch > 1,
         )
         self.rows: deque[Row] = deque()
         self.deadlines: deque[float] = deque()  # of the same rows: what a policy sees

@@ -22,12 +22,18 @@ class SlotRing:
         shapes: of one row of each input.
         dtypes: of each input, as NumPy takes them.
         size: the number of slots.
+        in_order: use one slot after the other, so that rows which arrive together lie together;
+            else the lowest that is free, so that memory is only touched for what waits at once.
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype], size: int
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[np.dtype],
+        size: int,
+        in_order: bool = True,
     ) -> None:
-        self.size = size
+        self.size, self._in_order = size, in_order
         self._arrays = [
             _aligned((size, *shape), dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
@@ -53,7 +59,7 @@ class SlotRing:
         if first < 0:
             return None
         self._used[first : first + count] = b"\1" * count
-        self._head = first + count
+        self._head = first + count if self._in_order else 0
         return first
 
     def give_back(self, first: int, count: int = 1) -> None:
