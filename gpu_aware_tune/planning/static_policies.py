@@ -140,6 +140,7 @@ def start_batch(
 ) -> int:
     """Start up to `most` requests of a model, refusing those that are too late; tells how many."""
     queues.refuse_before(model, now_s + times.run_s(model, units, 1))
+    most = min(most, times.largest_batch(model, units, math.inf))  # no larger one can be run
     if queues.waiting[model] >= most:
         queues.refuse_before(model, now_s + times.run_s(model, units, most), keep=most)
     if not queues.waiting[model]:

@@ -190,6 +190,21 @@ def test_a_request_that_cannot_be_answered_in_time_is_refused_at_once() -> None:
     assert policy.decide(state, 0.0).actions == (Refusal(0, 1),)
 
 
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "plan"])
+def test_what_fits_no_batch_is_not_refused_while_there_is_time(name: str) -> None:
+    """Where the largest batch is smaller than the one that a policy would like."""
+    device = PlanDevice("one", 8)
+    full = curve("m", device, knee=0.1, run_ms=10)
+    small = dataclasses.replace(full, points=tuple(p for p in full.points if p.batch <= 4))
+    work = workload(device, [Demand("m", 100, 1000.0)], [small])
+    policy = make_policy(name, work, plan_workload(work, why=False))
+    lanes = len(policy.lanes or ())
+    state = State([deque([1000.0] * 40)], [0.0] * lanes, [True] * lanes, 0 if lanes else 8)
+    actions = policy.decide(state, 0.0).actions
+    assert any(isinstance(action, Start) for action in actions)
+    assert not any(isinstance(action, Refusal) for action in actions)
+
+
 def test_the_timeline_repeats_and_moves() -> None:
     work = mix(0.8)
     made = plan_workload(work)

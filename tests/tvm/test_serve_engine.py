@@ -70,17 +70,19 @@ def test_requests_of_several_rows_are_put_together_and_divided(
         oracle.check(each, answer(future))
 
 
-def test_batches_are_really_run(engine: Engine) -> None:
-    before = engine.statistics("batched")
-    gate = hold(engine, "single")
-    futures = [engine.submit("batched", draw_inputs(seed)) for seed in range(64)]
-    gate.set()
-    for future in futures:
-        answer(future)
-    after = engine.statistics("batched")
-    runs = sum(d.count for d in after.batches.values())
-    assert runs - sum(d.count for d in before.batches.values()) < 64
-    assert after.rows - before.rows == 64
+def test_batches_are_really_run(folders: tuple[Path, Path], oracle: Oracle) -> None:
+    """By a policy that takes as many rows as wait; how many a plan takes depends on the curves."""
+    deployment = Deployment(folders, LONG_S)
+    with Engine([deployment], policy="temporal-fifo", adaptive=False) as own:
+        gate = hold(own)
+        inputs = [draw_inputs(seed) for seed in range(40)]
+        futures = [own.submit("tiny", each) for each in inputs]
+        gate.set()
+        for each, future in zip(inputs, futures, strict=True):
+            oracle.check(each, answer(future))
+        counts = own.statistics("tiny")
+    assert counts.batches[4].count >= 9
+    assert counts.rows == 41
 
 
 def test_asyncio(engine: Engine, oracle: Oracle) -> None:
