@@ -11,11 +11,10 @@ import numpy as np
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.library.arguments import check_inputs
-from gpu_aware_tune.library.batches import batch_folders, check_batched
+from gpu_aware_tune.library.batches import batch_folders, check_batched, open_ended
 from gpu_aware_tune.library.checks import check_versions
 from gpu_aware_tune.library.loaded import Library
 from gpu_aware_tune.library.manifest import Manifest, read_manifest
-from gpu_aware_tune.model.importer import TensorSpec
 
 
 class BatchedLibrary(Library):
@@ -36,7 +35,7 @@ class BatchedLibrary(Library):
         self._opened: dict[int, Library] = {}
         self._opening = threading.Lock()
         check_batched(manifest, path)
-        self.inputs, self.outputs = _open_ended(self.inputs), _open_ended(self.outputs)
+        self.inputs, self.outputs = open_ended(self.inputs), open_ended(self.outputs)
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run the model on any number of rows, the first extent of every input and output.
@@ -121,7 +120,3 @@ class BatchedLibrary(Library):
                     path, manifest, self._units_asked, self._partition, beside=self
                 )
             return self._opened[batch]
-
-
-def _open_ended(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(spec.name, (-1, *spec.shape[1:]), spec.dtype) for spec in specs)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.library.folder import flush, put, writing
-from gpu_aware_tune.library.manifest import Manifest, ModelId, read_manifest, write_manifest
-from gpu_aware_tune.library.recovery import PARTIAL, beside, remove_stale
-from gpu_aware_tune.settings import MANIFEST, check_replaceable
+from gpu_aware_tune.library.folder import replacing
+from gpu_aware_tune.library.manifest import Manifest, read_manifest, write_manifest
+from gpu_aware_tune.model.importer import TensorSpec
 
 
 def batch_folder(folder: Path, batch: int) -> Path:
@@ -37,23 +36,37 @@ def batch_folders(folder: Path) -> dict[int, Path]:
 
 
 def batch_size(manifest: Manifest) -> int:
-    """The leading extent of the first input that has a shape."""
-    return next((spec.shape[0] for spec in manifest.inputs if spec.shape), 1)
+    """How many rows a folder's code takes at once."""
+    return leading_extent(spec.shape for spec in manifest.inputs)
+
+
+def leading_extent(shapes: Iterable[Sequence[int]]) -> int:
+    """The batch size: the first extent of the first input that has a shape; 1 where none has."""
+    return next((int(shape[0]) for shape in shapes if shape), 1)
+
+
+def is_batched(manifest: Manifest) -> bool:
+    """Whether every input and output begins with the batch size."""
+    return _unbatched(manifest) is None
 
 
 def check_batched(manifest: Manifest, path: Path) -> None:
     """Refuse a model whose outputs do not begin with the batch size: answers could not be divided.
 
     Raises:
-        UserError: with the output.
+        UserError: with the input or output.
     """
-    batch = batch_size(manifest)
-    for spec in (*manifest.inputs, *manifest.outputs):
-        if spec.shape[:1] != (batch,):
-            raise UserError(
-                f"{path}: {spec.name!r} does not begin with the batch size {batch}, so batches cannot"
-                " be put together or divided: tune without --batch"
-            )
+    spec = _unbatched(manifest)
+    if spec is not None:
+        raise UserError(
+            f"{path}: {spec.name!r} does not begin with the batch size {batch_size(manifest)}, so"
+            " batches cannot be put together or divided: tune without --batch"
+        )
+
+
+def open_ended(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs of any number of rows."""
+    return tuple(TensorSpec(spec.name, (-1, *spec.shape[1:]), spec.dtype) for spec in specs)
 
 
 def merge_batches(folder: Path, made: Mapping[int, Path]) -> Path:
@@ -68,50 +81,34 @@ def merge_batches(folder: Path, made: Mapping[int, Path]) -> Path:
         SetupError: it cannot be written.
     """
     folder = folder.absolute()
-    remove_stale(folder)
-    check_replaceable(folder)
     smallest, *further = sorted(made)
-    for path in made.values():
-        check_batched(read_manifest(path), path)
-    name = folder_name(read_manifest(made[smallest]).model.name, smallest)
-    fresh = beside(folder, PARTIAL)
-    with writing(folder):
-        try:
-            shutil.move(made[smallest], fresh)
-            _rename(fresh, name, tuple(further))
-            for batch in further:
-                own = batch_folder(fresh, batch)
-                shutil.move(made[batch], own)
-                _rename(own, name, ())
-                _share_weights(fresh, own)
-            for path in (fresh / MANIFEST, *fresh.glob("*/*"), *fresh.glob("batch-*"), fresh):
-                flush(path)
-            put(fresh, folder)
-            flush(folder.parent)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    manifests = {batch: read_manifest(path) for batch, path in made.items()}
+    for batch, path in made.items():
+        check_batched(manifests[batch], path)
+    first = manifests[smallest]
+    with replacing(folder) as fresh:
+        for file in made[smallest].iterdir():
+            shutil.move(file, fresh)
+        write_manifest(fresh, dataclasses.replace(first, batches=tuple(further)))
+        for batch in further:
+            own, weights = batch_folder(fresh, batch), manifests[batch].weights
+            shutil.move(made[batch], own)
+            if weights.sha256 == first.weights.sha256:
+                _share(fresh / first.weights.file, own / weights.file)
     return folder
 
 
-def folder_name(model: str, batch: int) -> str:
-    """A model's name without the batch size that a run for it alone has added."""
-    return model.removesuffix(f"-{batch}")
+def _unbatched(manifest: Manifest) -> TensorSpec | None:
+    """The first input or output that does not begin with the batch size."""
+    batch = batch_size(manifest)
+    specs = (*manifest.inputs, *manifest.outputs)
+    return next((spec for spec in specs if spec.shape[:1] != (batch,)), None)
 
 
-def _rename(folder: Path, name: str, batches: tuple[int, ...]) -> None:
-    manifest = read_manifest(folder)
-    changed = dataclasses.replace(
-        manifest, model=ModelId(name, manifest.model.hash), batches=batches
-    )
-    write_manifest(folder, changed)
-
-
-def _share_weights(first: Path, other: Path) -> None:
-    one, two = read_manifest(first).weights, read_manifest(other).weights
-    if one.sha256 != two.sha256:
-        return
-    (other / two.file).unlink()
+def _share(file: Path, other: Path) -> None:
+    """Make two files of the same content one."""
+    other.unlink()
     try:
-        os.link(first / one.file, other / two.file)
+        os.link(file, other)
     except OSError:
-        shutil.copyfile(first / one.file, other / two.file)
+        shutil.copyfile(file, other)

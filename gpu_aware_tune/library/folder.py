@@ -43,7 +43,7 @@ def save_weights(weights: Mapping[str, np.ndarray], path: Path) -> None:
     import tvm
 
     tensors = {name: tvm.runtime.tensor(array) for name, array in weights.items()}
-    with writing(path):
+    with _writing(path):
         path.write_bytes(tvm.runtime.save_param_dict(tensors))
 
 
@@ -79,24 +79,39 @@ def export(
         SetupError: it cannot be written, or no compiler is there to link with.
     """
     folder = Path(os.path.abspath(folder))
+    with replacing(folder) as fresh:
+        parts = _share_files(
+            fresh, {units: _library(fresh, units, made) for units, made in libraries.items()}
+        )
+        save_weights(model.weights, fresh / WEIGHTS)
+        write_manifest(fresh, _manifest(model, parts, fresh / WEIGHTS, facts, entry))
+    return folder
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of a model's folder in one step at the end.
+
+    Args:
+        folder: an absolute path.
+
+    Raises:
+        UserError: `folder` is something other than a tuned model.
+        SetupError: it cannot be written.
+    """
     remove_stale(folder)
     check_replaceable(folder)
     fresh = beside(folder, PARTIAL)
-    with writing(folder):
+    with _writing(folder):
         try:
             fresh.mkdir(parents=True)
-            parts = _share_files(
-                fresh, {units: _library(fresh, units, made) for units, made in libraries.items()}
-            )
-            save_weights(model.weights, fresh / WEIGHTS)
-            write_manifest(fresh, _manifest(model, parts, fresh / WEIGHTS, facts, entry))
-            for path in (*fresh.iterdir(), fresh):
-                flush(path)
-            put(fresh, folder)
-            flush(folder.parent)
+            yield fresh
+            for path in (*fresh.rglob("*"), fresh):
+                _flush(path)
+            _put(fresh, folder)
+            _flush(folder.parent)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-    return folder
 
 
 def versions() -> dict[str, str]:
@@ -162,7 +177,7 @@ def _share_files(folder: Path, parts: Mapping[int, FileEntry]) -> dict[int, File
     return shared
 
 
-def put(fresh: Path, folder: Path) -> None:
+def _put(fresh: Path, folder: Path) -> None:
     """Move the finished folder to its place; what was there is in `fresh` afterwards."""
     if not folder.exists():
         fresh.rename(folder)
@@ -188,7 +203,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return int(swap(here, os.fsencode(one), here, os.fsencode(other), exchange)) == 0
 
 
-def flush(path: Path) -> None:
+def _flush(path: Path) -> None:
     """Bring a file to the disk, so that a full one is noticed before the folder is put in place."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -198,7 +213,7 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     """Turn what the file system refuses into a set-up error."""
     try:
         yield

@@ -104,18 +104,18 @@ class Library:
         self._closed = False
         self._switching = threading.Lock()
         self._lanes: dict[tuple[str, str, CoreThread | PartitionThread], _OpenShare] = {}
-        self._lends = beside is None  # it ends the threads; others only use them
+        self._owns_places = beside is None  # it ends the threads; others only use them
         self._places: CorePlaces | PartitionPlaces = (
             beside._places if beside else places_for(path, manifest, partition)
         )
         # At the end of the process the threads end otherwise: see `threads`.
-        if self._lends:
+        if self._owns_places:
             weakref.finalize(self, self._places.stop).atexit = False
         check_weights(path, manifest)
         try:
             self._lane = self._open_for(units)
         except BaseException:
-            if self._lends:
+            if self._owns_places:
                 self._places.stop()
             raise
 
@@ -264,7 +264,7 @@ class Library:
             return
         with self._switching:
             self._closed = True
-            if self._lends:
+            if self._owns_places:
                 self._places.close()
             self._lanes.clear()
             self._weights.drop()

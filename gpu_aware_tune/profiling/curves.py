@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.library.batches import leading_extent
 from gpu_aware_tune.measure.timing import quantile
 from gpu_aware_tune.partition import Partition
 from gpu_aware_tune.partition.nvml import Nvml
@@ -99,8 +100,8 @@ class Subject:
 
 
 def batch_of(specs: Sequence[Spec]) -> int:
-    """Inferences in one run: the leading extent of the first input that has a shape."""
-    return next((int(shape[0]) for _, shape, _ in specs if shape), 1)
+    """Inferences in one run."""
+    return leading_extent(shape for _, shape, _ in specs)
 
 
 def measure(

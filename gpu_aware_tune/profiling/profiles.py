@@ -232,9 +232,9 @@ def group_by_model(paths: Sequence[Path], batches: Sequence[int] | None = None) 
         UserError: a folder cannot be used, or a model has none with a batch size that is wanted.
     """
     models: dict[str, dict[Path, int]] = {}
-    for path in [each for folder in paths for each in batch_folders(folder).values()]:
-        folder = TunedFolder(path, read_manifest(path), None)
-        models.setdefault(folder.manifest.model.name, {})[path] = batch_of(folder.specs)
+    for folder in paths:
+        found = models.setdefault(read_manifest(folder).model.name, {})
+        found.update({path: batch for batch, path in batch_folders(folder).items()})
     for model, found in models.items():
         for batch in batches or ():
             if batch not in found.values():

@@ -12,7 +12,7 @@ from ml_dtypes import bfloat16
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.library.arguments import check_inputs
-from gpu_aware_tune.library.batches import batch_folders, batch_size
+from gpu_aware_tune.library.batches import batch_folders, batch_size, is_batched, open_ended
 from gpu_aware_tune.library.checks import check_library, check_versions, check_weights
 from gpu_aware_tune.library.manifest import Manifest, read_manifest
 from gpu_aware_tune.library.program import Program, Weights, open_vm
@@ -82,7 +82,7 @@ class ServedModel:
     @property
     def largest_run(self) -> int:
         """The most rows of one run."""
-        return self.variants[-1].batch if self.max_batch else 1
+        return self.max_batch or 1
 
     def variant_for(self, rows: int) -> Variant:
         """The folder whose batch holds so many rows, the smallest that does."""
@@ -129,7 +129,7 @@ def open_model(folders: Sequence[str | Path], slo_s: float, name: str | None = N
     paths = [path for folder in folders for path in batch_folders(Path(folder)).values()]
     found = sorted((_open_variant(path) for path in paths), key=lambda v: v.batch)
     first = found[0].manifest
-    batched = all(_is_batched(variant) for variant in found) and found[-1].batch > 1
+    batched = all(is_batched(variant.manifest) for variant in found) and found[-1].batch > 1
     for variant in found[1:]:
         _check_same(found[0], variant)
     if len(found) > 1 and not batched:
@@ -140,8 +140,8 @@ def open_model(folders: Sequence[str | Path], slo_s: float, name: str | None = N
         )
     return ServedModel(
         name=name or first.model.name,
-        inputs=_open_ended(first.inputs) if batched else first.inputs,
-        outputs=_open_ended(first.outputs) if batched else first.outputs,
+        inputs=open_ended(first.inputs) if batched else first.inputs,
+        outputs=open_ended(first.outputs) if batched else first.outputs,
         max_batch=found[-1].batch if batched else 0,
         slo_s=slo_s,
         variants=tuple(found),
@@ -159,12 +159,6 @@ def _open_variant(path: Path) -> Variant:
     if any(-1 in spec.shape for spec in manifest.inputs):
         raise UserError(f"{path} has an input of unknown shape: tune it with --input NAME:SHAPE")
     return Variant(batch_size(manifest), path, manifest, Weights(path / manifest.weights.file))
-
-
-def _is_batched(variant: Variant) -> bool:
-    """Whether every input and output begins with the batch size."""
-    specs = (*variant.manifest.inputs, *variant.manifest.outputs)
-    return all(spec.shape[:1] == (variant.batch,) for spec in specs)
 
 
 def _check_same(one: Variant, other: Variant) -> None:
@@ -185,10 +179,6 @@ def _check_same(one: Variant, other: Variant) -> None:
 
 def _specs(variant: Variant) -> tuple[TensorSpec, ...]:
     return (*variant.manifest.inputs, *variant.manifest.outputs)
-
-
-def _open_ended(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(spec.name, (-1, *spec.shape[1:]), spec.dtype) for spec in specs)
 
 
 def _numpy_type(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from serve_fleet import write_folder
 from small_network import write_network
 
 from gpu_aware_tune import load
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.events import Finished
 from gpu_aware_tune.library import read_manifest
+from gpu_aware_tune.library.batches import batch_folders, merge_batches
+from gpu_aware_tune.library.manifest import ModelId, write_manifest
 from gpu_aware_tune.profiling.profiles import group_by_model
 from gpu_aware_tune.run.jobs import make_jobs
 from gpu_aware_tune.serving.deployments import Deployment
@@ -58,6 +62,19 @@ def test_each_batch_size_is_verified_and_named(finished: list[Finished], folder:
 def test_weights_are_there_once(folder: Path) -> None:
     one, other = folder / "weights.bin", folder / "batch-4" / "weights.bin"
     assert os.path.samefile(one, other)
+
+
+def test_a_name_that_ends_like_a_batch_size_is_kept(tmp_path: Path) -> None:
+    made = {}
+    for batch in (1, 4):
+        made[batch] = write_folder(tmp_path / str(batch), batch=batch)
+        manifest = read_manifest(made[batch])
+        named = dataclasses.replace(manifest, model=ModelId("net-1", manifest.model.hash))
+        write_manifest(made[batch], named)
+    merged = merge_batches(tmp_path / "net.tuned", made)
+    assert [read_manifest(path).model.name for path in batch_folders(merged).values()] == [
+        "net-1"
+    ] * 2
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 11])
