@@ -275,8 +275,8 @@ def check_percent(percent: int | float) -> int:
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def parse_duration(text: str) -> float:
-    """Reads "90", "90s", "10m", "1.5h" or "1h30m" as seconds."""
+def parse_duration(text: str, flag: str = "--time") -> float:
+    """Reads "90", "90s", "10m", "1.5h" or "1h30m", given as `flag`, as seconds."""
     compact = text.replace(" ", "").lower()
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", compact):
         return float(compact)
@@ -287,7 +287,7 @@ def parse_duration(text: str) -> float:
         or not compact
     ):
         raise UserError(
-            f"--time {text!r} is not a duration: give seconds, or a form like 90s, 10m, 2h, 1h30m"
+            f"{flag} {text!r} is not a duration: give seconds, or a form like 90s, 10m, 2h, 1h30m"
         )
     parts = re.findall(r"([0-9.]+)([hms])", compact)
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)

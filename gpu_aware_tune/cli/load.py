@@ -72,7 +72,8 @@ async def _load(url: str, options: dict[str, Any]) -> tuple[Outcome, float]:
     from gpu_aware_tune.serving.load import as_outcome, draw
     from gpu_aware_tune.settings import parse_duration
 
-    arrivals, duration_s = parse_arrivals(options["arrivals"]), parse_duration(options["duration"])
+    arrivals = parse_arrivals(options["arrivals"])
+    duration_s = parse_duration(options["duration"], "--duration")
     if not duration_s > 0:
         raise UserError(f"--duration {options['duration']}: give a time above 0, such as 10s")
     known = await server_models(url)

@@ -243,7 +243,7 @@ def _simulate(
     policies = [make_policy(name, work, made) for name in names]
     if duration is None:
         return ()
-    seconds = parse_duration(duration)
+    seconds = parse_duration(duration, "--simulate")
     if not seconds > 0:
         raise UserError(
             f"--simulate {duration}: give a duration above 0, such as {_SECONDS_DEFAULT}"

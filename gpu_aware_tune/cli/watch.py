@@ -59,10 +59,7 @@ def watch(url: str | None, db: Path, run_id: int | None, interval: str, once: bo
 def _interval(text: str) -> float:
     from gpu_aware_tune.settings import parse_duration
 
-    try:
-        interval_s = parse_duration(text)
-    except UserError as error:
-        raise UserError(str(error).replace("--time", "--interval")) from error
+    interval_s = parse_duration(text, "--interval")
     if interval_s < 0.1:
         raise UserError(f"--interval {text} is out of range: give at least 0.1s")
     return interval_s

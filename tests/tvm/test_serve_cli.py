@@ -183,6 +183,8 @@ def test_what_cannot_be_served_is_one_line(
         (["load", "http://127.0.0.1:9", "--rate", "1"], 3, "no server answers at"),
         (["load", "http://127.0.0.1:9"], 2, "--rate"),
         (["load", "--rate", "1", "--arrivals", "odd"], 2, "--arrivals 'odd' is not known"),
+        (["load", "--rate", "1", "--duration", "soon"], 2, "--duration 'soon' is not a duration"),
+        (["watch", "--interval", "soon"], 2, "--interval 'soon' is not a duration"),
         (["watch", "http://127.0.0.1:9", "--once"], 3, "no server answers at"),
         (["watch", "127.0.0.1:9", "--once"], 2, "no address of a server"),
     ],
