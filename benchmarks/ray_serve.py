@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_aware_tune.planning.arrivals import merge
 from gpu_aware_tune.planning.curve import Floats
 from gpu_aware_tune.planning.outcome import Outcome
-from gpu_aware_tune.serving.load import Tally, as_outcome
+from gpu_aware_tune.serving.load import Tally, as_outcome, send_as_planned
 
 _LAST_ANSWER_S = 30.0
 
@@ -81,8 +80,7 @@ async def drive(
     seconds: float,
 ) -> tuple[Outcome, float]:
     """Send the requests as planned; see `serving.load.drive_engine`."""
-    tallies, late_s = [Tally() for _ in names], list[float]()
-    begin_s = time.monotonic() + 0.1
+    tallies = [Tally() for _ in names]
 
     async def send(model: int, planned_s: float) -> None:
         try:
@@ -93,13 +91,5 @@ async def drive(
         except Exception:  # Ray has many; the request was not answered
             tallies[model].failed += 1
 
-    tasks = []
-    for at_s, model in zip(*merge(streams), strict=True):
-        planned_s = begin_s + at_s
-        if (left_s := planned_s - time.monotonic()) > 0:
-            await asyncio.sleep(left_s)
-        late_s.append(time.monotonic() - planned_s)
-        tasks.append(asyncio.create_task(send(model, planned_s)))
-    await asyncio.gather(*tasks)
-    outcome = as_outcome("ray-serve", names, streams, tallies, seconds)
-    return outcome, float(np.percentile(late_s, 99)) if late_s else 0.0
+    late_s = await send_as_planned(streams, send)
+    return as_outcome("ray-serve", names, streams, tallies, seconds), late_s

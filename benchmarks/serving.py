@@ -36,14 +36,14 @@ import numpy as np
 from benchmarks.environment import RESULTS, environment, stamp, write_results
 from benchmarks.ray_serve import drive, ray_serve
 from gpu_aware_tune.partition import usable_cores
-from gpu_aware_tune.planning.arrivals import parse_arrivals
+from gpu_aware_tune.planning.arrivals import draw_streams, parse_arrivals
 from gpu_aware_tune.planning.curve import Floats
 from gpu_aware_tune.planning.curve_file import MeasuredCurve
 from gpu_aware_tune.planning.outcome import Outcome
 from gpu_aware_tune.planning.simulator import curve_durations, simulate
 from gpu_aware_tune.serving.deployments import Deployment
 from gpu_aware_tune.serving.engine import Engine
-from gpu_aware_tune.serving.load import draw, drive_engine, random_arrays
+from gpu_aware_tune.serving.load import drive_engine, random_arrays
 
 SIDES = {
     "plan": ("plan", True),
@@ -141,7 +141,7 @@ class Cell:
     def run(self, seed: int) -> list[dict[str, Any]]:
         """Every side once on the same arrivals; who begins changes."""
         seconds = self.args.seconds
-        streams = draw(self.rates, self.arrivals, seconds, seed)
+        streams = draw_streams(self.arrivals, self.rates, seconds, seed)
         sides = self.args.sides[seed % len(self.args.sides) :]
         sides += self.args.sides[: seed % len(self.args.sides)]
         return [self.side(side, seed, streams, seconds) for side in sides]

@@ -66,10 +66,10 @@ async def _load(url: str, options: dict[str, Any]) -> tuple[Outcome, float]:
         raise SetupError(
             f"tune load needs {error.name}: pip install 'gpu-aware-tune[serve]'"
         ) from error
-    from gpu_aware_tune.planning.arrivals import parse_arrivals
+    from gpu_aware_tune.planning.arrivals import draw_streams, parse_arrivals
     from gpu_aware_tune.planning.fleet import parse_slo, split_list
     from gpu_aware_tune.serving.deployments import parse_rates
-    from gpu_aware_tune.serving.load import as_outcome, draw
+    from gpu_aware_tune.serving.load import as_outcome
     from gpu_aware_tune.settings import parse_duration
 
     arrivals = parse_arrivals(options["arrivals"])
@@ -86,7 +86,7 @@ async def _load(url: str, options: dict[str, Any]) -> tuple[Outcome, float]:
         slos = [parse_slo(text) for text in split_list("slo", options["slo"], len(names))]
     else:
         slos = [known[name]["slo_ms"] / 1e3 for name in names]
-    streams = draw(rates, arrivals, duration_s, options["seed"])
+    streams = draw_streams(arrivals, rates, duration_s, options["seed"])
     tallies, late_s = await drive_http(url, [known[name] for name in names], streams, slos)
     failed = sum(tally.failed for tally in tallies)
     if failed:

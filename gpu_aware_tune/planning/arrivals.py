@@ -63,6 +63,16 @@ def parse_arrivals(text: str) -> Arrivals:
     raise UserError(f"--arrivals {text!r} is not known; allowed: {ALLOWED}")
 
 
+def draw_streams(
+    arrivals: Arrivals, rates: Sequence[float], duration_s: float, seed: int
+) -> list[Floats]:
+    """Arrival times of each model, at its rate; another seed draws others."""
+    return [
+        arrivals.draw(rate, duration_s, np.random.default_rng((seed, model)))
+        for model, rate in enumerate(rates)
+    ]
+
+
 def merge(streams: Sequence[Floats]) -> tuple[list[float], list[int]]:
     """The times of all streams in order, and which stream each is of."""
     times = np.concatenate([np.asarray(stream, dtype=np.float64) for stream in streams])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_aware_tune.planning.arrivals import Arrivals, merge
+from gpu_aware_tune.planning.arrivals import Arrivals, draw_streams, merge
 from gpu_aware_tune.planning.curve import Floats
 from gpu_aware_tune.planning.interference import Interference
 from gpu_aware_tune.planning.lanes import Workload
@@ -61,10 +61,8 @@ def draw_arrivals(
     work: Workload, arrivals: Arrivals, duration_s: float, seed: int = 0
 ) -> list[Floats]:
     """Arrival times of each model, at the rates of the demands."""
-    return [
-        arrivals.draw(demand.rate_per_s, duration_s, np.random.default_rng((seed, model)))
-        for model, demand in enumerate(work.demands)
-    ]
+    rates = [demand.rate_per_s for demand in work.demands]
+    return draw_streams(arrivals, rates, duration_s, seed)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Sequence
@@ -12,9 +11,8 @@ import aiohttp
 import numpy as np
 
 from gpu_aware_tune.errors import SetupError, UserError, one_line
-from gpu_aware_tune.planning.arrivals import merge
 from gpu_aware_tune.planning.curve import Floats
-from gpu_aware_tune.serving.load import Tally
+from gpu_aware_tune.serving.load import Tally, send_as_planned
 from gpu_aware_tune.serving.v2 import numpy_dtype
 
 _TIMEOUT_S = 60.0
@@ -50,38 +48,23 @@ async def drive_http(
     """Send requests as planned; returns what came of them, and how late they were sent (p99)."""
     tallies = [Tally() for _ in streams]
     bodies = [_body(each) for each in metadata]
-    late_s: list[float] = []
     async with _session() as session:
-        begin_s = time.monotonic() + 0.1
 
         async def send(model: int, planned_s: float) -> None:
             body, headers = bodies[model]
-            name, tally = metadata[model]["name"], tallies[model]
+            url_of_model = f"{url}/v2/models/{metadata[model]['name']}/infer"
             try:
-                async with session.post(
-                    f"{url}/v2/models/{name}/infer", data=body, headers=headers
-                ) as response:
+                async with session.post(url_of_model, data=body, headers=headers) as response:
                     await response.read()
-                    if response.status == 200:
-                        tally.answered(time.monotonic() - planned_s, slo_s[model])
-                    elif response.status in _REFUSED:
-                        tally.refused += 1
-                    else:
-                        tally.failed += 1
+                    status = response.status
             except (TimeoutError, aiohttp.ClientError):
-                tally.failed += 1
+                status = 0
+            if status == 200:
+                tallies[model].answered(time.monotonic() - planned_s, slo_s[model])
+            elif status not in _REFUSED:
+                tallies[model].failed += 1
 
-        tasks = set()
-        for at_s, model in zip(*merge(streams), strict=True):
-            planned_s = begin_s + at_s
-            if (left_s := planned_s - time.monotonic()) > 0:
-                await asyncio.sleep(left_s)
-            late_s.append(time.monotonic() - planned_s)
-            task = asyncio.create_task(send(model, planned_s))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        await asyncio.gather(*tasks)
-    return tallies, float(np.percentile(late_s, 99)) if late_s else 0.0
+        return tallies, await send_as_planned(streams, send)
 
 
 def _session() -> aiohttp.ClientSession:

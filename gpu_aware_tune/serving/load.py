@@ -6,16 +6,18 @@ Arrivals are drawn beforehand and do not wait for answers, so a server that fall
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_aware_tune.planning.arrivals import Arrivals, merge
+from gpu_aware_tune.planning.arrivals import merge
 from gpu_aware_tune.planning.curve import Floats
 from gpu_aware_tune.planning.outcome import ModelOutcome, Outcome
 from gpu_aware_tune.serving.requests import Refused
@@ -23,6 +25,7 @@ from gpu_aware_tune.serving.requests import Refused
 if TYPE_CHECKING:
     from gpu_aware_tune.serving.engine import Engine
 
+_LEAD_S = 0.1  # until the first planned time
 _LAST_ANSWER_S = 60.0
 _SPIN_S = 0.0002  # before a planned arrival: a sleep ends late by about 60 us
 
@@ -33,21 +36,12 @@ class Tally:
 
     latency_s: list[float] = field(default_factory=list)
     good: int = 0
-    refused: int = 0
     failed: int = 0
 
     def answered(self, latency_s: float, slo_s: float) -> None:
         """Count an answer."""
         self.latency_s.append(latency_s)
         self.good += latency_s <= slo_s
-
-
-def draw(rates: Sequence[float], arrivals: Arrivals, duration_s: float, seed: int) -> list[Floats]:
-    """Arrival times of each model."""
-    return [
-        arrivals.draw(rate, duration_s, np.random.default_rng((seed, model)))
-        for model, rate in enumerate(rates)
-    ]
 
 
 def drive_engine(
@@ -73,7 +67,7 @@ def drive_engine(
     slo_s = [engine.model(name).slo_s for name in models]
     tallies, lock = [Tally() for _ in models], threading.Lock()
     ended = threading.Semaphore(0)
-    before = {name: engine.statistics(name) for name in models}
+    before = [_runs(engine, name) for name in models]
 
     def note(model: int, planned_s: float) -> Callable[[Future[Any]], None]:
         def done(future: Future[Any]) -> None:
@@ -81,50 +75,62 @@ def drive_engine(
             with lock:
                 if error is None:
                     tallies[model].answered(latency_s, slo_s[model])
-                elif isinstance(error, Refused):
-                    tallies[model].refused += 1
-                else:
+                elif not isinstance(error, Refused):
                     tallies[model].failed += 1
             ended.release()
 
         return done
 
     late_s, sent = [], 0
-    begin_s = time.monotonic() + 0.05
+    begin_s = time.monotonic() + _LEAD_S
     for at_s, model in zip(*merge(streams), strict=True):
         planned_s = begin_s + at_s
         wait_until(planned_s)
         late_s.append(time.monotonic() - planned_s)
         name = models[model]
-        try:
+        with contextlib.suppress(Refused):
             future = engine.submit(name, inputs[name], arrived_s=planned_s)
-        except Refused:
-            with lock:
-                tallies[model].refused += 1
-            continue
-        sent += 1
-        future.add_done_callback(note(model, planned_s))
+            sent += 1
+            future.add_done_callback(note(model, planned_s))
     for _ in range(sent):
         ended.acquire(timeout=_LAST_ANSWER_S)
-    after = {name: engine.statistics(name) for name in models}
-    runs = [
-        {
-            rows: each.count
-            - (before[name].batches[rows].count if rows in before[name].batches else 0)
-            for rows, each in after[name].batches.items()
-        }
-        for name in models
-    ]
-    outcome = as_outcome(
-        engine.planned.policy,
-        models,
-        streams,
-        tallies,
-        duration_s,
-        units=len(engine.status()["cores"]),
-        runs=[sum(each.values()) for each in runs],
-    )
-    return outcome, float(np.percentile(late_s, 99)) if late_s else 0.0
+    runs = [_runs(engine, name) - count for name, count in zip(models, before, strict=True)]
+    units = len(engine.status()["cores"])
+    policy = engine.planned.policy
+    return as_outcome(policy, models, streams, tallies, duration_s, units, runs), p99(late_s)
+
+
+async def send_as_planned(
+    streams: Sequence[Floats], send: Callable[[int, float], Coroutine[Any, Any, None]]
+) -> float:
+    """Send requests at their times, whether or not answers come, and wait for all answers.
+
+    Args:
+        streams: arrival times of each model.
+        send: sends one of a model, which was planned for a time on the clock of `time.monotonic`.
+
+    Returns:
+        The 99th percentile of how late they were sent, in seconds.
+    """
+    late_s: list[float] = []
+    begin_s = time.monotonic() + _LEAD_S
+    async with asyncio.TaskGroup() as sent:
+        for at_s, model in zip(*merge(streams), strict=True):
+            planned_s = begin_s + at_s
+            if (left_s := planned_s - time.monotonic()) > 0:
+                await asyncio.sleep(left_s)
+            late_s.append(time.monotonic() - planned_s)
+            sent.create_task(send(model, planned_s))
+    return p99(late_s)
+
+
+def p99(seconds: Sequence[float]) -> float:
+    """The 99th percentile; 0 of nothing."""
+    return float(np.percentile(seconds, 99)) if seconds else 0.0
+
+
+def _runs(engine: Engine, model: str) -> int:
+    return sum(runs.count for runs in engine.statistics(model).batches.values())
 
 
 def wait_until(planned_s: float) -> None:
