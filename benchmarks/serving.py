@@ -44,6 +44,7 @@ from gpu_aware_tune.planning.simulator import curve_durations, simulate
 from gpu_aware_tune.serving.deployments import Deployment
 from gpu_aware_tune.serving.engine import Engine
 from gpu_aware_tune.serving.load import drive_engine, random_arrays
+from gpu_aware_tune.serving.server import SWITCH_INTERVAL_S
 
 SIDES = {
     "plan": ("plan", True),
@@ -74,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.slo, args.loads, args.seeds, args.seconds = [5.0], [0.6, 1.2], 1, 5.0
-    sys.setswitchinterval(5e-4)  # as `tune serve` does
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as `tune serve` does
     about, rows = environment(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         curves = Path(folder)

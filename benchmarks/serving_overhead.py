@@ -36,6 +36,7 @@ from benchmarks.environment import RESULTS, ROOT, environment, stamp, write_resu
 from gpu_aware_tune.library import load
 from gpu_aware_tune.serving.deployments import Deployment
 from gpu_aware_tune.serving.engine import Engine
+from gpu_aware_tune.serving.server import SWITCH_INTERVAL_S
 
 SHAPE = (1, 3, 224, 224)
 _SLO_S = 10.0
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "serving-overhead.json")
     args = parser.parse_args()
     count, soak_s = (100, 5.0) if args.quick else (args.count, args.soak)
-    sys.setswitchinterval(5e-4)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     about = environment()
     with tempfile.TemporaryDirectory() as name:
         folder = tuned(Path(name))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpu_aware_tune.cli.options import CONTEXT, debug_option
-from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.errors import UserError
 
 if TYPE_CHECKING:
     from gpu_aware_tune.planning.outcome import Outcome
@@ -60,12 +60,12 @@ def load(url: str, as_json: bool, **options: Any) -> None:
 
 
 async def _load(url: str, options: dict[str, Any]) -> tuple[Outcome, float]:
+    from gpu_aware_tune.serving.server import missing_package
+
     try:
         from gpu_aware_tune.serving.http_load import drive_http, server_models
     except ModuleNotFoundError as error:
-        raise SetupError(
-            f"tune load needs {error.name}: pip install 'gpu-aware-tune[serve]'"
-        ) from error
+        raise missing_package(error) from error
     from gpu_aware_tune.planning.arrivals import draw_streams, parse_arrivals
     from gpu_aware_tune.planning.fleet import parse_slo, split_list
     from gpu_aware_tune.serving.deployments import parse_rates

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from gpu_aware_tune.serving.server import Addresses
 
 _OFF = "off"
-# Seconds after which Python lets another thread run: 5 ms would hold back a lane whose run has ended.
-_SWITCH_INTERVAL_S = 5e-4
 
 
 @click.command(context_settings=CONTEXT)
@@ -126,7 +124,6 @@ def serve(sources: tuple[Path, ...], http: str, grpc: str, **options: Any) -> No
         return
     from gpu_aware_tune.serving.engine import Engine
 
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     engine = Engine(deployments, **_engine_options(options))
     try:
         if plan is not None:
@@ -169,8 +166,7 @@ def _serve_with_ray(
             signal.signal(number, lambda *_: stop.set())
         for where in app.where():
             for name in ("http", "grpc"):
-                if where[name] is not None:
-                    click.echo(f"ready: {name}://{where[name]} on {where['machine']}")
+                _say_where(name, where[name], f" on {where['machine']}")
         sys.stdout.flush()
         stop.wait()
     click.echo("stopped: what was accepted is answered")
@@ -228,13 +224,18 @@ def _read_plan(path: Path | None) -> dict[str, Any] | None:
 
 
 def _say_ready(engine: Engine, addresses: Addresses) -> None:
+    from gpu_aware_tune.display.server_view import lanes_text
+
     status = engine.status()
-    lanes = " + ".join(str(len(lane)) for lane in status["lanes"]) or "a pool"
     for model in engine.models:
         batch = f", batches up to {model.max_batch}" if model.max_batch else ""
         click.echo(f"{model.name}: {1e3 * model.slo_s:g} ms{batch}")
-    click.echo(f"lanes of {lanes} cores; headroom {status['headroom']:.2f}")
-    for name, address in (("http", addresses.http), ("grpc", addresses.grpc)):
-        if address is not None:
-            click.echo(f"ready: {name}://{address}")
+    click.echo(f"{lanes_text(status)}; headroom {status['headroom']:.2f}")
+    _say_where("http", addresses.http)
+    _say_where("grpc", addresses.grpc)
     sys.stdout.flush()
+
+
+def _say_where(name: str, address: str | None, machine: str = "") -> None:
+    if address is not None:
+        click.echo(f"ready: {name}://{address}{machine}")

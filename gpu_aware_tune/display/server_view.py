@@ -49,6 +49,12 @@ def server_line(status: dict[str, Any]) -> str:
     return f"{_head(status)}: {models}"
 
 
-def _head(status: dict[str, Any]) -> str:
+def lanes_text(status: dict[str, Any]) -> str:
+    """How wide the lanes are: "lanes of 1 + 1 cores"."""
     lanes = " + ".join(str(len(lane)) for lane in status["lanes"]) or "a pool"
-    return f"policy {status['policy']}, lanes of {lanes} cores, headroom {status['headroom']:.2f}"
+    return f"lanes of {lanes} cores"
+
+
+def _head(status: dict[str, Any]) -> str:
+    headroom = f"headroom {status['headroom']:.2f}"
+    return f"policy {status['policy']}, {lanes_text(status)}, {headroom}"

@@ -96,10 +96,6 @@ class Controller:
                 return f"{name}: runs take {factor:.2f} times as long as planned"
         return None
 
-    def _known(self, model: str) -> float:
-        """How much longer than on its curve a model is already planned to take."""
-        return self._drift.get(model, 1.0)
-
     def _run(self) -> None:
         while not self._stopping.wait(INTERVAL_S):
             now_s = time.monotonic()
@@ -110,7 +106,9 @@ class Controller:
             dispatcher = self._engine.dispatcher
             with dispatcher.lock:
                 queues = dispatcher.layout.queues
-                drift = {q.model.name: q.drift * self._known(q.model.name) for q in queues}
+                names = {q.model.name: q.drift for q in queues}
+            # Of the curve: what is already planned with, times what has come since.
+            drift = {name: self._drift.get(name, 1.0) * more for name, more in names.items()}
             try:
                 if self._engine.replan(self.wanted_rates(), drift, reason):
                     self._drift = drift

@@ -318,7 +318,7 @@ class Dispatcher:
             latency_s = end_s - request.arrived_s
             counts.answered(latency_s, end_s <= request.deadline_s)
             counts.run.add(end_s - begin_s)
-            queue.latencies.append((end_s, latency_s, request.deadline_s - request.arrived_s))
+            queue.latencies.append(latency_s)
             answers.append(functools.partial(_answer, queue, request))
         return answers
 

@@ -366,7 +366,7 @@ class Engine:
 
     def _model_status(self, queue: ModelQueue) -> dict[str, Any]:
         counts = queue.statistics
-        latencies = sorted(latency_s for _, latency_s, _ in queue.latencies)
+        latencies = sorted(queue.latencies)
         p99 = latencies[int(0.99 * (len(latencies) - 1))] if latencies else 0.0
         return {
             "name": queue.model.name,

@@ -146,7 +146,7 @@ class FrontEnd:
         arrays = input_arrays(model, request, self.regions)
         for choice in choices:
             if choice.part is not None:
-                self._writable().check(choice.part)
+                self.shared_regions().check(choice.part)
         limits = [limit for limit in (request.timeout_s, timeout_s) if limit is not None]
         found = await self.engine.infer(model.name, arrays, min(limits, default=None))
         missing = [choice.name for choice in choices if choice.name not in found]
@@ -155,17 +155,14 @@ class FrontEnd:
         outputs = [(choice, found[choice.name]) for choice in choices]
         for choice, array in outputs:
             if choice.part is not None:
-                self._writable().write(choice.part, raw_bytes(array))
+                self.shared_regions().write(choice.part, raw_bytes(array))
         return outputs
-
-    def _writable(self) -> Regions:
-        if self.regions is None:
-            raise NotAllowed("shared memory is off: start the server with it")
-        return self.regions
 
     def shared_regions(self) -> Regions:
         """The registered regions; raises NotAllowed where that is off."""
-        return self._writable()
+        if self.regions is None:
+            raise NotAllowed("shared memory is off: start the server with it")
+        return self.regions
 
     def require_admin(self) -> None:
         """Raise NotAllowed unless clients may change what is served."""
@@ -188,12 +185,14 @@ class FrontEnd:
         """Count bytes no more."""
         self.held_bytes -= size
 
-    async def load(self, name: str, folder: str | None) -> None:
-        """Add or replace a model."""
+    async def load(self, name: str, folder: object) -> None:
+        """Add or replace a model; `folder` is a path as a client gave it, or None."""
         self.require_admin()
+        if folder is not None and type(folder) is not str:
+            raise UserError("parameters: folder is not the path of a tuned model")
         if not 0 < len(name) <= 128 or not name.isprintable() or "/" in name:
             raise UserError("a model's name has from 1 to 128 characters, none of them a slash")
-        path = None if folder is None else Path(folder)
+        path = None if folder is None else Path(str(folder))
         await asyncio.to_thread(self.engine.load_model, name, path)
 
     async def unload(self, name: str) -> None:
@@ -212,8 +211,10 @@ class FrontEnd:
             "extensions": [*EXTENSIONS, *shared],
         }
 
-    def index(self) -> list[dict[str, Any]]:
+    def index(self, only_ready: bool = False) -> list[dict[str, Any]]:
         """The models and their states."""
+        if only_ready and not self.is_ready:
+            return []
         state = "READY" if self.is_ready else "UNAVAILABLE"
         return [
             {"name": model.name, "version": model.version, "state": state, "reason": ""}

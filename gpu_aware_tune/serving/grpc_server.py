@@ -13,6 +13,7 @@ from gpu_aware_tune.errors import SetupError, UserError, one_line
 from gpu_aware_tune.serving.front_end import FrontEnd, model_config, model_metadata
 from gpu_aware_tune.serving.grpc_messages import MESSAGES, SERVICE, parse_message
 from gpu_aware_tune.serving.interface import ModelFacts
+from gpu_aware_tune.serving.server import join_address
 from gpu_aware_tune.serving.v2 import (
     InferRequest,
     InputTensor,
@@ -80,7 +81,7 @@ class GrpcServer:
         Raises:
             SetupError: it is taken, or not one of this machine.
         """
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = join_address(host, port)
         try:
             chosen = self._server.add_insecure_port(address)
         except RuntimeError:
@@ -173,16 +174,10 @@ class GrpcServer:
         return MESSAGES["ModelStatisticsResponse"](model_stats=found)
 
     async def _index(self, request: Message, _context: Context) -> Message:
-        entries = self._front.index()
-        if request.ready:
-            entries = [entry for entry in entries if entry["state"] == "READY"]
-        return MESSAGES["RepositoryIndexResponse"](models=entries)
+        return MESSAGES["RepositoryIndexResponse"](models=self._front.index(request.ready))
 
     async def _load(self, request: Message, _context: Context) -> Message:
-        folder = _parameters(request.parameters).get("folder")
-        if folder is not None and type(folder) is not str:
-            raise UserError("parameters: folder is not the path of a tuned model")
-        await self._front.load(request.model_name, folder)
+        await self._front.load(request.model_name, _parameters(request.parameters).get("folder"))
         return MESSAGES["RepositoryModelLoadResponse"]()
 
     async def _unload(self, request: Message, _context: Context) -> Message:

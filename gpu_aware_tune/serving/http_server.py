@@ -171,17 +171,12 @@ class HttpServer:
 
     async def _index(self, request: web.Request) -> web.Response:
         facts = await self._object(request)
-        entries = self._front.index()
-        if facts.get("ready"):
-            entries = [entry for entry in entries if entry["state"] == "READY"]
-        return _json(entries)
+        return _json(self._front.index(bool(facts.get("ready"))))
 
     async def _load(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         parameters = (await self._object(request)).get("parameters", {})
         folder = parameters.get("folder") if type(parameters) is dict else parameters
-        if folder is not None and type(folder) is not str:
-            raise UserError("parameters: folder is not the path of a tuned model")
         await self._front.load(request.match_info["model"], folder)
         return _json({})
 

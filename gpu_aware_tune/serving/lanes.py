@@ -42,18 +42,13 @@ class LaneRuns:
 
     def warm_up(self, model: ServedModel, variant: Variant) -> None:
         """Run a batch of zeros."""
-        shapes = [spec.shape for spec in variant.manifest.inputs]
-        zeros = [np.zeros(s, d) for s, d in zip(shapes, model.dtypes, strict=True)]
+        zeros = model.zeros(variant)
         self._program(variant)
         self._thread.run(lambda: self.run(variant, zeros))
 
     def post(self, function: Callable[[], object]) -> None:
         """Call a function in the lane's thread after those before it, without waiting."""
         self._thread.post(function)
-
-    def call(self, function: Callable[[], object]) -> object:
-        """Call a function in the lane's thread and wait for what it returns."""
-        return self._thread.run(function)
 
     def run(self, variant: Variant, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """In the lane's thread: run a batch."""

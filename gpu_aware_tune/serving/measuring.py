@@ -71,8 +71,7 @@ def _samples(
 
 def _time(model: ServedModel, variant: Variant, lane: LaneRuns, seconds: float) -> list[float]:
     """In a lane's thread: seconds of runs one after the other."""
-    specs = variant.manifest.inputs
-    zeros = [np.zeros(spec.shape, dtype) for spec, dtype in zip(specs, model.dtypes, strict=True)]
+    zeros = model.zeros(variant)
     found: list[float] = []
     end_s = time.monotonic() + seconds
     while len(found) < _UNMEASURED + _LEAST_RUNS or time.monotonic() < end_s:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from math import prod
 
 from gpu_aware_tune.serving.requests import Request
 from gpu_aware_tune.serving.served_model import ServedModel
@@ -42,8 +43,9 @@ class ModelQueue:
     def __init__(self, model: ServedModel, most_rows: int) -> None:
         self.model = model
         shapes, dtypes = model.row_shapes, model.dtypes
-        probe = SlotRing(shapes, dtypes, 1)
-        fitting = _LARGEST_RING_BYTES // max(1, probe.row_bytes)
+        pairs = zip(shapes, dtypes, strict=True)
+        row_bytes = sum(prod(shape) * dtype.itemsize for shape, dtype in pairs)
+        fitting = _LARGEST_RING_BYTES // max(1, row_bytes)
         self.slots = SlotRing(
             shapes,
             dtypes,
@@ -55,7 +57,7 @@ class ModelQueue:
         self._lead_s = min(_LEAD_S, _LEAD_PART * model.slo_s)
         self.statistics = ModelStatistics()
         self.arrived = 0  # rows, for the estimate of the rate
-        self.latencies: deque[tuple[float, float, float]] = deque(maxlen=_RECENT)
+        self.latencies: deque[float] = deque(maxlen=_RECENT)
         self.drift = 1.0  # of run times against the curve, averaged over the last runs
         self.closed = False
 

@@ -14,7 +14,7 @@ from gpu_aware_tune.planning.device import PlanDevice
 from gpu_aware_tune.planning.lanes import Workload
 from gpu_aware_tune.planning.planner import plan_workload, workload
 from gpu_aware_tune.planning.policies import make_policy
-from gpu_aware_tune.planning.policy import Policy
+from gpu_aware_tune.planning.policy import Policy, RunTimes
 from gpu_aware_tune.planning.reserving import ReservationPolicy
 from gpu_aware_tune.planning.schedule import Plan
 from gpu_aware_tune.serving.dispatcher import Layout
@@ -36,18 +36,14 @@ class Planned:
         lanes = None if policy.lanes is None else tuple(pool.side_by_side(policy.lanes))
         for lane in lanes or ():
             lane.prepare(queue.model for queue in queues)
-        work = self.work
-
-        def planned_s(model: int, units: int, rows: int) -> float:
-            table = work.tables[model]
-            return float(table.planned_s[table.row(units), rows - 1])
+        work, times = self.work, RunTimes(self.work)
 
         def median_s(model: int, units: int, rows: int) -> float:
             table = work.tables[model]
             return float(table.median_s[table.row(units), rows - 1])
 
-        fastest_s = tuple(table.fastest_s for table in work.tables)
-        return Layout(policy, tuple(queues), lanes, planned_s, median_s, fastest_s)
+        fastest_s = tuple(times.fastest_s)
+        return Layout(policy, tuple(queues), lanes, times.run_s, median_s, fastest_s)
 
     def fresh_policy(self) -> Policy:
         """The policy, with nothing remembered."""

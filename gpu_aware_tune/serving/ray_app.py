@@ -30,7 +30,6 @@ APPLICATION = "gpu-aware-tune"
 _DEPLOYMENT = "engine"
 _READY_S = 120.0
 _STOP_S = 35.0
-_SWITCH_INTERVAL_S = 5e-4
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,8 @@ class DeviceEngine:
     """A replica: an engine and its front ends."""
 
     def __init__(self, deployments: Sequence[Deployment], options: ReplicaOptions) -> None:
-        import sys
-
         from gpu_aware_tune.serving.engine import Engine
 
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         os.sched_setaffinity(0, range(os.cpu_count() or 1))  # Ray does not bind; a parent may have
         curves = options.engine.get("curves")
         arguments = {**options.engine, "curves": Path(curves) if curves else None}

@@ -84,6 +84,11 @@ class ServedModel:
         """The most rows of one run."""
         return self.max_batch or 1
 
+    def zeros(self, variant: Variant) -> list[np.ndarray]:
+        """A batch to run where the values do not matter."""
+        specs = variant.manifest.inputs
+        return [np.zeros(s.shape, dtype) for s, dtype in zip(specs, self.dtypes, strict=True)]
+
     def variant_for(self, rows: int) -> Variant:
         """The folder whose batch holds so many rows, the smallest that does."""
         if not self.max_batch:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import resource
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 HTTP_ADDRESS = "127.0.0.1:8000"
 GRPC_ADDRESS = "127.0.0.1:8001"
 _OTHER_FILES = 512  # libraries, regions, pipes
+# Seconds after which Python lets another thread run: 5 ms would hold back a lane whose run has ended.
+SWITCH_INTERVAL_S = 5e-4
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ async def front_ends(
     front = FrontEnd(engine, options or FrontEndOptions())
     _allow_files(2 * front.options.max_connections + _OTHER_FILES)
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         if front.regions is not None:
             stack.callback(front.regions.close)
         http_address = None if http is None else await _start_http(front, http, stack)
@@ -80,7 +85,7 @@ async def _start_http(front: FrontEnd, address: str, stack: contextlib.AsyncExit
     try:
         from gpu_aware_tune.serving.http_server import HttpServer
     except ModuleNotFoundError as error:
-        raise _missing(error) from error
+        raise missing_package(error) from error
     host, port = parse_address(address)
     listener = _bind(host, port)
     stack.callback(listener.close)
@@ -94,7 +99,7 @@ async def _start_grpc(front: FrontEnd, address: str, stack: contextlib.AsyncExit
     try:
         from gpu_aware_tune.serving.grpc_server import GrpcServer
     except ModuleNotFoundError as error:
-        raise _missing(error) from error
+        raise missing_package(error) from error
     host, port = parse_address(address)
     server = GrpcServer(front)
     stack.push_async_callback(server.stop)
@@ -109,7 +114,8 @@ def _allow_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _missing(error: ModuleNotFoundError) -> SetupError:
+def missing_package(error: ModuleNotFoundError) -> SetupError:
+    """What to tell where a package of the `serve` extra is not installed."""
     return SetupError(f"serving needs {error.name}: pip install 'gpu-aware-tune[serve]'")
 
 

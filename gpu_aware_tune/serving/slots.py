@@ -41,11 +41,6 @@ class SlotRing:
         self._head = 0
 
     @property
-    def row_bytes(self) -> int:
-        """The memory of one row."""
-        return sum(array[0].nbytes for array in self._arrays)
-
-    @property
     def free(self) -> int:
         """How many slots are free."""
         return self._used.count(0)
