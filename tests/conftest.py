@@ -13,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from mock_gpu.in_process import MockGpu
+    from serve_fleet import Oracle
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,6 +68,23 @@ def mps_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     write_control(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Tuned folders to serve: one model at batch sizes 1 and 4. Nobody changes them."""
+    from serve_fleet import write_folder
+
+    root = tmp_path_factory.mktemp("serve")
+    return write_folder(root / "one"), write_folder(root / "four", batch=4)
+
+
+@pytest.fixture(scope="session")
+def oracle(folders: tuple[Path, Path]) -> Oracle:
+    """What the model of `folders` must answer."""
+    from serve_fleet import Oracle
+
+    return Oracle(folders[0])
 
 
 @pytest.fixture(scope="session")

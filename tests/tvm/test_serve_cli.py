@@ -18,17 +18,11 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from conftest import ROOT
-from serve_fleet import Oracle, draw_inputs, write_folder
+from serve_fleet import Oracle, draw_inputs
 
 from gpu_aware_tune.cli.main import main
 
 TUNE = [sys.executable, str(ROOT / "cli.py")]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("cli")
-    return write_folder(root / "one"), write_folder(root / "four", batch=4)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.grpc.aio as triton_grpc_aio
 import tritonclient.http as triton_http
-from serve_fleet import Inputs, Oracle, draw_inputs, write_folder
+from serve_fleet import Inputs, Oracle, draw_inputs
 from serve_thread import Served, served
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
@@ -30,17 +30,6 @@ from gpu_aware_tune.serving.engine import Engine
 from gpu_aware_tune.serving.front_end import FrontEndOptions
 
 LONG_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("serve")
-    return write_folder(root / "one"), write_folder(root / "four", batch=4)
-
-
-@pytest.fixture(scope="module")
-def oracle(folders: tuple[Path, Path]) -> Oracle:
-    return Oracle(folders[0])
 
 
 @pytest.fixture(scope="module")

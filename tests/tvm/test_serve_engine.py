@@ -27,17 +27,6 @@ two_cores = pytest.mark.skipif(len(usable_cores()) < 2, reason="two lanes need t
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("serve")
-    return write_folder(root / "one"), write_folder(root / "four", batch=4)
-
-
-@pytest.fixture(scope="module")
-def oracle(folders: tuple[Path, Path]) -> Oracle:
-    return Oracle(folders[0])
-
-
-@pytest.fixture(scope="module")
 def engine(folders: tuple[Path, Path]) -> Iterator[Engine]:
     """Two models: one folder, and a folder for each of two batch sizes."""
     deployments = [
