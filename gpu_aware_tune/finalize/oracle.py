@@ -106,18 +106,27 @@ def make_reference(
     skeleton, weights = detach_weights(proto)
     half = _half_type(skeleton)
     del proto, weights
+    file = _File(path, any(node.op_type == "TopK" for node in walk(skeleton.graph)))
     plan = DrawPlan(specs, _of_inputs(index_bounds(skeleton), specs), seed, user)
     first = plan.arrays(plan.kinds[0])
     refusals = []
     for oracle in (_onnxruntime, _onnxruntime_widened, _evaluator):
         try:
-            found = oracle(path, names)
+            found = oracle(file, names)
             found.run(first)
         except Exception as error:  # whatever they raise means that they cannot run it
             refusals.append(f"{oracle.__doc__}: {last_line(error)[:160]}")
             continue
         return _run_draws(plan, found, names, dtype or half)
     raise TuneError(f"the original file cannot be run: {'; '.join(refusals)}")
+
+
+@dataclass(frozen=True)
+class _File:
+    """The user's file; `has_top_k`: whether an order in it may be left open."""
+
+    path: Path
+    has_top_k: bool
 
 
 @dataclass(frozen=True)
@@ -181,11 +190,11 @@ def _noise(output: np.ndarray, others: Sequence[np.ndarray]) -> Noise:
     return Noise(largest, rms)
 
 
-def _onnxruntime(path: Path, names: Sequence[str]) -> _Oracle:
+def _onnxruntime(file: _File, names: Sequence[str]) -> _Oracle:
     """ONNX Runtime"""
     import onnxruntime
 
-    level, model = onnxruntime.GraphOptimizationLevel, _decided(path)
+    level, model = onnxruntime.GraphOptimizationLevel, _decided(file)
     plain = _session(model, level.ORT_DISABLE_ALL, names)
     try:
         variants: tuple[Run, ...] = (_session(model, level.ORT_ENABLE_ALL, names),)
@@ -195,26 +204,24 @@ def _onnxruntime(path: Path, names: Sequence[str]) -> _Oracle:
     return _Oracle(text, plain, variants)
 
 
-def _decided(path: Path) -> str | bytes:
+def _decided(file: _File) -> str | bytes:
     """The file, or its content with TopK sorted where the file leaves the order open."""
     from gpu_aware_tune.onnx_prepare import read_model
 
-    model = ModelProto()
-    model.ParseFromString(path.read_bytes())
-    if not any(node.op_type == "TopK" for node in walk(model.graph)):
-        return str(path)
-    decided: bytes = read_model(path).SerializeToString()
+    if not file.has_top_k:
+        return str(file.path)
+    decided: bytes = read_model(file.path).SerializeToString()
     return decided
 
 
-def _onnxruntime_widened(path: Path, names: Sequence[str]) -> _Oracle:
+def _onnxruntime_widened(file: _File, names: Sequence[str]) -> _Oracle:
     """ONNX Runtime on a copy in float32"""
     import onnxruntime
 
     from gpu_aware_tune.onnx_prepare import read_model
     from gpu_aware_tune.onnx_prepare.widen import widened
 
-    proto = widened(read_model(path))
+    proto = widened(read_model(file.path))
     level = onnxruntime.GraphOptimizationLevel
     run = _session(proto.SerializeToString(), level.ORT_DISABLE_ALL, names)
 
@@ -225,14 +232,14 @@ def _onnxruntime_widened(path: Path, names: Sequence[str]) -> _Oracle:
     return _Oracle(text, wide, is_widened=True)
 
 
-def _evaluator(path: Path, names: Sequence[str]) -> _Oracle:
+def _evaluator(file: _File, names: Sequence[str]) -> _Oracle:
     """ONNX's reference evaluator"""
     import onnx
     from onnx.reference import ReferenceEvaluator
 
     from gpu_aware_tune.onnx_prepare import read_model
 
-    evaluator = ReferenceEvaluator(read_model(path))
+    evaluator = ReferenceEvaluator(read_model(file.path))
 
     def run(arrays: Arrays) -> list[np.ndarray]:
         return [np.asarray(value) for value in evaluator.run(list(names), dict(arrays))]
