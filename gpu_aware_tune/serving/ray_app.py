@@ -55,7 +55,6 @@ class DeviceEngine:
     def __init__(self, deployments: Sequence[Deployment], options: ReplicaOptions) -> None:
         from gpu_aware_tune.serving.engine import Engine
 
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # Ray does not bind; a parent may have
         curves = options.engine.get("curves")
         arguments = {**options.engine, "curves": Path(curves) if curves else None}
         self._engine = Engine(deployments, **arguments)
