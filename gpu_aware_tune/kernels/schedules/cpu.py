@@ -24,9 +24,8 @@ from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_r
 from gpu_aware_tune.kernels.schedules.reductions import Reduction, split_lanes
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine
 
-_PARTIAL_SUMS_RATIO = (
-    3.0  # times what full vectors would take; then partial sums in lanes are tried first
-)
+# Times what full vectors would take; from there on partial sums in lanes are tried first.
+_PARTIAL_SUMS_RATIO = 3.0
 
 
 def machine_of(target: tvm.target.Target) -> Machine:
