@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks.environment import RESULTS, environment, write_results
 from benchmarks.light_models import write_seeded
 from benchmarks.ranking import (
-    EFFORTS,
+    TIMING_POLICIES,
     Series,
     better_half,
     kendall,
@@ -45,14 +45,16 @@ from benchmarks.ranking import (
     retest_error,
 )
 from benchmarks.scaffold import parser
-from gpu_aware_tune.measure import RETIME, SEARCH, ComparisonJob, Effort, Job, Measurer
+from gpu_aware_tune.measure import RETIME, SEARCH, ComparisonJob, Job, Measurer, TimingPolicy
 
 RESULTS_FILE = RESULTS / "measuring.json"
 FOREVER = float("inf")
 # TVM's EvaluatorConfig: one repeat of at least 100 ms.
-TVM = Effort(probe_s=1e-9, repeat_s=0.1, min_repeats=1, max_repeats=1, drop_ratio=FOREVER)
-LONG = Effort(probe_s=0.01, repeat_s=0.1, min_repeats=5, max_repeats=5, budget_s=60, spread=0.0)
-SENTINEL = Effort(probe_s=0.002, repeat_s=0.01, min_repeats=5, max_repeats=5, spread=0.0)
+TVM = TimingPolicy(probe_s=1e-9, repeat_s=0.1, min_repeats=1, max_repeats=1, drop_ratio=FOREVER)
+LONG = TimingPolicy(
+    probe_s=0.01, repeat_s=0.1, min_repeats=5, max_repeats=5, budget_s=60, spread=0.0
+)
+SENTINEL = TimingPolicy(probe_s=0.002, repeat_s=0.01, min_repeats=5, max_repeats=5, spread=0.0)
 WAYS = {"fast": SEARCH, "tvm": TVM, "long": LONG, "again": LONG}
 FEWEST = 4  # candidates of a task
 TOP = 3  # the search's winners that are measured again before one is picked
@@ -213,11 +215,11 @@ class Bench:
             before = after
 
     def timed(
-        self, task: Any, path: str, effort: Effort, best_s: float | None
+        self, task: Any, path: str, timing: TimingPolicy, best_s: float | None
     ) -> tuple[float | None, float]:
         """(seconds of one call or None where it fails, seconds spent on measuring it)."""
         start = time.monotonic()
-        result = self._measurer.measure(Job(path, task.args, task.hash, best_s, effort))
+        result = self._measurer.measure(Job(path, task.args, task.hash, best_s, timing))
         return result.seconds, time.monotonic() - start
 
     def recorded(self, task: Any, path: str) -> Series | None:
@@ -269,8 +271,8 @@ class Bench:
             "regret_retimed": truth[picked] / min(truth) - 1,
             "seconds": {way: statistics.median(v[way][1] for v in visits) for way in WAYS},
             "efforts": {
-                title: resample(column["series"], long, effort, ROUNDS, self._seed)
-                for title, effort in EFFORTS.items()
+                title: resample(column["series"], long, timing, ROUNDS, self._seed)
+                for title, timing in TIMING_POLICIES.items()
             },
             "samples": [
                 {way: visit[way][0] for way in (*WAYS, "later", "sentinel", "sentinel_later")}
@@ -354,7 +356,7 @@ def pooled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 },
                 "seconds": statistics.fmean(row["efforts"][title]["seconds"] for row in rows),
             }
-            for title in EFFORTS
+            for title in TIMING_POLICIES
         },
     }
 

@@ -42,7 +42,7 @@ from gpu_aware_tune.planning.device import PlanDevice  # noqa: E402
 from gpu_aware_tune.planning.lanes import Workload  # noqa: E402
 from gpu_aware_tune.planning.planner import plan_workload, workload  # noqa: E402
 from gpu_aware_tune.planning.policies import POLICIES, make_policy  # noqa: E402
-from gpu_aware_tune.planning.schedule import Objective  # noqa: E402
+from gpu_aware_tune.planning.schedule import PlanObjective  # noqa: E402
 from gpu_aware_tune.planning.search import cheapest_cost  # noqa: E402
 from gpu_aware_tune.planning.simulator import curve_durations, draw_arrivals, simulate  # noqa: E402
 
@@ -181,7 +181,7 @@ def one_case(work: Workload, arrivals: str, requests: int, seed: int) -> dict[st
     seconds = requests / sum(demand.rate_per_s for demand in work.demands)
     streams = draw_arrivals(work, parse_arrivals(arrivals), seconds, seed)
     made = plan_workload(work, why=False)
-    greedy = plan_workload(work, Objective.GOODPUT, why=False)
+    greedy = plan_workload(work, PlanObjective.GOODPUT, why=False)
     counts = [len(stream) for stream in streams]
     offered = sum(counts) / seconds
     bound = most_goodput(work, counts, seconds)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_aware_tune.measure import SEARCH, Effort
+from gpu_aware_tune.measure import SEARCH, TimingPolicy
 from gpu_aware_tune.measure.timing import measure, percentile_10
 
 # What a candidate's repeats are summed up to. The lowest tenth is what the search takes.
@@ -24,7 +24,7 @@ STATISTICS: Mapping[str, Callable[[Sequence[float]], float]] = {
     "minimum": min,
     "median": statistics.median,
 }
-EFFORTS: Mapping[str, Effort] = {
+TIMING_POLICIES: Mapping[str, TimingPolicy] = {
     "search": SEARCH,
     "probe 5 ms": dataclasses.replace(SEARCH, probe_s=0.005),
     "drop ratio 2": dataclasses.replace(SEARCH, drop_ratio=2.0),
@@ -110,9 +110,9 @@ class Replay:
 
 
 def resample(
-    series: Sequence[Series], long: Sequence[float], effort: Effort, rounds: int, seed: int
+    series: Sequence[Series], long: Sequence[float], timing: TimingPolicy, rounds: int, seed: int
 ) -> dict[str, Any]:
-    """Tell what an effort would have given on recorded series, with each statistic.
+    """Tell what a timing policy would have given on recorded series, with each statistic.
 
     Every round measures the candidates in an order of its own, from a place of its own in each
     series, with the search's rule for dropping slow ones.
@@ -131,7 +131,7 @@ def resample(
         values: dict[str, dict[int, float]] = {name: {} for name in STATISTICS}
         for index in order:
             timer = Replay(series[index], generator.randrange(len(series[index].blocks)))
-            result = measure(timer, best, effort)
+            result = measure(timer, best, timing)
             assert result.seconds is not None
             best = result.seconds if best is None else min(best, result.seconds)
             for name, statistic in STATISTICS.items():

@@ -225,7 +225,7 @@ def retimed(
     units = model.units[0]
     again: dict[tuple[str, str], float] = {}
     wanted = [Candidate(task, trace, "default") for _, task, trace, _ in steps]
-    for outcome in pools.pipeline.run(wanted, effort=RETIME, alone=True):
+    for outcome in pools.pipeline.run(wanted, timing=RETIME, alone=True):
         seconds = outcome.measurements[units].seconds
         if seconds is not None:
             again[outcome.candidate.task, outcome.candidate.trace] = seconds

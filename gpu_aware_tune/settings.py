@@ -51,7 +51,7 @@ SHARES = (ShareRule.EQUAL, ShareRule.AUTO)
 
 
 @dataclass(frozen=True)
-class Effort:
+class EffortPreset:
     """How hard a run tries where no flag says otherwise.
 
     `trials` is for the whole model, `patience` the number of trials without a better model latency
@@ -67,10 +67,10 @@ class Effort:
     measure_s: float
 
 
-EFFORTS: Mapping[str, Effort] = {
-    "quick": Effort(64, 24, 1, 8, 0, 0.03),
-    "default": Effort(512, 32, 1, 16, 0, 0.05),
-    "full": Effort(2048, 96, 3, 16, 1024, 0.1),
+EFFORTS: Mapping[str, EffortPreset] = {
+    "quick": EffortPreset(64, 24, 1, 8, 0, 0.03),
+    "default": EffortPreset(512, 32, 1, 16, 0, 0.05),
+    "full": EffortPreset(2048, 96, 3, 16, 1024, 0.1),
 }
 
 
@@ -78,7 +78,7 @@ EFFORTS: Mapping[str, Effort] = {
 class RunSettings:
     """What holds for a whole run, whichever models it tunes; stored with the run.
 
-    Fields left at None or 0 that `Effort` knows are filled from `effort`, so finished settings
+    Fields left at None or 0 that `EffortPreset` knows are filled from `effort`, so finished settings
     always show the numbers used. `trials` stays None only where `time_s` alone limits the run.
     To change the effort of existing settings make new ones: `replace` keeps the filled numbers.
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gpu_aware_tune.run.jobs import TuningJob
     from gpu_aware_tune.run.session import Session
     from gpu_aware_tune.search.stage import SearchResult
-    from gpu_aware_tune.search.workload import Workload
+    from gpu_aware_tune.search.task_set import TaskSet
 
     Reorders = dict[tuple[str, int], Reorder]
 
@@ -135,7 +135,7 @@ def tuned(
 
 def searched(
     session: Session, job: TuningJob
-) -> Generator[Event, None, tuple[Workload, SearchResult, Reorders]]:
+) -> Generator[Event, None, tuple[TaskSet, SearchResult, Reorders]]:
     """The stages of a run up to the second measurement: what was searched, found and reordered.
 
     No library is made: this is the same in both ways, and takes time that searches can have.

@@ -183,14 +183,14 @@ def _with_options(fleet: Fleet, options: dict[str, Any]) -> Fleet:
     """The fleet, with what the command line says of it in the place of the file's."""
     from gpu_aware_tune.planning.curve import Batching
     from gpu_aware_tune.planning.interference import Interference
-    from gpu_aware_tune.planning.schedule import Objective
+    from gpu_aware_tune.planning.schedule import PlanObjective
 
     changed: dict[str, Any] = {}
     if options["margin"] is not None:
         changed["margin"] = options["margin"]
     if options["interference"] is not None:
         changed["interference"] = Interference(options["interference"])
-    for name, kind in (("batching", Batching), ("objective", Objective)):
+    for name, kind in (("batching", Batching), ("objective", PlanObjective)):
         if options[name] is not None:
             allowed = [each.value for each in kind]
             if options[name] not in allowed:

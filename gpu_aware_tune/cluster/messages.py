@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gpu_aware_tune.measure import Effort
+from gpu_aware_tune.measure import TimingPolicy
 from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.search.candidates import Candidate, NewTask
 from gpu_aware_tune.search.pipeline import TaskSpec
@@ -41,7 +41,7 @@ class Begin:
     """To a node: what follows belongs to this run of the pipeline."""
 
     run: int
-    effort: Effort
+    timing: TimingPolicy
     alone: bool
 
 

@@ -168,7 +168,7 @@ class _Run(CandidateSource, ArtifactSink):
     def work(self) -> None:
         """Build and measure what comes in, until the run is ended."""
         tell, begin = self._node.tell, self._begin
-        outcomes = self._pipeline.run((), self, begin.effort, begin.alone, sink=self)
+        outcomes = self._pipeline.run((), self, begin.timing, begin.alone, sink=self)
         for outcome in outcomes:
             assert isinstance(outcome.candidate, Numbered)
             tell(Measured(outcome.candidate.id, outcome.measurements))

@@ -27,7 +27,7 @@ from gpu_aware_tune.cluster.messages import (
     Work,
 )
 from gpu_aware_tune.errors import SetupError
-from gpu_aware_tune.measure import SEARCH, Effort
+from gpu_aware_tune.measure import SEARCH, TimingPolicy
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.search.candidates import Candidate, NewTask
 from gpu_aware_tune.search.pipeline import Outcome, TaskSpec
@@ -126,7 +126,7 @@ class ClusterPipeline:
         self,
         candidates: Iterable[Candidate],
         source: CandidateSource | None = None,
-        effort: Effort = SEARCH,
+        timing: TimingPolicy = SEARCH,
         alone: bool = False,
     ) -> Iterator[Outcome]:
         """Give an outcome for each candidate; see `pipeline.Pipeline.run`.
@@ -136,7 +136,7 @@ class ClusterPipeline:
         """
         source = source or CandidateSource()
         self._run += 1
-        self._begin = Begin(self._run, effort, alone)
+        self._begin = Begin(self._run, timing, alone)
         self._ledger.add(candidates)
         for member in self._members.active:
             member.send(self._begin)

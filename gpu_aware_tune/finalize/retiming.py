@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from gpu_aware_tune.codegen.build_pool import BuildPool, remove
 from gpu_aware_tune.events import Event, Note, Origin
-from gpu_aware_tune.measure import RETIME, SEARCH, ComparisonJob, Effort
+from gpu_aware_tune.measure import RETIME, SEARCH, ComparisonJob, TimingPolicy
 from gpu_aware_tune.model.tasks import Task
 from gpu_aware_tune.records.task_records import TaskRecords
 from gpu_aware_tune.search.candidates import Candidate
 from gpu_aware_tune.search.objectives import one_for_all, usable
 from gpu_aware_tune.search.pools import Pools
 from gpu_aware_tune.search.stage import SearchResult, Workers
-from gpu_aware_tune.search.workload import Workload, latency_s
+from gpu_aware_tune.search.task_set import TaskSet, latency_s
 from gpu_aware_tune.settings import RunSettings
 
 _LEAST_PART = 0.002  # tasks below this part of a model's latency are not measured again
@@ -34,7 +34,7 @@ class Reorder:
 
 
 def retime(
-    work: Workload,
+    work: TaskSet,
     found: SearchResult,
     records: TaskRecords,
     settings: RunSettings,
@@ -73,7 +73,7 @@ def retime(
             if not traces or (until is not None and time.monotonic() > until):
                 continue
             files = tuple(paths[trace] for trace in traces)
-            comparison = ComparisonJob(files, task.args, task.hash, parts.effort(task.hash, units))
+            comparison = ComparisonJob(files, task.args, task.hash, parts.timing(task.hash, units))
             seconds = {}
             for trace, measurement in zip(
                 traces, pools.measurer_of(units).compare(comparison), strict=True
@@ -93,14 +93,14 @@ def retime(
 
 
 def measure_drift(
-    work: Workload, records: TaskRecords, pipeline: Workers, measure_s: float
+    work: TaskSet, records: TaskRecords, pipeline: Workers, measure_s: float
 ) -> dict[str, dict[str, float]]:
     """Measure the heaviest baseline schedules of each model once more, as the search did.
 
     Returns:
         Last over first by "task-units", by model: how much slower or faster the machine has become.
     """
-    effort = dataclasses.replace(SEARCH, budget_s=measure_s)
+    timing = dataclasses.replace(SEARCH, budget_s=measure_s)
     drift = {}
     for model in work.models:
         first: dict[str, dict[int, float]] = {}
@@ -118,7 +118,7 @@ def measure_drift(
                 }  # fmt: skip
         drift[model] = {
             f"{names[outcome.candidate.task]}-{units}": measurement.seconds / before
-            for outcome in pipeline.run(candidates, effort=effort)
+            for outcome in pipeline.run(candidates, timing=timing)
             for units, measurement in outcome.measurements.items()
             if measurement.seconds is not None
             and (before := first[outcome.candidate.task].get(units))
@@ -130,7 +130,7 @@ def measure_drift(
 class _Parts:
     """How much of a model's latency each task's kernels take."""
 
-    work: Workload
+    work: TaskSet
     found: SearchResult
 
     def of(self, task: str, units: int) -> float:
@@ -144,14 +144,14 @@ class _Parts:
         ]  # fmt: skip
         return max(parts, default=0.0)
 
-    def effort(self, task: str, units: int) -> Effort:
+    def timing(self, task: str, units: int) -> TimingPolicy:
         """How long to look at a task's kernels: less where a wrong pick costs the model little."""
         part = min(1.0, max(_LEAST, self.of(task, units) / _HEAVY))
         return dataclasses.replace(RETIME, budget_s=part * RETIME.budget_s)
 
 
 def _finalists(
-    work: Workload, task: Task, records: TaskRecords, settings: RunSettings, parts: _Parts
+    work: TaskSet, task: Task, records: TaskRecords, settings: RunSettings, parts: _Parts
 ) -> dict[int, list[str]]:
     """A task's traces to compare on each of its units, the best so far first.
 

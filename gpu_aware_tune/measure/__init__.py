@@ -6,7 +6,7 @@ from gpu_aware_tune.measure.base import BaseMeasurer
 from gpu_aware_tune.measure.measurement import Failure, Measurement
 from gpu_aware_tune.measure.measurer import Measurer, Slice
 from gpu_aware_tune.measure.shared import SharedMeasurer, SharedWorker
-from gpu_aware_tune.measure.timing import LONG, RETIME, SEARCH, Effort
+from gpu_aware_tune.measure.timing import LONG, RETIME, SEARCH, TimingPolicy
 from gpu_aware_tune.measure.worker import ComparisonJob, Job
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "SEARCH",
     "BaseMeasurer",
     "ComparisonJob",
-    "Effort",
     "Failure",
     "Job",
     "Measurement",
@@ -23,4 +22,5 @@ __all__ = [
     "SharedMeasurer",
     "SharedWorker",
     "Slice",
+    "TimingPolicy",
 ]

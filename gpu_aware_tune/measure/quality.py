@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from gpu_aware_tune.measure.measurement import Measurement
-from gpu_aware_tune.measure.timing import Effort, Timer, measure
+from gpu_aware_tune.measure.timing import Timer, TimingPolicy, measure
 from gpu_aware_tune.partition import Snapshot, disturbances
 
 _SENTINEL_EVERY = 32  # jobs
@@ -43,23 +43,23 @@ class DisturbanceMonitor:
         self._ratio: float | None = None
         self._lasting: tuple[str, ...] = ()  # flags that a repeat did not get rid of
 
-    def measure(self, timer: Timer, best_s: float | None, effort: Effort) -> Measurement:
+    def measure(self, timer: Timer, best_s: float | None, timing: TimingPolicy) -> Measurement:
         """Like `timing.measure`, with flags; a flagged sample is taken again once.
 
         A disturbance that outlasted a repeat is not waited for again until a sample was without it.
         """
         self._check_sentinel()
-        result = self._attempt(timer, best_s, effort)
+        result = self._attempt(timer, best_s, timing)
         if result.flags and result.flags != self._lasting:
             self._pause(_PAUSE_S)
-            again = self._attempt(timer, best_s, effort)
+            again = self._attempt(timer, best_s, timing)
             result = min(result, again, key=_trust)
         self._lasting = result.flags
         return dataclasses.replace(
             result, flags=(*result.flags, *self._sentinel_flags()), sentinel_ratio=self._ratio
         )
 
-    def _attempt(self, timer: Timer, best_s: float | None, effort: Effort) -> Measurement:
+    def _attempt(self, timer: Timer, best_s: float | None, timing: TimingPolicy) -> Measurement:
         before: list[Snapshot] = []
 
         def looked(number: int, repeat: int) -> Sequence[float]:
@@ -68,7 +68,7 @@ class DisturbanceMonitor:
                 before.append(self._look())
             return samples
 
-        result = measure(looked, best_s, effort)
+        result = measure(looked, best_s, timing)
         return dataclasses.replace(result, flags=disturbances(before[0], self._look()))
 
     def _check_sentinel(self) -> None:

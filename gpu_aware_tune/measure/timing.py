@@ -19,8 +19,8 @@ Timer = Callable[[int, int], Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How hard to look at one candidate.
+class TimingPolicy:
+    """How often and how long one candidate is timed.
 
     Args:
         probe_s: length of the probe.
@@ -46,14 +46,16 @@ class Effort:
     cold: bool = False
 
 
-SEARCH = Effort()
-RETIME = Effort(
+SEARCH = TimingPolicy()
+RETIME = TimingPolicy(
     probe_s=0.005, repeat_s=0.002, min_repeats=15, max_repeats=151, budget_s=0.4, spread=0.002
 )
-LONG = Effort(probe_s=0.01, repeat_s=0.1, min_repeats=10, max_repeats=10, budget_s=60, spread=0.0)
+LONG = TimingPolicy(
+    probe_s=0.01, repeat_s=0.1, min_repeats=10, max_repeats=10, budget_s=60, spread=0.0
+)
 
 
-def compare(timers: Sequence[Timer], effort: Effort) -> list[Measurement]:
+def compare(timers: Sequence[Timer], timing: TimingPolicy) -> list[Measurement]:
     """Time several kernels in turns, so that what drifts on the machine meets all of them alike.
 
     A kernel that is clearly behind after the least number of repeats leaves; what it took is then
@@ -61,31 +63,31 @@ def compare(timers: Sequence[Timer], effort: Effort) -> list[Measurement]:
 
     Args:
         timers: one for each kernel, see `measure`.
-        effort: length and number of the repeats.
+        timing: length and number of the repeats.
     """
     numbers = []
     for timer in timers:
         probe = min(timer(1, 3))
-        numbers.append(max(1, math.ceil(effort.repeat_s / max(probe, 1e-9))))
+        numbers.append(max(1, math.ceil(timing.repeat_s / max(probe, 1e-9))))
     samples: list[list[float]] = [[] for _ in timers]
     behind: dict[int, float] = {}  # how many times the best's seconds, of those that have left
     racing = list(range(len(timers)))
     used_s = 0.0
-    for turn in range(effort.max_repeats):
+    for turn in range(timing.max_repeats):
         for place in racing if turn % 2 == 0 else reversed(racing):
             (seconds,) = timers[place](numbers[place], 1)
             samples[place].append(seconds)
             used_s += seconds * numbers[place]
-        if turn + 1 < effort.min_repeats:
+        if turn + 1 < timing.min_repeats:
             continue
         best_s = min(percentile_10(samples[place]) for place in racing)
         for place in list(racing):
             ratio = percentile_10(samples[place]) / best_s
-            if ratio > effort.leave_ratio + spread_of(samples[place]):
+            if ratio > timing.leave_ratio + spread_of(samples[place]):
                 behind[place] = ratio
                 racing.remove(place)
-        decided = len(racing) == 1 or all(spread_of(samples[p]) < effort.spread for p in racing)
-        if decided or used_s > effort.budget_s * len(timers):
+        decided = len(racing) == 1 or all(spread_of(samples[p]) < timing.spread for p in racing)
+        if decided or used_s > timing.budget_s * len(timers):
             break
     best_s = min(percentile_10(samples[place]) for place in racing)
     return [
@@ -120,25 +122,25 @@ def quantile(samples: Sequence[float], part: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def measure(timer: Timer, best_s: float | None, effort: Effort = SEARCH) -> Measurement:
+def measure(timer: Timer, best_s: float | None, timing: TimingPolicy = SEARCH) -> Measurement:
     """Time one candidate.
 
     Args:
         timer: runs `number` calls `repeat` times and gives seconds a call for each repeat.
         best_s: the best seconds known for this task on this partition, or None.
-        effort: when to stop.
+        timing: when to stop.
     """
     first = min(timer(1, 1))
-    number = max(1, min(10_000, math.ceil(effort.probe_s / max(first, 1e-9))))
+    number = max(1, min(10_000, math.ceil(timing.probe_s / max(first, 1e-9))))
     probe = first if number == 1 else min(timer(number, 1))
-    if best_s is not None and probe > effort.drop_ratio * best_s:
+    if best_s is not None and probe > timing.drop_ratio * best_s:
         return Measurement(probe, repeats=1, coarse=True)
-    number = max(1, math.ceil(effort.repeat_s / max(probe, 1e-9)))
+    number = max(1, math.ceil(timing.repeat_s / max(probe, 1e-9)))
     samples: list[float] = []
-    while len(samples) < effort.max_repeats:
-        batch = effort.min_repeats if not samples else 2
-        samples.extend(timer(number, min(batch, effort.max_repeats - len(samples))))
+    while len(samples) < timing.max_repeats:
+        batch = timing.min_repeats if not samples else 2
+        samples.extend(timer(number, min(batch, timing.max_repeats - len(samples))))
         used_s = sum(samples) * number
-        if used_s > effort.budget_s or spread_of(samples) < effort.spread:
+        if used_s > timing.budget_s or spread_of(samples) < timing.spread:
             break
     return Measurement(percentile_10(samples), spread_of(samples), len(samples))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.measure.quality import DisturbanceMonitor
-from gpu_aware_tune.measure.timing import Effort, Timer, compare, measure
+from gpu_aware_tune.measure.timing import Timer, TimingPolicy, compare, measure
 
 if TYPE_CHECKING:
     from gpu_aware_tune.partition import Partition
@@ -36,14 +36,14 @@ class Job:
         args: (shape, dtype) of each buffer the kernel takes, in order.
         task: hash of the task: inputs are allocated anew only when it changes.
         best_s: the best seconds known on this partition, or None.
-        effort: when to stop.
+        timing: when to stop.
     """
 
     path: str
     args: tuple[tuple[tuple[int, ...], str], ...]
     task: str
     best_s: float | None
-    effort: Effort
+    timing: TimingPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ComparisonJob:
     paths: tuple[str, ...]
     args: tuple[tuple[tuple[int, ...], str], ...]
     task: str
-    effort: Effort
+    timing: TimingPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ class MeasurementSession:
     def __init__(
         self,
         partition: Partition,
-        policy: Callable[[Timer, float | None, Effort], Measurement],
+        policy: Callable[[Timer, float | None, TimingPolicy], Measurement],
     ) -> None:
         self._partition = partition
         self._policy = policy
@@ -195,8 +195,8 @@ class MeasurementSession:
         except Exception as error:  # whatever a bad artifact makes TVM raise
             return self._failed(FailureKind.LOAD, error)
         try:
-            with self._timer(module, buffers, job.effort) as (timer, kind):
-                result = self._policy(timer, job.best_s, job.effort)
+            with self._timer(module, buffers, job.timing) as (timer, kind):
+                result = self._policy(timer, job.best_s, job.timing)
                 how = kind()
         except Exception as error:  # as above: a kernel that refuses to run is a value
             return self._failed(FailureKind.RUN, error)
@@ -214,11 +214,11 @@ class MeasurementSession:
                 for path in comparison.paths:
                     module = tvm.runtime.load_module(path)
                     timer, kind = stack.enter_context(
-                        self._timer(module, buffers, comparison.effort)
+                        self._timer(module, buffers, comparison.timing)
                     )
                     timers.append(timer)
                     kinds.append(kind)
-                results = compare(timers, comparison.effort)
+                results = compare(timers, comparison.timing)
                 told = [kind() for kind in kinds]
         except Exception as error:  # as in `measure`
             failed = self._failed(FailureKind.RUN, error)
@@ -233,25 +233,25 @@ class MeasurementSession:
 
     @contextlib.contextmanager
     def _timer(
-        self, module: Any, buffers: Sequence[Any], effort: Effort
+        self, module: Any, buffers: Sequence[Any], timing: TimingPolicy
     ) -> Iterator[tuple[Timer, Callable[[], tuple[str, ...]]]]:
         """The timer for a loaded kernel, and what tells afterwards how it worked."""
         partition = self._partition
         function = module["main"]
-        own = partition.launch_timer(lambda: function(*buffers), effort.cold)
+        own = partition.launch_timer(lambda: function(*buffers), timing.cold)
         if own is None:
-            yield self._evaluator(module, buffers, effort), lambda: ()
+            yield self._evaluator(module, buffers, timing), lambda: ()
             return
         try:
             with partition.timing_context():
-                yield own, lambda: (own.kind, "cold-l2" if effort.cold else "warm-l2")
+                yield own, lambda: (own.kind, "cold-l2" if timing.cold else "warm-l2")
             partition.sync()
         finally:
             own.close()
 
-    def _evaluator(self, module: Any, buffers: Sequence[Any], effort: Effort) -> Timer:
+    def _evaluator(self, module: Any, buffers: Sequence[Any], timing: TimingPolicy) -> Timer:
         """TVM's own timer."""
-        if effort.cold:
+        if timing.cold:
             raise ValueError("cold caches are measured on GPUs only")
 
         def timer(number: int, repeat: int) -> list[float]:

@@ -22,7 +22,7 @@ from gpu_aware_tune.planning.device import PlanDevice, default_step, parse_devic
 from gpu_aware_tune.planning.interference import Interference
 from gpu_aware_tune.planning.lanes import Workload
 from gpu_aware_tune.planning.planner import workload
-from gpu_aware_tune.planning.schedule import Objective
+from gpu_aware_tune.planning.schedule import PlanObjective
 
 MANIFEST = "manifest.json"  # of a tuned model's folder
 _TABLES = {"device", "models", "interference", "margin", "batching", "objective"}
@@ -50,7 +50,7 @@ class Fleet:
     interference: Interference = field(default_factory=Interference)
     margin: float = MARGIN
     batching: Batching = Batching.AFFINE
-    objective: Objective = Objective.HEADROOM
+    objective: PlanObjective = PlanObjective.HEADROOM
 
     def workload(self) -> Workload:
         """What the planner works on."""
@@ -86,7 +86,7 @@ def read_fleet(path: Path, device: str | None = None) -> Fleet:
         interference=_interference(facts.get("interference", {}), str(path)),
         margin=read_number(facts, "margin", str(path), MARGIN),
         batching=_batching(facts.get("batching", Batching.AFFINE), str(path)),
-        objective=_objective(facts.get("objective", Objective.HEADROOM), str(path)),
+        objective=_objective(facts.get("objective", PlanObjective.HEADROOM), str(path)),
     )
 
 
@@ -279,5 +279,5 @@ def _batching(value: Any, where: str) -> Batching:
     return Batching(_choice(value, list(Batching), "batching", where))
 
 
-def _objective(value: Any, where: str) -> Objective:
-    return Objective(_choice(value, list(Objective), "objective", where))
+def _objective(value: Any, where: str) -> PlanObjective:
+    return PlanObjective(_choice(value, list(PlanObjective), "objective", where))

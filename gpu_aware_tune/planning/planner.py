@@ -18,7 +18,7 @@ from gpu_aware_tune.planning.explain import explain
 from gpu_aware_tune.planning.grouping import Grouping
 from gpu_aware_tune.planning.interference import Interference
 from gpu_aware_tune.planning.lanes import LaneGroup, Occupancy, Workload
-from gpu_aware_tune.planning.schedule import Lane, ModelPlan, Objective, Plan, Slot
+from gpu_aware_tune.planning.schedule import Lane, ModelPlan, Plan, PlanObjective, Slot
 from gpu_aware_tune.planning.search import cheapest_cost, headroom_limit, largest_scale, scale_at
 
 _SELDOM = 1e-6  # times the rates: only the SLOs count
@@ -43,7 +43,7 @@ def plan(
     demands: Sequence[Demand],
     curves: Iterable[CurveLike],
     *,
-    objective: Objective = Objective.HEADROOM,
+    objective: PlanObjective = PlanObjective.HEADROOM,
     margin: float = MARGIN,
     batching: Batching = Batching.AFFINE,
     interference: Interference | None = None,
@@ -104,7 +104,7 @@ def workload(
 
 def plan_workload(
     work: Workload,
-    objective: Objective = Objective.HEADROOM,
+    objective: PlanObjective = PlanObjective.HEADROOM,
     margin: float = MARGIN,
     grouper: Grouper = best_grouping,
     why: bool = True,
@@ -114,15 +114,15 @@ def plan_workload(
     part = work.part(kept)
     headroom = scale_at(step)
     served, load, grouping, rate_part = part, Occupancy(part, headroom), evenly, min(1.0, headroom)
-    if objective is Objective.UNITS and headroom >= 1:
+    if objective is PlanObjective.UNITS and headroom >= 1:
         load = Occupancy(part)
         grouping = grouper(load, 0.0)
-    elif objective is Objective.GOODPUT and headroom < 1:
+    elif objective is PlanObjective.GOODPUT and headroom < 1:
         chosen, chosen_load, chosen_grouping = _most_goodput(part, grouper)
         if _worth(chosen) > headroom * _worth(part):  # slots are whole, so it may not be
             served, load, grouping, rate_part = chosen, chosen_load, chosen_grouping, 1.0
     groups = [made for models in grouping.partition if (made := load.group(models)) is not None]
-    planned = _models(part, served, groups, rate_part, saving=objective is Objective.UNITS)
+    planned = _models(part, served, groups, rate_part, saving=objective is PlanObjective.UNITS)
     result = Plan(
         device=work.device,
         lanes=_lanes(part, groups),

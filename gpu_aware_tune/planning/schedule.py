@@ -14,7 +14,7 @@ from gpu_aware_tune.planning.device import PlanDevice
 FORMAT = 1
 
 
-class Objective(StrEnum):
+class PlanObjective(StrEnum):
     """What the planner makes the most of."""
 
     HEADROOM = "headroom"  # the factor by which all rates may grow
@@ -130,7 +130,7 @@ class Plan:
     models: tuple[ModelPlan, ...]
     headroom: float
     headroom_limit: float
-    objective: Objective
+    objective: PlanObjective
     margin: float
     reason: str | None = None
     helps: tuple[str, ...] = ()
@@ -187,7 +187,7 @@ def plan_from_dict(facts: Any, source: str) -> Plan:
             models=models,
             headroom=float(facts["headroom"]),
             headroom_limit=float(facts["headroom_limit"]),
-            objective=Objective(facts["objective"]),
+            objective=PlanObjective(facts["objective"]),
             margin=float(facts["margin"]),
             reason=facts.get("reason"),
             helps=tuple(facts.get("helps", ())),

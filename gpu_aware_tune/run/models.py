@@ -14,9 +14,9 @@ from gpu_aware_tune.records.task_records import TaskRecords
 from gpu_aware_tune.run.jobs import ModelGoal
 from gpu_aware_tune.run.session import Session
 from gpu_aware_tune.search.allocation import Goal
-from gpu_aware_tune.search.workload import (
+from gpu_aware_tune.search.task_set import (
     Known,
-    Workload,
+    TaskSet,
     allocation_of,
     heaviest_first,
     recall,
@@ -111,7 +111,7 @@ def target_of(models: Sequence[ImportedModel], device: Device) -> Mapping[str, A
 
 def recall_models(
     session: Session, models: Sequence[ImportedModel]
-) -> Generator[Event, None, tuple[tuple[ImportedModel, ...], Workload, Known]]:
+) -> Generator[Event, None, tuple[tuple[ImportedModel, ...], TaskSet, Known]]:
     """Keep the models' tasks in the store, and read what it holds of them.
 
     Returns:
@@ -127,7 +127,7 @@ def recall_models(
         for model in kept
         for units in model.units
     ]
-    work = Workload(heaviest_first([task for m in kept for task in m.tasks]), tuple(goals))
+    work = TaskSet(heaviest_first([task for m in kept for task in m.tasks]), tuple(goals))
     records = TaskRecords(session.store, _keys(session, kept))
     return tuple(kept), work, recall(work, records, session.settings.resume)
 
@@ -170,7 +170,7 @@ def _keys(session: Session, models: Sequence[ImportedModel]) -> Mapping[tuple[st
 
 
 def plans(
-    session: Session, models: Sequence[ImportedModel], work: Workload, known: Known
+    session: Session, models: Sequence[ImportedModel], work: TaskSet, known: Known
 ) -> list[Planned]:
     """What is known and what is left to do, for each model."""
     settings = session.settings

@@ -12,7 +12,7 @@ from gpu_aware_tune.search.budget import Budget
 from gpu_aware_tune.search.pipeline import TaskSpec
 from gpu_aware_tune.search.pools import Pools, PoolSettings, plan_slices
 from gpu_aware_tune.search.stage import SearchContext, SearchResult, Workers, search
-from gpu_aware_tune.search.workload import Known, Workload
+from gpu_aware_tune.search.task_set import Known, TaskSet
 
 # An unscheduled kernel is measured where it might win: threads cost more than such a task takes.
 _LIGHT_FLOPS = 2e6
@@ -34,7 +34,7 @@ class RunWorkers:
 
 
 def start_workers(
-    session: Session, models: Sequence[ImportedModel], work: Workload, here: bool = False
+    session: Session, models: Sequence[ImportedModel], work: TaskSet, here: bool = False
 ) -> Generator[Event, None, RunWorkers]:
     """Start measuring, build and search workers, and make the baseline schedules in them.
 
@@ -58,7 +58,7 @@ def start_workers(
 def run_search(
     session: Session,
     models: Sequence[ImportedModel],
-    work: Workload,
+    work: TaskSet,
     known: Known,
     workers: RunWorkers,
     time_s: float | None,
@@ -79,7 +79,7 @@ def run_search(
 
 
 def measure_baseline(
-    session: Session, work: Workload, known: Known, workers: RunWorkers
+    session: Session, work: TaskSet, known: Known, workers: RunWorkers
 ) -> Generator[Event, None, SearchResult]:
     """Measure the baseline schedules alone."""
     context = SearchContext(
@@ -158,7 +158,7 @@ def _pool_settings(session: Session, models: Sequence[ImportedModel]) -> PoolSet
 
 
 def _baselines(
-    pools: Pools, work: Workload, modules: Mapping[str, str]
+    pools: Pools, work: TaskSet, modules: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
     """The baseline schedules of every task, made side by side in the build workers.
 

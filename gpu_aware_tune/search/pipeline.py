@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpu_aware_tune.codegen.build_pool import BuildPool, Built, remove
-from gpu_aware_tune.measure import SEARCH, BaseMeasurer, Effort, Job, Slice
+from gpu_aware_tune.measure import SEARCH, BaseMeasurer, Job, Slice, TimingPolicy
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
 from gpu_aware_tune.search.candidates import Candidate, Drafted, NewTask, Searcher
 from gpu_aware_tune.search.sources import ArtifactSink, CandidateSource
@@ -143,7 +143,7 @@ class Pipeline:
         self,
         candidates: Iterable[Candidate],
         source: CandidateSource | None = None,
-        effort: Effort = SEARCH,
+        timing: TimingPolicy = SEARCH,
         alone: bool = False,
         sink: ArtifactSink | None = None,
     ) -> Iterator[Outcome]:
@@ -154,7 +154,7 @@ class Pipeline:
         Args:
             candidates: to be built and measured before anything is drafted.
             source: gives further candidates; none by default.
-            effort: how long to measure.
+            timing: how long to measure.
             alone: one measurement at a time, with nothing else running.
             sink: the connection to other machines; none by default.
         """
@@ -170,7 +170,7 @@ class Pipeline:
                 self._draft(source)
                 self._build()
                 yield from self._finish_measurements()
-                self._start_measurements(source, effort)
+                self._start_measurements(source, timing)
                 if not self._wait_list() and not self._ready and not self._to_build:
                     if not self._sink.wait():
                         return
@@ -232,12 +232,12 @@ class Pipeline:
                 for candidate in (artifact.candidate, *artifact.twins):
                     yield Outcome(candidate, artifact.done)
 
-    def _start_measurements(self, source: CandidateSource, effort: Effort) -> None:
+    def _start_measurements(self, source: CandidateSource, timing: TimingPolicy) -> None:
         """Give every free slice an artifact, once enough have gathered for a measuring window."""
         if self._ready and (self._window_open() or self._gathered()):
             for number, slice_ in enumerate(self._slices):
                 if number not in self._under_way and not (self._alone and self._under_way):
-                    self._start_measuring(number, slice_, source, effort)
+                    self._start_measuring(number, slice_, source, timing)
         if not self._under_way:
             self._resume()
 
@@ -245,7 +245,7 @@ class Pipeline:
         return len(self._ready) >= _WINDOW or not self._working()
 
     def _start_measuring(
-        self, number: int, slice_: Slice, source: CandidateSource, effort: Effort
+        self, number: int, slice_: Slice, source: CandidateSource, timing: TimingPolicy
     ) -> None:
         for artifact in self._ready:
             units = next((count for count in artifact.todo if slice_.serves(count)), None)
@@ -263,7 +263,7 @@ class Pipeline:
         self._quiet()
         task = artifact.candidate.task
         best_s = source.best_s(task).get(units)
-        job = Job(artifact.path, self._tasks[task].args, task, best_s, effort)
+        job = Job(artifact.path, self._tasks[task].args, task, best_s, timing)
         slice_.of(units).submit(job)
 
     def _quiet(self) -> None:

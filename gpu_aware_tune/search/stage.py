@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gpu_aware_tune.events import Event, Level, Note, Origin, Progress, StoppedBy, Trial
-from gpu_aware_tune.measure import SEARCH, Effort
+from gpu_aware_tune.measure import SEARCH, TimingPolicy
 from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.model.tasks import Task
 from gpu_aware_tune.records.store import Record
@@ -20,7 +20,7 @@ from gpu_aware_tune.search.candidates import Candidate, NewTask
 from gpu_aware_tune.search.objectives import combined
 from gpu_aware_tune.search.pipeline import Outcome
 from gpu_aware_tune.search.sources import CandidateSource
-from gpu_aware_tune.search.workload import Known, Workload, allocation_of
+from gpu_aware_tune.search.task_set import Known, TaskSet, allocation_of
 from gpu_aware_tune.settings import RunSettings
 
 _PROGRESS_S = 0.5
@@ -43,7 +43,7 @@ class Workers(Protocol):
         self,
         candidates: Iterable[Candidate],
         source: CandidateSource | None = None,
-        effort: Effort = SEARCH,
+        timing: TimingPolicy = SEARCH,
         alone: bool = False,
     ) -> Iterator[Outcome]:
         """Give an outcome for each candidate, the given ones first and then the drafted ones."""
@@ -83,7 +83,7 @@ class SearchContext:
     """
 
     settings: RunSettings
-    work: Workload
+    work: TaskSet
     known: Known
     backend: str
     run_ids: Mapping[str, int]

@@ -28,9 +28,9 @@ from gpu_aware_tune.serving.catalog import Served, first_rates, open_served
 from gpu_aware_tune.serving.controller import Controller
 from gpu_aware_tune.serving.deployments import Deployment
 from gpu_aware_tune.serving.dispatcher import Dispatcher
+from gpu_aware_tune.serving.engine_plan import EnginePlan, make_engine_plan, scaled, with_plan
 from gpu_aware_tune.serving.lanes import LanePool
 from gpu_aware_tune.serving.model_queue import ModelQueue
-from gpu_aware_tune.serving.planned import Planned, make_planned, scaled, with_plan
 from gpu_aware_tune.serving.requests import Draining, Request, UnknownModel
 from gpu_aware_tune.serving.served_model import ServedModel
 from gpu_aware_tune.serving.statistics import ModelStatistics
@@ -284,7 +284,7 @@ class Engine:
         return self._catalog
 
     @property
-    def planned(self) -> Planned:
+    def planned(self) -> EnginePlan:
         """What is carried out."""
         return self._planned
 
@@ -323,7 +323,7 @@ class Engine:
         rates: Mapping[str, float],
         drift: Mapping[str, float] | None = None,
         catalog: Mapping[str, Served] | None = None,
-    ) -> Planned:
+    ) -> EnginePlan:
         models = self._catalog if catalog is None else catalog
         device = PlanDevice("cores", len(self._pool.cores), "core", 1)
         demands = [served.demand(rates[name]) for name, served in models.items()]
@@ -331,13 +331,13 @@ class Engine:
             name: scaled(served.curve, (drift or {}).get(name, 1.0))
             for name, served in models.items()
         }
-        return make_planned(device, demands, curves, self._policy, self._margin)
+        return make_engine_plan(device, demands, curves, self._policy, self._margin)
 
     def _rates(self) -> dict[str, float]:
         demands = self._planned.work.demands
         return {demand.model: demand.rate_per_s for demand in demands}
 
-    def _carry_out(self, catalog: dict[str, Served], planned: Planned, reason: str) -> None:
+    def _carry_out(self, catalog: dict[str, Served], planned: EnginePlan, reason: str) -> None:
         """Prepare the lanes of a plan while the present ones serve, then switch."""
         queues = [catalog[demand.model].queue for demand in planned.work.demands]
         layout = planned.layout(queues, self._pool)

@@ -61,4 +61,4 @@ def _with_body(source: str, body: str) -> str:
 def job(path: str, elements: int = ELEMENTS, **changes: Any) -> Job:
     """What measures an artifact; `elements` other than its own only for inputs that do not fit."""
     shape = ((elements,), "float32")
-    return Job(path, (shape, shape), f"task-{elements}", None, changes.get("effort", SEARCH))
+    return Job(path, (shape, shape), f"task-{elements}", None, changes.get("timing", SEARCH))

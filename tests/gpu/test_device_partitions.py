@@ -58,7 +58,7 @@ def test_fewer_sms_take_longer(host: WorkerHost, gpu: Device, artifacts: dict[st
     for partition in open_partitions(shares, gpu, "green"):
         measurer = Measurer(host, partition, 30, 8 << 30)
         result = measurer.measure(
-            job(artifacts["good"], effort=dataclasses.replace(RETIME, cold=True))
+            job(artifacts["good"], timing=dataclasses.replace(RETIME, cold=True))
         )
         assert result.failure is None and "cold-l2" in result.how
         seconds.append(result.seconds or 0.0)

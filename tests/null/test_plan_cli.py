@@ -20,7 +20,7 @@ from gpu_aware_tune.model.importer import TensorSpec
 from gpu_aware_tune.planning.curve_file import read_curve
 from gpu_aware_tune.planning.fleet import read_fleet
 from gpu_aware_tune.planning.planner import plan_workload
-from gpu_aware_tune.planning.schedule import Objective, plan_from_dict
+from gpu_aware_tune.planning.schedule import PlanObjective, plan_from_dict
 from gpu_aware_tune.profiling.curves import Curve, Point
 from gpu_aware_tune.profiling.profiles import group_by_model
 
@@ -150,7 +150,7 @@ def test_the_page_needs_nothing_else_and_follows_the_readers_colors(folder: Path
 
 def test_a_fleet_is_a_file(folder: Path, capsys: Capture) -> None:
     fleet = read_fleet(Path("fleet.toml"))
-    assert (fleet.margin, fleet.batching, fleet.objective) == (1.2, "padded", Objective.UNITS)
+    assert (fleet.margin, fleet.batching, fleet.objective) == (1.2, "padded", PlanObjective.UNITS)
     assert [(d.model, d.rate_per_s, d.slo_s, d.weight, d.cv) for d in fleet.demands] == [
         ("a", 50, 0.05, 1, 0),
         ("b2", 30.5, 0.1, 2, 1),
@@ -162,7 +162,7 @@ def test_a_fleet_is_a_file(folder: Path, capsys: Capture) -> None:
     assert facts["margin"] == 1.1
     assert facts["objective"] == "units"
     expected = plan_workload(
-        dataclasses.replace(fleet, margin=1.1).workload(), Objective.UNITS, 1.1
+        dataclasses.replace(fleet, margin=1.1).workload(), PlanObjective.UNITS, 1.1
     )
     assert plan_from_dict(facts, "") == expected
 

@@ -23,7 +23,7 @@ from gpu_aware_tune.planning.interference import Interference
 from gpu_aware_tune.planning.lanes import Occupancy, Workload
 from gpu_aware_tune.planning.placement import place
 from gpu_aware_tune.planning.planner import plan, plan_workload, workload
-from gpu_aware_tune.planning.schedule import Objective, Plan, check_plan, plan_from_dict
+from gpu_aware_tune.planning.schedule import Plan, PlanObjective, check_plan, plan_from_dict
 from gpu_aware_tune.planning.search import RATIO, largest_scale, scale_at
 
 
@@ -54,7 +54,7 @@ def check_promises(made: Plan, work: Workload) -> None:
 def test_every_plan_keeps_its_promises() -> None:
     for seed in range(INSTANCES):
         work = instance(seed)
-        for objective in Objective:
+        for objective in PlanObjective:
             check_promises(plan_workload(work, objective, why=False), work)
 
 
@@ -153,7 +153,7 @@ def test_no_plan_passes_the_bounds() -> None:
         work = dataclasses.replace(
             work, demands=tuple(dataclasses.replace(d, cv=0.0) for d in work.demands)
         )
-        made = plan_workload(work, Objective.GOODPUT, why=False)
+        made = plan_workload(work, PlanObjective.GOODPUT, why=False)
         bound = headroom_bound(work).value
         assert made.headroom <= bound * (1 + 1e-6)
         assert bound <= made.headroom_limit * (1 + 1e-6)
@@ -170,14 +170,14 @@ def test_goodput_serves_no_less_than_all_alike() -> None:
         work = scaled(work, 1.5 * headroom)
         worth = [
             sum(m.served_per_s * m.weight for m in plan_workload(work, kind, why=False).models)
-            for kind in (Objective.HEADROOM, Objective.GOODPUT)
+            for kind in (PlanObjective.HEADROOM, PlanObjective.GOODPUT)
         ]
         assert worth[1] >= worth[0] * 0.999
 
 
 def test_the_fewest_units_serve_the_rates_and_fewer_do_not() -> None:
     work = scaled(instance(1), 0.2)
-    made = plan_workload(work, Objective.UNITS)
+    made = plan_workload(work, PlanObjective.UNITS)
     assert made.fits
     assert made.units_used == best_grouping(Occupancy(work)).units
     assert all(0 <= model.lowest_per_s <= model.rate_per_s for model in made.models)

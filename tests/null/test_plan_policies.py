@@ -116,9 +116,9 @@ def test_weights_decide_who_is_served_when_not_all_can_be() -> None:
     work = mix(1.0)
     heavy = [dataclasses.replace(d, weight=50.0 if d.model == "c" else 1.0) for d in work.demands]
     work = scaled(dataclasses.replace(work, demands=tuple(heavy)), 2.0)
-    from gpu_aware_tune.planning.schedule import Objective
+    from gpu_aware_tune.planning.schedule import PlanObjective
 
-    made = plan_workload(work, Objective.GOODPUT, why=False)
+    made = plan_workload(work, PlanObjective.GOODPUT, why=False)
     outcome = simulate(ReservationPolicy(work, made), work, draw_arrivals(work, POISSON, 3.0), 3.0)
     assert outcome.models[2].attainment > 0.9
     assert min(model.attainment for model in outcome.models) < 0.8

@@ -18,7 +18,7 @@ from benchmarks.ranking import (
     resolvable,
     retest_error,
 )
-from gpu_aware_tune.measure import SEARCH, Effort
+from gpu_aware_tune.measure import SEARCH, TimingPolicy
 
 
 def test_tau_of_known_rankings() -> None:
@@ -77,8 +77,8 @@ def test_what_an_effort_would_give() -> None:
 
     noise = random.Random(0)
     noisy = [Series(1, tuple(s * noise.uniform(1, 1.5) for _ in range(50))) for s in long]
-    few, many = Effort(max_repeats=3), Effort(min_repeats=12, budget_s=1.0)
-    little, much = (resample(noisy, long, effort, 30, 0) for effort in (few, many))
+    few, many = TimingPolicy(max_repeats=3), TimingPolicy(min_repeats=12, budget_s=1.0)
+    little, much = (resample(noisy, long, timing, 30, 0) for timing in (few, many))
     assert little["tau"]["minimum"] < much["tau"]["minimum"] < 1
     assert little["seconds"] < much["seconds"]
 

@@ -104,7 +104,7 @@ def test_compared_kernels_take_turns_and_drift_meets_all_of_them() -> None:
 
 def test_a_kernel_that_is_behind_leaves_the_comparison_and_stays_behind() -> None:
     """The machine gets slower after the least number of repeats; who left never met that."""
-    effort = dataclasses.replace(RETIME, min_repeats=5, max_repeats=101, budget_s=9.0)
+    timing = dataclasses.replace(RETIME, min_repeats=5, max_repeats=101, budget_s=9.0)
 
     def timer_of(seconds: float) -> Timer:
         turns = itertools.count()
@@ -113,15 +113,15 @@ def test_a_kernel_that_is_behind_leaves_the_comparison_and_stays_behind() -> Non
             if repeat > 1:  # the probe
                 return [seconds] * repeat
             turn = next(turns)
-            slow = 1.5 if turn >= effort.min_repeats else 1.0
-            noise = 1 + 0.01 * (turn % 3)  # never as quiet as the effort asks for
+            slow = 1.5 if turn >= timing.min_repeats else 1.0
+            noise = 1 + 0.01 * (turn % 3)  # never as quiet as the timing asks for
             return [seconds * slow * noise]
 
         return timer
 
-    best, near, behind = compare([timer_of(1.00e-3), timer_of(1.01e-3), timer_of(1.10e-3)], effort)
+    best, near, behind = compare([timer_of(1.00e-3), timer_of(1.01e-3), timer_of(1.10e-3)], timing)
     assert best.seconds and near.seconds and behind.seconds
-    assert behind.repeats == effort.min_repeats < near.repeats == best.repeats
+    assert behind.repeats == timing.min_repeats < near.repeats == best.repeats
     assert best.seconds < near.seconds < behind.seconds
     assert behind.seconds / best.seconds == pytest.approx(1.10, rel=0.02)
 

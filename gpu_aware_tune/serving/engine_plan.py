@@ -23,7 +23,7 @@ from gpu_aware_tune.serving.model_queue import ModelQueue
 
 
 @dataclass(frozen=True)
-class Planned:
+class EnginePlan:
     """A workload, its plan, and the policy's name."""
 
     work: Workload
@@ -52,13 +52,13 @@ class Planned:
         return make_policy(self.policy, self.work, self.plan)
 
 
-def make_planned(
+def make_engine_plan(
     device: PlanDevice,
     demands: Sequence[Demand],
     curves: Mapping[str, MeasuredCurve],
     policy: str,
     margin: float = MARGIN,
-) -> Planned:
+) -> EnginePlan:
     """Plan; batch sizes are compiled in, so a batch in between runs padded.
 
     Raises:
@@ -67,12 +67,12 @@ def make_planned(
     work = workload(
         device, demands, [curves[demand.model] for demand in demands], margin, Batching.PADDED
     )
-    planned = Planned(work, plan_workload(work, margin=margin, why=False), policy)
+    planned = EnginePlan(work, plan_workload(work, margin=margin, why=False), policy)
     planned.fresh_policy()
     return planned
 
 
-def with_plan(planned: Planned, plan: Plan, source: str) -> Planned:
+def with_plan(planned: EnginePlan, plan: Plan, source: str) -> EnginePlan:
     """The same with another plan.
 
     Raises:
@@ -92,7 +92,9 @@ def with_plan(planned: Planned, plan: Plan, source: str) -> Planned:
             f" {', '.join(sorted(names))}"
         )
     ordered = tuple(by_name[name] for name in names)
-    return Planned(planned.work, dataclasses.replace(plan, models=ordered), ReservationPolicy.name)
+    return EnginePlan(
+        planned.work, dataclasses.replace(plan, models=ordered), ReservationPolicy.name
+    )
 
 
 def scaled(curve: MeasuredCurve, factor: float) -> MeasuredCurve:

@@ -13,7 +13,7 @@ from gpu_aware_tune.settings import RunSettings
 
 
 @dataclass(frozen=True)
-class Workload:
+class TaskSet:
     """The tasks of all models, heaviest first, and each model on each of its shares as a goal."""
 
     tasks: tuple[Task, ...]
@@ -62,7 +62,7 @@ class Known:
     spent: Mapping[str, int] = field(default_factory=dict)
 
 
-def recall(work: Workload, records: TaskRecords, resume: bool) -> Known:
+def recall(work: TaskSet, records: TaskRecords, resume: bool) -> Known:
     """Read what the records hold of a workload; with `resume` unset, as if they held nothing."""
     past = {t.hash: _past(t.hash, work, records) if resume else Past() for t in work.tasks}
     spent: Counter[str] = Counter()
@@ -71,7 +71,7 @@ def recall(work: Workload, records: TaskRecords, resume: bool) -> Known:
     return Known(records, past, spent)
 
 
-def allocation_of(work: Workload, known: Known, settings: RunSettings) -> Allocation:
+def allocation_of(work: TaskSet, known: Known, settings: RunSettings) -> Allocation:
     """An allocation that has taken in what is known; it counts as trials already spent."""
     allocation = Allocation(
         work.tasks, work.goals, settings.trials_per_iteration, settings.max_trials_per_task
@@ -85,7 +85,7 @@ def allocation_of(work: Workload, known: Known, settings: RunSettings) -> Alloca
     return allocation
 
 
-def _past(task: str, work: Workload, records: TaskRecords) -> Past:
+def _past(task: str, work: TaskSet, records: TaskRecords) -> Past:
     units = work.units_of(task)
     found: dict[str, dict[int, float]] = {}
     origins: dict[str, str] = {}
