@@ -194,9 +194,9 @@ def matrices() -> dict[str, np.ndarray]:
 
 
 def onnxruntime_timer(
-    model: bytes, inputs: dict[str, np.ndarray], threads: int
+    model: bytes | str, inputs: dict[str, np.ndarray], threads: int
 ) -> tuple[Timer, list[np.ndarray]]:
-    """ONNX Runtime as a contestant, and its outputs."""
+    """ONNX Runtime as a contestant, and its outputs; `model` is a file's content or its path."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -38,7 +38,7 @@ import numpy as np
 
 from benchmarks.environment import RESULTS, ROOT, environment, stamp, version, write_results
 from benchmarks.light_models import light_models, write_seeded
-from benchmarks.model_latency import compiled, summary
+from benchmarks.model_latency import compiled, onnxruntime_timer, summary
 from benchmarks.scaffold import FLAG, Timer, die_with_parent, parser, sampled, tell, told
 
 RESULTS_FILE = RESULTS / "peers-cpu.json"
@@ -324,16 +324,7 @@ def _inputs(path: Path, fixed: Mapping[str, tuple[int, ...]]) -> Inputs:
 def _onnxruntime(
     path: Path, threads: int, fixed: Mapping[str, tuple[int, ...]], _folder: str | None
 ) -> tuple[Timer, list[np.ndarray]]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    inputs = _inputs(path, fixed)
-    outputs = session.run(names, inputs)
-    return lambda seconds: sampled(lambda: session.run(names, inputs), seconds), outputs
+    return onnxruntime_timer(str(path), _inputs(path, fixed), threads)
 
 
 def _openvino(
