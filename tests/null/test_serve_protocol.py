@@ -512,8 +512,7 @@ def test_fuzzed_messages_are_decoded_or_refused() -> None:
 
 
 def test_messages_live_beside_those_of_a_client_library() -> None:
-    service_pb2 = pytest.importorskip("tritonclient.grpc.service_pb2")
-    model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from tritonclient.grpc import model_config_pb2, service_pb2
 
     def facts(field: Any) -> tuple[Any, ...]:
         choice = field.containing_oneof
