@@ -6,7 +6,8 @@
 
 The files are not part of the repository: `benchmarks.export_models` writes them, and packages ship
 others. Each row says whether the command ended with a verified library,
-how long it took to the first measurement and in all, the peak memory of its processes, and the error.
+how long it took to the first measurement and in all, the records that it added to the store, the peak
+memory of its processes, and the error.
 With `--again` the store of an earlier call is used, in which nothing should be left to search, and rows
 of other models stay in the results file.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, environment, stamp, write_results
+from gpu_aware_tune.records.store import Store
 
 STORE = ROOT / "build" / "real-models"
 FIRST = "measuring the baseline schedules"  # the line that is printed before the first measurement
@@ -82,6 +84,7 @@ def tuned(path: Path, trials: int, time_given: str | None, limit_s: float) -> di
         str(STORE / f"{path.stem}.tuned"),
     ]
     command += ["--time", time_given] if time_given else []
+    newest = last_record()
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(
@@ -105,6 +108,7 @@ def tuned(path: Path, trials: int, time_given: str | None, limit_s: float) -> di
         "first_measurement_s": first_s,
         "peak_mb": usage.ru_maxrss / 1024,
         "model_mb": path.stat().st_size / 2**20,
+        "new_records": last_record() - newest,
         "warnings": [line for line in lines if line.startswith("warning")],
         "verified": False,
         "error": next((line for line in reversed(lines) if line.startswith("error")), None),
@@ -123,10 +127,19 @@ def tuned(path: Path, trials: int, time_given: str | None, limit_s: float) -> di
     return row
 
 
+def last_record() -> int:
+    """The newest record's number in the common store."""
+    if not STORE.exists():
+        return 0
+    with Store(STORE, readonly=True) as store:
+        return store.last_id()
+
+
 def show(name: str, row: dict[str, Any]) -> None:
     """One line of the table."""
     if row["verified"]:
-        text = f"verified, error {row['max_error']:.1e}, {row['tuned_ms']:.2f} ms"
+        text = f"verified, error {row['max_error']:.1e}, {row['tuned_ms']:.2f} ms,"
+        text += f" {row['new_records']} new records"
     else:
         text = row["error"] or f"exit code {row['exit_code']}"
     first = f"{row['first_measurement_s']:.1f}" if row["first_measurement_s"] else "-"
