@@ -1,10 +1,14 @@
-"""Which backends there are, which one a run uses and why, and opening partitions with it."""
+"""Which backends there are, which one a run uses and why, and opening partitions with it.
+
+A new backend is a subclass of `Partition` in a module of its own and one entry in `_BACKENDS`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
 from gpu_aware_tune.partition import cores, green, mig, mps
@@ -22,12 +26,28 @@ from gpu_aware_tune.partition.shares import (
 )
 from gpu_aware_tune.partition.topology import usable_cores
 
-GPU_BACKENDS = ("mig", "green", "mps", "full")  # in the order in which `auto` prefers them
-BACKENDS = ("cores", *GPU_BACKENDS)
-_OF_KIND = {"llvm": ("cores",), "cuda": GPU_BACKENDS, "null": ("null",)}
-# Backends whose partitions measure at the same time, in the order in which `auto` then prefers them:
-# green contexts do so in one process (`Partition.slices_share_worker`), which a fault ends for all.
-SIDE_BY_SIDE = ("cores", "null", "mig", "mps", "green")
+Shares = Sequence[Share]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to make shares of a device real.
+
+    Args:
+        kind: of device that it is for.
+        probe: GPU number -> one phrase for what it offers here; raises `TuneError` with the reason
+            where it cannot be had.
+        units: (percent, device) -> the units that such a share comes to.
+        open: (shares, disjoint) -> a partition for each; `disjoint`: no unit in common.
+        open_slices: (shares of each slice, largest first) -> a partition for each, slices without a
+            common unit; None where two slices cannot be measured at the same time.
+    """
+
+    kind: str
+    probe: Callable[[int], str]
+    units: Callable[[int, Device], int]
+    open: Callable[[Shares, bool], Sequence[Partition]]
+    open_slices: Callable[[Sequence[Shares]], Sequence[Sequence[Partition]]] | None = None
 
 
 def probe_backends(index: int = 0) -> list[Availability]:
@@ -49,7 +69,7 @@ def choose_backend(
         percents: the shares.
         side_by_side: `auto` prefers a backend whose shares can be measured at the same time.
     """
-    allowed = _OF_KIND[device.kind]
+    allowed = [name for name, backend in _BACKENDS.items() if backend.kind == device.kind]
     if wanted != "auto":
         if wanted not in allowed:
             raise UserError(
@@ -81,28 +101,15 @@ def share_of(device: Device, percent: int, backend: str = "auto") -> Share:
     check_percent(percent)
     if backend == "auto":
         backend, _ = choose_backend(device, percents=(percent,))
-    if backend not in (*BACKENDS, "null"):
+    if backend not in _BACKENDS:
         raise UserError(
             f"--partition {backend!r} is not known; allowed: auto, {', '.join(BACKENDS)}"
         )
-    if backend == "full" and percent != 100:
-        raise UserError(
-            f"--partition full is the whole GPU; {percent} % needs {', '.join(GPU_BACKENDS[:-1])}"
-        )
-    if backend == "mig":
-        wanted = percent * device.units_total // 100
-        units = mig.choose_instance(mig.find_instances(device.index), wanted).sm_count
-    elif backend == "green":
-        units = green_units(percent, device)
-    elif backend == "mps":
-        units = mps_units(percent, device.units_total)
-    else:
-        units = core_units(percent, device.units_total)
-    return Share(percent, units, device)
+    return Share(percent, _BACKENDS[backend].units(percent, device), device)
 
 
 def open_partitions(
-    shares: Sequence[Share], device: Device, backend: str = "auto", *, disjoint: bool = False
+    shares: Shares, device: Device, backend: str = "auto", *, disjoint: bool = False
 ) -> list[Partition]:
     """Open one partition for each share, in their order, all of one backend.
 
@@ -119,27 +126,10 @@ def open_partitions(
     """
     device.require_measurable()
     backend, _ = choose_backend(device, backend, [share.percent for share in shares])
-    if backend == "null":
-        return [NullPartition(share) for share in shares]
-    if backend == "cores":
-        units = [share.units for share in shares]
-        chosen = cores.choose_cores(units, disjoint)
-        pairs = zip(shares, chosen, strict=True)
-        return [cores.CoresPartition(share, own, max(units)) for share, own in pairs]
-    if backend == "green":
-        return list(green.plan_partitions(shares, disjoint))
-    if backend == "mps":
-        return list(mps.start_partitions(shares))
-    if backend == "mig":
-        return list(mig.place(shares, disjoint))
-    if disjoint and len(shares) > 1:
-        raise SetupError("backend full is one share: it cannot hold several side by side")
-    return [FullPartition(share) for share in shares]
+    return list(_BACKENDS[backend].open(shares, disjoint))
 
 
-def open_slices(
-    slices: Sequence[Sequence[Share]], device: Device, backend: str
-) -> list[list[Partition]]:
+def open_slices(slices: Sequence[Shares], device: Device, backend: str) -> list[list[Partition]]:
     """Open disjoint slices of a device, and in each of them a partition for each of its shares.
 
     An MPS client is limited in how many SMs it uses, not in which: slices under MPS are disjoint as
@@ -155,28 +145,11 @@ def open_slices(
     """
     if len(slices) == 1:
         return [open_partitions(slices[0], device, backend)]
-    if backend not in SIDE_BY_SIDE:
+    opened = _BACKENDS[backend].open_slices
+    if opened is None:
         raise SetupError(f"backend {backend} cannot measure several slices at the same time")
-    if backend == "cores":
-        device.require_measurable()
-        places = cores.choose_cores([shares[0].units for shares in slices], disjoint=True)
-        return [
-            [cores.CoresPartition(share, own[: share.units]) for share in shares]
-            for shares, own in zip(slices, places, strict=True)
-        ]
-    if backend == "green":
-        device.require_measurable()
-        return [list(own) for own in green.place_slices(slices)]
-    if backend == "null":
-        ends = list(itertools.accumulate(shares[0].units for shares in slices))
-        return [
-            [NullPartition(share, seen=range(end - shares[0].units, end)[: share.units])
-             for share in shares]
-            for shares, end in zip(slices, ends, strict=True)
-        ]  # fmt: skip
-    flat = [share for shares in slices for share in shares]
-    opened = iter(open_partitions(flat, device, backend, disjoint=backend == "mig"))
-    return [[next(opened) for _ in shares] for shares in slices]
+    device.require_measurable()
+    return [list(own) for own in opened(slices)]
 
 
 def check_disjoint(slices: Sequence[Sequence[Partition]]) -> bool:
@@ -213,15 +186,8 @@ def _require(backend: str, index: int) -> None:
 
 
 def _probe(backend: str, index: int) -> Availability:
-    checks: dict[str, Callable[[int], str]] = {
-        "cores": _cores_reason,
-        "mig": _mig_reason,
-        "green": _green_reason,
-        "mps": _mps_reason,
-        "full": _gpu_reason,
-    }
     try:
-        return Availability(backend, True, checks[backend](index))
+        return Availability(backend, True, _BACKENDS[backend].probe(index))
     except TuneError as error:
         return Availability(backend, False, str(error))
     except Exception as error:  # a broken driver must not break `tune doctor`
@@ -263,3 +229,93 @@ def _mps_reason(index: int) -> str:
     if query_gpus()[0][index].mps:
         raise SetupError("this process already runs under another MPS daemon")
     return f"{mps.CONTROL} is there"
+
+
+def _core_share(percent: int, device: Device) -> int:
+    return core_units(percent, device.units_total)
+
+
+def _open_cores(shares: Shares, disjoint: bool) -> list[Partition]:
+    units = [share.units for share in shares]
+    chosen = cores.choose_cores(units, disjoint)
+    pairs = zip(shares, chosen, strict=True)
+    return [cores.CoresPartition(share, own, max(units)) for share, own in pairs]
+
+
+def _core_slices(slices: Sequence[Shares]) -> list[list[Partition]]:
+    places = cores.choose_cores([shares[0].units for shares in slices], disjoint=True)
+    return [
+        [cores.CoresPartition(share, own[: share.units]) for share in shares]
+        for shares, own in zip(slices, places, strict=True)
+    ]
+
+
+def _null_slices(slices: Sequence[Shares]) -> list[list[Partition]]:
+    ends = list(itertools.accumulate(shares[0].units for shares in slices))
+    return [
+        [NullPartition(share, seen=range(end - shares[0].units, end)[: share.units])
+         for share in shares]
+        for shares, end in zip(slices, ends, strict=True)
+    ]  # fmt: skip
+
+
+def _mig_share(percent: int, device: Device) -> int:
+    wanted = percent * device.units_total // 100
+    return mig.choose_instance(mig.find_instances(device.index), wanted).sm_count
+
+
+def _mps_share(percent: int, device: Device) -> int:
+    return mps_units(percent, device.units_total)
+
+
+def _full_share(percent: int, device: Device) -> int:
+    if percent != 100:
+        raise UserError(
+            f"--partition full is the whole GPU; {percent} % needs {', '.join(GPU_BACKENDS[:-1])}"
+        )
+    return device.units_total
+
+
+def _open_full(shares: Shares, disjoint: bool) -> list[Partition]:
+    if disjoint and len(shares) > 1:
+        raise SetupError("backend full is one share: it cannot hold several side by side")
+    return [FullPartition(share) for share in shares]
+
+
+def _one_after_another(
+    opened: Callable[[Shares], Sequence[Partition]],
+) -> Callable[[Sequence[Shares]], list[list[Partition]]]:
+    """Slices of a backend that places each share by itself."""
+
+    def open_all(slices: Sequence[Shares]) -> list[list[Partition]]:
+        partitions = iter(opened([share for shares in slices for share in shares]))
+        return [[next(partitions) for _ in shares] for shares in slices]
+
+    return open_all
+
+
+# Those of a device in the order in which `auto` prefers them.
+_BACKENDS = {
+    "cores": Backend("llvm", _cores_reason, _core_share, _open_cores, _core_slices),
+    "mig": Backend(
+        "cuda", _mig_reason, _mig_share, mig.place,
+        _one_after_another(lambda shares: mig.place(shares, True)),
+    ),
+    "green": Backend(
+        "cuda", _green_reason, green_units, green.plan_partitions, green.place_slices
+    ),
+    "mps": Backend(
+        "cuda", _mps_reason, _mps_share, lambda shares, _disjoint: mps.start_partitions(shares),
+        _one_after_another(mps.start_partitions),
+    ),
+    "full": Backend("cuda", _gpu_reason, _full_share, _open_full),
+    "null": Backend(
+        "null", lambda _index: "for tests", _core_share,
+        lambda shares, _disjoint: [NullPartition(share) for share in shares], _null_slices,
+    ),
+}  # fmt: skip
+BACKENDS = tuple(name for name, backend in _BACKENDS.items() if backend.kind != "null")
+GPU_BACKENDS = tuple(name for name, backend in _BACKENDS.items() if backend.kind == "cuda")
+# Backends whose partitions measure at the same time, in the order in which `auto` then prefers them:
+# green contexts do so in one process (`Partition.slices_share_worker`), which a fault ends for all.
+SIDE_BY_SIDE = ("cores", "null", "mig", "mps", "green")

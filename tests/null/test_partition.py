@@ -25,6 +25,8 @@ from mock_gpu.in_process import MockGpu
 
 from gpu_aware_tune.errors import SetupError, TuneError, UserError
 from gpu_aware_tune.partition import (
+    BACKENDS,
+    SIDE_BY_SIDE,
     Device,
     NullPartition,
     Partition,
@@ -51,10 +53,17 @@ from gpu_aware_tune.partition import (
 from gpu_aware_tune.partition.driver import DriverError, call
 from gpu_aware_tune.partition.gpu_query import GpuFacts
 from gpu_aware_tune.partition.shares import mps_percentage
+from gpu_aware_tune.settings import PARTITIONS
 
 ALL = ("cores", "null", "full", "green", "mps", "mig")
 CORES = len(topology.usable_cores())
 INSTANCES = "16,32,60"  # MIG instances, by their SMs
+
+
+def test_the_lists_of_backends_agree() -> None:
+    assert set(PARTITIONS) == {"auto", "null", *BACKENDS} and set(ALL) == {"null", *BACKENDS}
+    several = {name for name, backend in backends._BACKENDS.items() if backend.open_slices}
+    assert set(SIDE_BY_SIDE) == several
 
 
 def cpu(total: int = CORES) -> Device:
