@@ -5,7 +5,7 @@
 Each convolution of resnet50 that is repeated, batch 1, with an input that is padded already:
 
     plain      NCHW, as the product computes it, with the ReLU that follows: the fastest of its
-               default schedules
+               baseline schedules
     blocked    NCHW16c: input, weights and result in blocks of as many channels as a vector has
                lanes; the fastest of a few register tiles written by hand
     reduced    the same, with the sum over one block of input channels at a time, so that a block of
@@ -41,7 +41,7 @@ from benchmarks.model_latency import (
 )
 from benchmarks.scaffold import Timer, parser, take_turns
 from gpu_aware_tune.kernels.packing import LAYOUT_FREE, without_packing
-from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.schedules.cpu import machine_of
 from gpu_aware_tune.library.threads import CoreThread
 
@@ -132,7 +132,7 @@ def candidates(
 ) -> Iterator[tuple[str, tvm.IRModule]]:
     """Scheduled kernels, each named by its kind first; all take the weights packed already."""
     plain = tvm.IRModule({"main": nchw(convolution).with_attr(LAYOUT_FREE, [1])})
-    for number, schedule in enumerate(default_schedules(plain, target)):
+    for number, schedule in enumerate(baseline_schedules(plain, target)):
         yield f"plain {number}", without_packing(schedule.mod)
     lanes = machine_of(target).lanes
     kernel = tvm.IRModule({"main": blocked(convolution, lanes)})

@@ -4,7 +4,7 @@
     python -m benchmarks.curves --models squeezenet --rounds 2 --seconds 0.1 --switches 200
     python -m benchmarks.curves --slim version-slim-320.onnx      # a model of few weights too
 
-sizes      bytes of a folder with 1, 2 and 4 shares (the default schedules for 1 to 4 cores) that
+sizes      bytes of a folder with 1, 2 and 4 shares (the baseline schedules for 1 to 4 cores) that
            were compiled together, equal kernels once; of 4 shares with a library each; and of 4
            shares of which no kernel is equal (by adding up)
 load       seconds of `load` in a fresh process, TVM's import left out, with and without preload

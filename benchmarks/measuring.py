@@ -132,11 +132,11 @@ class Bench:
 
     def compare(self, task: Any, count: int) -> dict[str, Any]:
         """Draw, build and measure one task's candidates; gives its row."""
-        from gpu_aware_tune.kernels.schedules import default_schedules
+        from gpu_aware_tune.kernels.schedules import baseline_schedules
         from gpu_aware_tune.kernels.traces import UNSCHEDULED, trace_to_json
 
         self._builders.add_task(task.hash, task.module_json)
-        untuned = [trace_to_json(s.trace) for s in default_schedules(task.module, self.tvm_target)]
+        untuned = [trace_to_json(s.trace) for s in baseline_schedules(task.module, self.tvm_target)]
         (sentinel,) = self.built(task, [untuned[0] if untuned else UNSCHEDULED])
         paths = self.built(task, self.drawn(task, count))
         visits = self.visits(task, paths, sentinel)

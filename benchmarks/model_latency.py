@@ -6,8 +6,8 @@
     python -m benchmarks.model_latency --sides nchw,untuned --models all    # what blocks bring
 
 plain      TVM's build without any schedule
-nchw       ours with the default schedules, every image in the layout that ONNX gives it
-untuned    ours with the default schedules, nothing searched
+nchw       ours with the baseline schedules, every image in the layout that ONNX gives it
+untuned    ours with the baseline schedules, nothing searched
 tuned      a library of ours, from --tuned or --tune
 ort        ONNX Runtime with as many threads, on the same folded graph
 
@@ -165,14 +165,14 @@ def compiled(model: Any, target: Any, kind: str, path: Path) -> Path:
 
 
 def default_traces(model: Any, target: Any) -> dict[str, str]:
-    """A model's default schedules, by task."""
-    from gpu_aware_tune.kernels.schedules import default_schedules
+    """A model's baseline schedules, by task."""
+    from gpu_aware_tune.kernels.schedules import baseline_schedules
     from gpu_aware_tune.kernels.traces import trace_to_json
     from gpu_aware_tune.model.tasks import extract
 
     traces = {}
     for task in extract(model, target):
-        for schedule in default_schedules(task.module, target, most=1):
+        for schedule in baseline_schedules(task.module, target, most=1):
             traces[task.hash] = trace_to_json(schedule.trace)
     return traces
 

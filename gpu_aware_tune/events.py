@@ -32,10 +32,10 @@ class StageName(StrEnum):
 class Origin(StrEnum):
     """Where a candidate comes from."""
 
-    DEFAULT = "default"  # the baseline schedule
+    BASELINE = "default"  # a baseline schedule
     SEED = "seed"  # records of other units or devices
     SEARCH = "search"
-    PLAIN = "plain"  # the unscheduled kernel, where nothing else ran
+    UNSCHEDULED = "plain"  # plain loops, where nothing else ran
 
 
 class StoppedBy(StrEnum):
@@ -68,7 +68,7 @@ class Stage:
 class TaskPlan:
     """One task as the run sees it before the first trial.
 
-    `known` counts the measurements that the record store already holds for the asked units.
+    `known` counts the trials of earlier runs that the record store holds on all of the asked units.
     """
 
     name: str

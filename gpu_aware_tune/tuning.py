@@ -22,7 +22,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu_aware_tune.events import Event, Finished, Note, Stage, StageName
+from gpu_aware_tune.events import Event, Finished, Note, Planned, Stage, StageName
 from gpu_aware_tune.run.checks import check_files
 from gpu_aware_tune.run.jobs import TuningJob, divide, make_jobs
 from gpu_aware_tune.search.budget import StopRequest
@@ -174,7 +174,7 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
         oracles = start_oracles(session, job.goals)
         models = yield from import_models(session, job.goals)
         models = yield from choose_shares(session, models)
-        models, work, known = yield from recall_models(session, models)
+        models, work, known = yield from recall_models(session, models, job.relatives)
         yield from plans(session, models, work, known)
         if settings.dry_run:
             return
@@ -182,11 +182,14 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
         workers = yield from start_workers(session, models, work)
         checked = yield from check_models(session, models, oracles, workers)
         workers = checked.workers
-        times, notes = divide_time(session, checked.seconds, sum(len(m.units) for m in models))
+        times, notes = divide_time(session, checked.seconds, sum(len(m.shares) for m in models))
         yield from notes
         found = yield from run_search(session, models, work, known, workers, times.search_s)
         yield Stage(StageName.RETIME, "measuring the best again, alone")
-        reorders = yield from retime(work, found, records, settings, workers.pools, times.retime_s)
+        pools = workers.pools
+        reorders = yield from retime(
+            work, found, records, settings, pools, times.retime_s, session.stop
+        )
         drift = measure_drift(work, records, workers.pipeline, settings.measure_s)
         chosen = yield from choose_kernels(session, models, records, workers, checked.passed)
         built = yield from build_libraries(session, chosen, records, workers, times.rounds)
@@ -201,10 +204,13 @@ def _tune_batches(job: TuningJob, stop: StopRequest | None) -> Generator[Event, 
 
     (goal,) = job.goals
     finished: dict[int, Finished] = {}
+    relatives: dict[str, str] = {}  # of the first batch size: its kernels seed the others' search
     with staging(goal.output) as folder:
         for batch, part in divide_batches(job, folder).items():
             yield Note(f"batch size {batch}")
-            for event in tune_jobs(part, stop):
+            for event in tune_jobs(dataclasses.replace(part, relatives=relatives), stop):
+                if isinstance(event, Planned) and not relatives:
+                    relatives = {task.name: task.hash for task in event.tasks}
                 if isinstance(event, Finished):
                     finished[batch] = event
                 else:

@@ -28,8 +28,8 @@ def compile_model(
     Args:
         model: what `load_model` gave.
         target: what to compile for.
-        traces: trace JSON by task hash. A task without one keeps plain loops on a CPU and gets
-            TVM's rule-made schedule on a GPU, where plain loops are not valid.
+        traces: trace JSON by task hash. A task without one stays unscheduled on a CPU and gets
+            TVM's rule-made schedule on a GPU, where an unscheduled kernel is not valid.
 
     Returns:
         An executable whose `main` takes the inputs, then the weights as `packing.packed` gives them.

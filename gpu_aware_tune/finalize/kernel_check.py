@@ -35,7 +35,7 @@ _TF32 = 4 * ROUNDING  # of one product's two factors, twice over
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """A scheduled kernel against its plain loops; `max_error` is relative, `allowed` its limit."""
+    """A scheduled kernel against the unscheduled one; `max_error` is relative, `allowed` its limit."""
 
     ok: bool
     max_error: float
@@ -45,12 +45,12 @@ class KernelCheck:
 def verify_kernel(
     module: tvm.IRModule, trace_json: str, target: tvm.target.Target, seed: int
 ) -> KernelCheck:
-    """Run a scheduled kernel and its plain loops on the same random inputs.
+    """Run a scheduled kernel and the unscheduled one on the same random inputs.
 
     Args:
         module: the unscheduled kernel.
-        trace_json: the schedule; "" for the plain loops, which are right by definition.
-        target: what the kernel is built for; the plain loops always run on the CPU.
+        trace_json: the schedule; "" for the unscheduled kernel, which is right by definition.
+        target: what the kernel is built for; the unscheduled one always runs on the CPU.
         seed: of the inputs.
     """
     if not trace_json:

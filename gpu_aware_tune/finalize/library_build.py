@@ -200,7 +200,7 @@ def time_on(
     """Seconds of one inference of each library on a partition, in a worker of its own.
 
     The libraries take turns, so that drift of the machine meets all of them alike, and the lowest
-    tenth of each is told, as for kernels: on a shared machine disturbances only ever add time.
+    tenth of each counts, as for kernels: on a shared machine disturbances only ever add time.
     """
     args = (
         {name: str(path) for name, path in libraries.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,19 @@ from gpu_aware_tune.events import Event, Note, Origin
 from gpu_aware_tune.measure import RETIME, SEARCH, ComparisonJob, TimingPolicy
 from gpu_aware_tune.model.tasks import Task
 from gpu_aware_tune.records.task_records import TaskRecords
+from gpu_aware_tune.search.budget import StopRequest
 from gpu_aware_tune.search.candidates import Candidate
 from gpu_aware_tune.search.objectives import one_for_all, usable
 from gpu_aware_tune.search.pools import Pools
-from gpu_aware_tune.search.stage import SearchResult, Workers
+from gpu_aware_tune.search.sources import CandidatePipeline
+from gpu_aware_tune.search.stage import SearchResult
 from gpu_aware_tune.search.task_set import TaskSet, latency_s
 from gpu_aware_tune.settings import RunSettings
 
 _LEAST_PART = 0.002  # tasks below this part of a model's latency are not measured again
 _HEAVY = 0.05  # tasks from this part on get all of the time that a comparison may take
 _LEAST = 0.2  # the part of that time that any task gets
+_STOPPING_S = 10.0  # left to measure the heaviest tasks' kernels again after a wish to stop
 _DRIFT_TASKS = 3  # the heaviest tasks of a model, for the drift of the machine
 
 
@@ -40,6 +44,7 @@ def retime(
     settings: RunSettings,
     pools: Pools,
     time_s: float | None = None,
+    stop: StopRequest | None = None,
 ) -> Generator[Event, None, dict[tuple[str, int], Reorder]]:
     """Measure each task's best schedules again: longer, in turns, with nothing else running.
 
@@ -54,23 +59,24 @@ def retime(
         settings: of the run; `top_k` schedules of each task take part.
         pools: to build and measure with.
         time_s: the time this may take; the heaviest tasks come first. None: all of them.
+        stop: once it is requested, before or meanwhile, a few seconds are left.
 
     Returns:
         What the second look changed, by task hash and units.
     """
-    until = None if time_s is None else time.monotonic() + time_s
+    limit = _Limit(time_s, stop or StopRequest())
     parts = _Parts(work, found)
     wanted = {t.hash: _finalists(work, t, records, settings, parts) for t in work.tasks}
     wanted = {task: by_units for task, by_units in wanted.items() if by_units}
     artifacts: dict[str, dict[str, str]] = {}
-    if until is None or time.monotonic() < until:
+    if not limit.reached():
         artifacts = _build(pools.builders, wanted)
     reorders = {}
     for task in work.tasks:
         paths = artifacts.get(task.hash, {})
         for units in work.units_of(task.hash):
             traces = [t for t in wanted.get(task.hash, {}).get(units, ()) if t in paths]
-            if not traces or (until is not None and time.monotonic() > until):
+            if not traces or limit.reached():
                 continue
             files = tuple(paths[trace] for trace in traces)
             comparison = ComparisonJob(files, task.args, task.hash, parts.timing(task.hash, units))
@@ -93,7 +99,7 @@ def retime(
 
 
 def measure_drift(
-    work: TaskSet, records: TaskRecords, pipeline: Workers, measure_s: float
+    work: TaskSet, records: TaskRecords, pipeline: CandidatePipeline, measure_s: float
 ) -> dict[str, dict[str, float]]:
     """Measure the heaviest baseline schedules of each model once more, as the search did.
 
@@ -110,7 +116,7 @@ def measure_drift(
             record = records.baseline(task.hash, units[0])
             if record is not None:
                 names[task.hash] = task.name
-                candidates.append(Candidate(task.hash, record.trace, Origin.DEFAULT))
+                candidates.append(Candidate(task.hash, record.trace, Origin.BASELINE))
                 same = {u: records.baseline(task.hash, u) for u in units}
                 first[task.hash] = {
                     u: r.seconds for u, r in same.items()
@@ -124,6 +130,22 @@ def measure_drift(
             and (before := first[outcome.candidate.task].get(units))
         }
     return drift
+
+
+class _Limit:
+    """How long the best are measured again; a wish to stop shortens it."""
+
+    def __init__(self, time_s: float | None, stop: StopRequest) -> None:
+        self._until = math.inf if time_s is None else time.monotonic() + time_s
+        self._stop = stop
+        self._stopping = False
+
+    def reached(self) -> bool:
+        """Whether the time is over."""
+        now = time.monotonic()
+        if self._stop.requested and not self._stopping:
+            self._stopping, self._until = True, min(self._until, now + _STOPPING_S)
+        return now > self._until
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gpu_aware_tune.settings import Objective, RunSettings
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of one task on one share; `trace` "" stands for the plain loops."""
+    """The kernel of one task on one share; `trace` "" stands for the unscheduled kernel."""
 
     task: Task
     units: int
@@ -57,13 +57,16 @@ def choose(
     """
     passed = set(verified)
     refused: set[tuple[str, str]] = set()  # of those that no record tells to be wrong
-    places = [tuple(units)] if settings.objective.one_set else [(count,) for count in units]
-    open_ = [(task, place) for task in tasks for place in places]
+    groups = [tuple(units)] if settings.objective.one_set else [(count,) for count in units]
+    undecided = [(task, group) for task in tasks for group in groups]
     seed = settings.seed if settings.verify else None
     unfit = 0
     chosen: list[Choice] = []
-    while open_:
-        picked = [_best(t, p, records, settings.objective, baselines, refused) for t, p in open_]
+    while undecided:
+        picked = [
+            _best(task, group, records, settings.objective, baselines, refused)
+            for task, group in undecided
+        ]
         todo = {
             (choices[0].task.hash, choices[0].trace): choices[0]
             for choices in picked
@@ -81,13 +84,13 @@ def choose(
                 continue
             records.mark_wrong(choice.task.hash, units, choice.trace)
             yield Note(f"{choice.task.name}: a kernel was wrong ({problem})", Level.WARNING)
-        again = []
-        for place, choices in zip(open_, picked, strict=True):
+        retry = []
+        for pair, choices in zip(undecided, picked, strict=True):
             if (choices[0].task.hash, choices[0].trace) in refused:
-                again.append(place)
+                retry.append(pair)
             else:
                 chosen += choices
-        open_ = again
+        undecided = retry
     if unfit:
         yield Note(f"{unfit} schedules in the records do not fit their kernels; left out")
     return tuple(chosen)
@@ -103,18 +106,21 @@ def _best(
 ) -> list[Choice]:
     """The best kernel of a task for some units together; where nothing has run, by rule.
 
-    What was measured again goes first: a quick number that happens to be low must not win.
+    What was measured again goes first: a quick number that happens to be low must not win. That holds
+    where some kernel was measured again on each of the units; those of one alone say nothing of
+    the others.
     """
     found = {u: records.all(task.hash, u) for u in units}
     known = usable(found)
-    again = usable({u: [r for r in own if r.retimed] for u, own in found.items()})
+    retimed = {u: [r for r in own if r.retimed] for u, own in found.items()}
+    again = usable(retimed) if all(retimed.values()) else {}
     ranked = one_for_all(again, objective) or one_for_all(known, objective)
     if not ranked:
         first = next((t for t in baselines[task.hash] if (task.hash, t) not in refused), "")
-        origin = Origin.DEFAULT if first else Origin.PLAIN
+        origin = Origin.BASELINE if first else Origin.UNSCHEDULED
         return [Choice(task, count, first, 0.0, origin) for count in units]
     trace = ranked[0][0]
-    origin = Origin.PLAIN
+    origin = Origin.UNSCHEDULED
     if trace:
         origin = Origin(next(r.origin for r in found[units[0]] if r.trace == trace))
     return [Choice(task, u, trace, known[trace].get(u, 0.0), origin) for u in units]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gpu_aware_tune.partition import Partition
 
 _OPEN_TIMEOUT_S = 60.0
-_SLICE_S = 0.1
+_POLL_S = 0.1
 # After a fault a GPU may need a moment: an MPS server takes clients again when all of the faulting
 # ones have left.
 _REOPEN_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
@@ -76,14 +76,14 @@ class BaseMeasurer(ABC):
     def measure(self, job: Job) -> Measurement:
         """Measure one artifact and wait; always returns, whatever the artifact does."""
         self.submit(job)
-        while (result := self.collect(_SLICE_S)) is None:
+        while (result := self.collect(_POLL_S)) is None:
             pass
         return result
 
     def compare(self, comparison: ComparisonJob) -> tuple[Measurement, ...]:
         """Measure several artifacts in turns and wait; a fault of one is the failure of all."""
         self.submit(comparison)
-        while (answer := self._answer(_SLICE_S)) is None:
+        while (answer := self._answer(_POLL_S)) is None:
             pass
         return answer if isinstance(answer, tuple) else (answer,) * len(comparison.paths)
 

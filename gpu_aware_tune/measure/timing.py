@@ -1,4 +1,4 @@
-"""Adaptive timing: measure as little as decides (design decision 3).
+"""Adaptive timing: measure as little as decides.
 
 A probe of about a millisecond comes first. A candidate clearly slower than the best one known stops
 there; the others are repeated until the spread is small or the time is used up. The timer is passed

@@ -57,7 +57,7 @@ def extract(model: Model, target: tvm.target.Target) -> list[Task]:
         module = extracted.dispatched[0]
         args = _args(module)
         if args is None:
-            continue  # dynamic shapes cannot be tuned; the library keeps its plain loops
+            continue  # dynamic shapes cannot be tuned; the library keeps its unscheduled kernel
         tasks.append(
             Task(
                 hash=task_hash(module),

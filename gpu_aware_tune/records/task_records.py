@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,6 +67,11 @@ class TaskRecords:
     def seeds(self, task: str, units: int, count: int) -> list[Record]:
         """The best schedules that the task has on other units or devices of the same kind."""
         return self.store.seeds(self.keys[task, units], count)
+
+    def relative(self, task: str, units: int, other: str) -> list[Record]:
+        """What the store holds of another task under a task's key: `usable` kernels, best first."""
+        found = self.store.all(dataclasses.replace(self.keys[task, units], task=other))
+        return decisive(record for record in found if record.usable)
 
     def from_others(self, last_id: int, runs: Sequence[int]) -> list[Record]:
         """What runs in other processes have added for these tasks since; see `Store.added_since`."""

@@ -60,7 +60,7 @@ def memory_database(
 
     Args:
         modules: the tasks' unscheduled modules by task hash.
-        traces: trace JSON by task hash; a task without one (or with "") keeps its plain loops.
+        traces: trace JSON by task hash; a task without one (or with "") stays unscheduled.
         target: what the kernels are compiled for.
 
     Raises:
@@ -182,7 +182,7 @@ def export_tvm(
         args = task.args if task.args not in ("", "[]") else args_json(module)
         tail = f"{json.dumps(_target_config(counts.key))},{args}"
         for record in store.best(counts.key, k=counts.trials):
-            if record.trace:  # "" stands for the plain loops, which TVM has no record for
+            if record.trace:  # "" stands for the unscheduled kernel, which TVM has no record for
                 lines.append(f"[{len(workloads)},[{record.trace},[{record.best_s!r}],{tail}]]\n")
         workloads.append(json.dumps(ms.database.Workload(module).as_json()) + "\n")
     files = {folder / WORKLOADS: workloads, folder / RECORDS: lines}

@@ -12,14 +12,16 @@ from pathlib import Path
 from gpu_aware_tune.library.recovery import PARTIAL, beside
 from gpu_aware_tune.run.jobs import ModelGoal, TuningJob
 
-_FURTHER = 0.5  # of the first batch size's trials, for all others together: their kernels are alike
+_FURTHER = (
+    0.25  # of the first batch size's trials, for all others together: their kernels are alike
+)
 
 
 def divide_batches(job: TuningJob, folder: Path) -> dict[int, TuningJob]:
     """A run for each batch size of a job's only model.
 
-    The time is divided evenly. Trials are those of one run for the smallest batch size, and half as
-    many for all others together.
+    The time is divided evenly. Trials are those of one run for the smallest batch size, and a
+    quarter as many for all others together, whose searches start from what the first one found.
 
     Args:
         job: whose goal has batch sizes.

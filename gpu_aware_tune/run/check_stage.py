@@ -41,7 +41,7 @@ class Checked:
     """What the check before the search came to.
 
     Args:
-        references: what each model should compute, by name; none for models nobody else can run.
+        references: what each model should compute, by name; none for models that no oracle can run.
         workers: the run's, without baseline schedules that compute wrong numbers.
         passed: kernels, as (task hash, trace), that ran in a library that is right.
         seconds: that compiling and running the libraries took: the end of the run will take about
@@ -55,7 +55,7 @@ class Checked:
 
 
 def start_oracles(session: Session, goals: Sequence[ModelGoal]) -> dict[str, Worker]:
-    """Have somebody else run each model's original file, while it is imported here."""
+    """Start an oracle for each model: a process that runs its original file while it is imported here."""
     if not session.settings.verify or session.settings.dry_run:
         return {}
     return {

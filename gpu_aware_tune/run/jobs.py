@@ -66,10 +66,18 @@ class ModelGoal:
 
 @dataclass(frozen=True)
 class TuningJob:
-    """One run: what holds for all of it, and what each of its models gets."""
+    """One run: what holds for all of it, and what each of its models gets.
+
+    Args:
+        settings: of the run.
+        goals: one for each model.
+        relatives: hashes of the kernels that the only model has at another batch size, by name; what
+            the records hold of them is where the search starts.
+    """
 
     settings: RunSettings
     goals: tuple[ModelGoal, ...]
+    relatives: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_jobs(models: Sequence[str | Path], **options: Any) -> TuningJob:

@@ -85,7 +85,7 @@ class BuiltModel:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model whose folder is on disk; `shares` are its results, `errors` those of verification."""
+    """A model whose folder is on disk; `shares` are its results."""
 
     built: BuiltModel
     shares: tuple[ShareResult, ...]
@@ -212,7 +212,7 @@ def _untuned(
     baseline = records.baseline(choice.task.hash, choice.units)
     trace = baseline.trace if baseline else next(iter(baselines[choice.task.hash]), "")
     seconds = (baseline.best_s or 0.0) if baseline else 0.0
-    origin = Origin.DEFAULT if trace else Origin.PLAIN
+    origin = Origin.BASELINE if trace else Origin.UNSCHEDULED
     return dataclasses.replace(choice, trace=trace, seconds=seconds, origin=origin)
 
 

@@ -20,6 +20,7 @@ from gpu_aware_tune.search.task_set import (
     allocation_of,
     heaviest_first,
     recall,
+    with_relatives,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class ImportedModel:
 
     @property
     def units(self) -> tuple[int, ...]:
-        """Of each share."""
+        """The number of units of each share."""
         return tuple(share.units for share in self.shares)
 
     @property
@@ -110,9 +111,12 @@ def target_of(models: Sequence[ImportedModel], device: Device) -> Mapping[str, A
 
 
 def recall_models(
-    session: Session, models: Sequence[ImportedModel]
+    session: Session, models: Sequence[ImportedModel], relatives: Mapping[str, str] | None = None
 ) -> Generator[Event, None, tuple[tuple[ImportedModel, ...], TaskSet, Known]]:
     """Keep the models' tasks in the store, and read what it holds of them.
+
+    Args:
+        relatives: see `TuningJob`.
 
     Returns:
         The models, without tasks whose hash the store has of another kernel; what is to be searched;
@@ -129,7 +133,8 @@ def recall_models(
     ]
     work = TaskSet(heaviest_first([task for m in kept for task in m.tasks]), tuple(goals))
     records = TaskRecords(session.store, _keys(session, kept))
-    return tuple(kept), work, recall(work, records, session.settings.resume)
+    known = recall(work, records, session.settings.resume)
+    return tuple(kept), work, with_relatives(known, work, relatives or {})
 
 
 def _with_known_tasks(

@@ -11,10 +11,11 @@ from gpu_aware_tune.run.session import Session
 from gpu_aware_tune.search.budget import Budget
 from gpu_aware_tune.search.pipeline import TaskSpec
 from gpu_aware_tune.search.pools import Pools, PoolSettings, plan_slices
-from gpu_aware_tune.search.stage import SearchContext, SearchResult, Workers, search
+from gpu_aware_tune.search.sources import CandidatePipeline
+from gpu_aware_tune.search.stage import SearchContext, SearchResult, search
 from gpu_aware_tune.search.task_set import Known, TaskSet
 
-# An unscheduled kernel is measured where it might win: threads cost more than such a task takes.
+# Below this, starting threads costs more than the kernel itself, so that the unscheduled one may win.
 _LIGHT_FLOPS = 2e6
 
 
@@ -29,7 +30,7 @@ class RunWorkers:
     """
 
     pools: Pools
-    pipeline: Workers
+    pipeline: CandidatePipeline
     baselines: Mapping[str, Sequence[str]]
 
 
@@ -46,7 +47,7 @@ def start_workers(
     modules = {task.hash: task.module_json for task in work.tasks}
     pools = session.stack.enter_context(Pools(session.host, settings))
     text = pools.start(specs, modules)
-    pipeline: Workers = pools.pipeline
+    pipeline: CandidatePipeline = pools.pipeline
     if (
         session.settings.ray is not None and not here
     ):  # the local ones stay for what comes after the search
@@ -112,7 +113,7 @@ def _join_cluster(
     pools: PoolSettings,
     specs: Mapping[str, TaskSpec],
     modules: Mapping[str, str],
-) -> Generator[Event, None, Workers]:
+) -> Generator[Event, None, CandidatePipeline]:
     """Start workers like this machine's own on every machine of a Ray cluster."""
     import tvm
 
@@ -184,9 +185,9 @@ def baseline_traces(module_json: str, target: Mapping[str, object]) -> tuple[str
     """The baseline schedules of one kernel, the most promising first (in a worker)."""
     import tvm
 
-    from gpu_aware_tune.kernels.schedules import default_schedules
+    from gpu_aware_tune.kernels.schedules import baseline_schedules
     from gpu_aware_tune.kernels.traces import module_from_json, trace_to_json
 
     on = tvm.target.Target(dict(target))
-    found = default_schedules(module_from_json(module_json), on)
+    found = baseline_schedules(module_from_json(module_json), on)
     return tuple(dict.fromkeys(trace_to_json(schedule.trace) for schedule in found))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gpu_aware_tune.model.tasks import Task
 
 _FIRST_GAIN = (
-    0.5  # what a task's first draft is expected to bring: default schedules leave about half
+    0.5  # what a task's first draft is expected to bring: baseline schedules leave about half
 )
 _MEMORY = 0.5  # share of the past in the running mean of what drafts brought
 _FLOOR = 0.02  # expected even of a task that has not improved for long, so that none is given up
@@ -157,7 +157,7 @@ class Allocation:
         return self._states[task].best_s
 
     def untuned_s(self, task: str) -> Mapping[int, float]:
-        """Seconds of a task's best default schedule by units."""
+        """Seconds of a task's best baseline schedule by units."""
         return self._states[task].untuned_s
 
     def trials(self, task: str) -> int:
@@ -180,7 +180,7 @@ class Allocation:
     def _worth(self, goals: Sequence[Goal]) -> dict[str, float]:
         """Each task's part of the goals' latencies, summed.
 
-        A task of which nothing has run yet, because every default schedule failed, counts by its
+        A task of which nothing has run yet, because every baseline schedule failed, counts by its
         part of the FLOPs, or of the number of tasks: only the search can give it a kernel.
         """
         worth: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""One object that knows when a run has to stop."""
+"""One object that knows when a search has to stop: trials, time, patience."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class _Search:
 class _TaskSearch:
     """The search over one task (in the worker): register tiles by rule, and TVM's evolution.
 
-    The tiles that the default schedules were picked from come ranked by a cost model, need no search
+    The tiles that the baseline schedules were picked from come ranked by a cost model, need no search
     time and build quickly; the evolution finds what no rule knows. The first draft takes tiles, the
     second samples TVM's space; from then on the source whose best is better gets two drafts of three.
     TVM's candidates are kept until their result is told, because it learns from schedules.
@@ -342,17 +342,17 @@ class _TaskSearch:
 
 
 def _tile_traces(module: Any, target: Any) -> Iterator[str]:
-    """Traces of the default schedule with one register tile after the other, the likeliest first.
+    """Traces of the baseline schedule with one register tile after the other, the likeliest first.
 
-    The first few are the default schedules themselves, which are measured before the search.
+    The first few are the baseline schedules themselves, which are measured before the search.
     """
     if target.kind.name != "llvm":
         return
-    from gpu_aware_tune.kernels.schedules import DEFAULTS
+    from gpu_aware_tune.kernels.schedules import MOST_BASELINES
     from gpu_aware_tune.kernels.schedules.cpu import cpu_schedules, machine_of
     from gpu_aware_tune.kernels.traces import trace_to_json
 
     schedules = cpu_schedules(module, machine_of(target), _TILES)
-    for schedule in itertools.islice(schedules, DEFAULTS, None):
+    for schedule in itertools.islice(schedules, MOST_BASELINES, None):
         if schedule.trace is not None:
             yield trace_to_json(schedule.trace)

@@ -1,9 +1,10 @@
-"""What a search brings down when a model is tuned for several shares.
+"""What a search minimises when a model is tuned for several shares, and what is then chosen.
 
-`share`: each share gets its own kernels, the fastest there. `robust` and `mean`: one set of kernels
-for all shares, which loses least against each share's own, at worst or on average. `throughput`: as
-`share`, but only the library of the share with which a device full of instances serves most
-requests is kept.
+A candidate's score is its seconds on each share relative to the best there, combined: the largest
+ratio with `robust`, else their mean. The choice: with `share`, the fastest kernel of each share; with
+`robust` and `mean`, one set of kernels for all shares, which loses least against each share's own, at
+worst or on average; with `throughput`, as `share`, but only the library of the share with which a
+device full of instances serves most requests is kept.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def one_for_all(
 
     Args:
         seconds: of each kernel (by trace) on each of the units.
-        objective: "robust" or "mean".
+        objective: "robust" takes the worst share, all others the mean.
 
     Returns:
         (trace, combined relative seconds), best first; kernels that lack a share are left out.

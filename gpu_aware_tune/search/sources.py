@@ -1,11 +1,16 @@
-"""What surrounds a pipeline while it runs: where candidates come from, and other machines."""
+"""A pipeline from outside: what a search needs of it, where candidates come from, other machines."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from gpu_aware_tune.codegen.build_pool import Built, remove
-from gpu_aware_tune.search.candidates import Candidate
+from gpu_aware_tune.measure import SEARCH, TimingPolicy
+from gpu_aware_tune.search.candidates import Candidate, NewTask
+
+if TYPE_CHECKING:
+    from gpu_aware_tune.search.pipeline import Outcome
 
 
 class CandidateSource:
@@ -58,3 +63,41 @@ class ArtifactSink:
     def wait(self) -> bool:
         """Whether more is still to come when nothing is left to do; may sleep."""
         return False
+
+
+class CandidatePipeline(Protocol):
+    """What a search needs of a pipeline: one machine's, or that of a cluster."""
+
+    def add_task(self, task: NewTask) -> None:
+        """Make a task known to the search."""
+
+    def tell(self, candidate: Candidate, seconds: float | None) -> None:
+        """Let the search learn what a candidate came to."""
+
+    def run(
+        self,
+        candidates: Iterable[Candidate],
+        source: CandidateSource | None = None,
+        timing: TimingPolicy = SEARCH,
+        alone: bool = False,
+    ) -> Iterator[Outcome]:
+        """Give an outcome for each candidate, the given ones first and then the drafted ones."""
+
+    def core_seconds(self) -> dict[str, float]:
+        """What the workers have used so far."""
+
+    @property
+    def cores(self) -> int:
+        """How many cores they use."""
+
+    @property
+    def builds_in_flight(self) -> int:
+        """Builds under way."""
+
+    @property
+    def waiting_to_measure(self) -> int:
+        """Artifacts that wait for a measuring worker."""
+
+    @property
+    def slices(self) -> Sequence[tuple[str, str | None]]:
+        """Each slice's name and the task that it measures now, if any."""

@@ -1,4 +1,4 @@
-"""The search stage: default schedules first, then drafts where they pay, each result kept at once."""
+"""The search stage: baseline schedules first, then drafts where they pay, each result kept at once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import dataclasses
 import statistics
 import time
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from gpu_aware_tune.events import Event, Level, Note, Origin, Progress, StoppedBy, Trial
-from gpu_aware_tune.measure import SEARCH, TimingPolicy
+from gpu_aware_tune.measure import SEARCH
 from gpu_aware_tune.measure.measurement import Measurement
 from gpu_aware_tune.model.tasks import Task
 from gpu_aware_tune.records.store import Record
@@ -19,7 +18,7 @@ from gpu_aware_tune.search.budget import Budget, StopRequest
 from gpu_aware_tune.search.candidates import Candidate, NewTask
 from gpu_aware_tune.search.objectives import combined
 from gpu_aware_tune.search.pipeline import Outcome
-from gpu_aware_tune.search.sources import CandidateSource
+from gpu_aware_tune.search.sources import CandidatePipeline, CandidateSource
 from gpu_aware_tune.search.task_set import Known, TaskSet, allocation_of
 from gpu_aware_tune.settings import RunSettings
 
@@ -28,44 +27,6 @@ _FLUSH_S = 0.8  # a finished trial is on disk within a second
 _LOOK_S = 2.0  # between two looks at what other runs have measured
 _KNOWN = 64  # measured schedules that a search starts from
 _SEEDS = 4  # schedules of other units or devices that are tried first
-
-
-class Workers(Protocol):
-    """What a search needs of a pipeline: one machine's, or that of a cluster."""
-
-    def add_task(self, task: NewTask) -> None:
-        """Make a task known to the search."""
-
-    def tell(self, candidate: Candidate, seconds: float | None) -> None:
-        """Let the search learn what a candidate came to."""
-
-    def run(
-        self,
-        candidates: Iterable[Candidate],
-        source: CandidateSource | None = None,
-        timing: TimingPolicy = SEARCH,
-        alone: bool = False,
-    ) -> Iterator[Outcome]:
-        """Give an outcome for each candidate, the given ones first and then the drafted ones."""
-
-    def core_seconds(self) -> dict[str, float]:
-        """What the workers have used so far."""
-
-    @property
-    def cores(self) -> int:
-        """How many cores they use."""
-
-    @property
-    def builds_in_flight(self) -> int:
-        """Builds under way."""
-
-    @property
-    def waiting_to_measure(self) -> int:
-        """Artifacts that wait for a measuring worker."""
-
-    @property
-    def slices(self) -> Sequence[tuple[str, str | None]]:
-        """Each slice's name and the task that it measures now, if any."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +74,10 @@ class SearchResult:
 
 
 def search(
-    context: SearchContext, pipeline: Workers, budgets: Mapping[str, Budget], trials: bool = True
+    context: SearchContext,
+    pipeline: CandidatePipeline,
+    budgets: Mapping[str, Budget],
+    trials: bool = True,
 ) -> Generator[Event, None, SearchResult]:
     """Measure the baseline schedules that no record holds yet, then spend the budgets.
 
@@ -134,11 +98,11 @@ class _Search:
     """One run's search over all tasks of all models; a task that several models have is searched once."""
 
     def __init__(
-        self, context: SearchContext, pipeline: Workers, budgets: Mapping[str, Budget]
+        self, context: SearchContext, pipeline: CandidatePipeline, budgets: Mapping[str, Budget]
     ) -> None:
         self._context, self._pipeline, self._budgets = context, pipeline, budgets
         self._settings, self._work, self._known = context.settings, context.work, context.known
-        self._effort = dataclasses.replace(SEARCH, budget_s=self._settings.measure_s)
+        self._timing = dataclasses.replace(SEARCH, budget_s=self._settings.measure_s)
         self.allocation = allocation_of(self._work, self._known, self._settings)
         self.names = {task.hash: task.name for task in self._work.tasks}
         self._failures: Counter[str] = Counter()
@@ -168,17 +132,23 @@ class _Search:
         return NewTask(task.hash, task.module_json, pairs, tried)
 
     def baseline(self) -> Iterator[Event]:
-        """Measure the baseline schedules that no record holds yet, and seeds from other units.
+        """Measure the baseline schedules that no record holds yet, and seeds from elsewhere.
 
-        The heaviest tasks come first: where the time is short, the light ones go without.
+        The heaviest tasks come first: where the time is short, the light ones go without. A task
+        that has a seed from another batch size needs only its most promising baseline schedule.
         """
         candidates = []
         for task in self._work.tasks:
+            if task.hash in self._known.light:
+                continue
             known = {trace for trace, _, _ in self._known.past[task.hash].known}
-            for trace in self._context.baselines[task.hash]:
+            relatives = self._known.seeds.get(task.hash, ())
+            baselines = self._context.baselines[task.hash][: 1 if relatives else None]
+            for trace in baselines:
                 if trace not in known:
-                    candidates.append(Candidate(task.hash, trace, Origin.DEFAULT))
-            candidates.extend(self._seeds(task.hash, known))
+                    candidates.append(Candidate(task.hash, trace, Origin.BASELINE))
+            known.update(baselines)
+            candidates.extend(self._seeds(task.hash, known, relatives))
         yield from self._run(candidates, _Baseline(self))
 
     def trials(self) -> Iterator[Event]:
@@ -248,7 +218,7 @@ class _Search:
     def _run(self, wanted: Sequence[Candidate], source: CandidateSource) -> Iterator[Event]:
         try:
             alone = self._settings.exclusive
-            for outcome in self._pipeline.run(wanted, source, self._effort, alone):
+            for outcome in self._pipeline.run(wanted, source, self._timing, alone):
                 yield from self._keep(outcome)
         finally:  # also where the caller closes the run, or an error or a second Ctrl-C ends it
             self._save()
@@ -343,14 +313,16 @@ class _Search:
                 self.allocation.note(task, record.key.units, record.best_s, record.origin)
         self._last_id = last_id
 
-    def _seeds(self, task: str, known: set[str]) -> list[Candidate]:
-        """The best schedules that other units or devices of the same kind have for this task."""
+    def _seeds(
+        self, task: str, known: Collection[str], relatives: Sequence[str]
+    ) -> list[Candidate]:
+        """The best schedules of this task elsewhere: at another batch size, on other units or devices."""
+        traces = {trace: None for trace in relatives if trace not in known}
         if not self._settings.resume:
-            return []
-        traces: dict[str, None] = {}
+            return [Candidate(task, trace, Origin.SEED) for trace in traces]
         for units in self._work.units_of(task):
             for record in self._known.records.seeds(task, units, _SEEDS):
-                if record.origin != Origin.DEFAULT and record.trace not in known:
+                if record.origin != Origin.BASELINE and record.trace not in known:
                     traces[record.trace] = None
         return [Candidate(task, trace, Origin.SEED) for trace in list(traces)[:_SEEDS]]
 

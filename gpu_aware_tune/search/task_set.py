@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from gpu_aware_tune.model.tasks import Task
 from gpu_aware_tune.records.task_records import TaskRecords
 from gpu_aware_tune.search.allocation import Allocation, Goal
 from gpu_aware_tune.settings import RunSettings
+
+_LIGHT_PART = 0.1  # of a model's latency at one batch size: what is not measured again at another
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,15 @@ class Known:
         records: the store, seen through the keys of this run.
         past: of each task, by hash.
         spent: trials that earlier runs spent on each model.
+        seeds: traces of each task's counterpart at another batch size, by hash.
+        light: tasks whose counterparts take so little time that they keep their baseline schedule.
     """
 
     records: TaskRecords
     past: Mapping[str, Past] = field(default_factory=dict)
     spent: Mapping[str, int] = field(default_factory=dict)
+    seeds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    light: frozenset[str] = frozenset()
 
 
 def recall(work: TaskSet, records: TaskRecords, resume: bool) -> Known:
@@ -69,6 +76,42 @@ def recall(work: TaskSet, records: TaskRecords, resume: bool) -> Known:
     for goal_model in work.models:
         spent[goal_model] = sum(len(past[t.hash].tried) for t in work.tasks_of(goal_model))
     return Known(records, past, spent)
+
+
+def with_relatives(known: Known, work: TaskSet, relatives: Mapping[str, str]) -> Known:
+    """Add what the records hold of the same model at another batch size.
+
+    Args:
+        known: what they hold of the model itself.
+        work: one model.
+        relatives: hashes of its kernels at the other batch size, by name.
+    """
+    seeds: dict[str, dict[str, None]] = {}
+    heavy: set[str] = set()
+    for goal in work.goals if relatives else ():
+        spent_s = {}
+        for task in work.tasks:
+            hash_ = relatives.get(task.name)
+            found = known.records.relative(task.hash, goal.units, hash_) if hash_ else []
+            if found:
+                seeds.setdefault(task.hash, {})[found[0].trace] = None
+                spent_s[task.hash] = goal.weights[task.hash] * (found[0].best_s or 0.0)
+        heavy |= {task.hash for task in work.tasks} - _lightest(spent_s)
+    light = frozenset(seeds) - heavy
+    traces = {task: tuple(trace for trace in found if trace) for task, found in seeds.items()}
+    return dataclasses.replace(known, seeds=traces, light=light)
+
+
+def _lightest(spent_s: Mapping[str, float]) -> set[str]:
+    """The tasks that together take less than `_LIGHT_PART` of the time."""
+    left = _LIGHT_PART * sum(spent_s.values())
+    light = set()
+    for task in sorted(spent_s, key=lambda task: spent_s[task]):
+        left -= spent_s[task]
+        if left < 0:
+            break
+        light.add(task)
+    return light
 
 
 def allocation_of(work: TaskSet, known: Known, settings: RunSettings) -> Allocation:
@@ -82,6 +125,8 @@ def allocation_of(work: TaskSet, known: Known, settings: RunSettings) -> Allocat
             for units, value in seconds.items():
                 allocation.note(task.hash, units, value, origin)
         allocation.resume(task.hash, len(past.tried))
+        if task.hash in known.light:
+            allocation.exhaust(task.hash)
     return allocation
 
 

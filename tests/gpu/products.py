@@ -43,7 +43,7 @@ def _by_tvm(lane: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     from tvm import te
 
     from gpu_aware_tune.codegen.cuda_toolchain import environment, export_module
-    from gpu_aware_tune.kernels.schedules import default_schedules
+    from gpu_aware_tune.kernels.schedules import baseline_schedules
 
     size = a.shape[0]
     x, y = (te.placeholder((size, size), name=name, dtype="float16") for name in "xy")
@@ -55,7 +55,7 @@ def _by_tvm(lane: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     partition = lane.partition
     device = partition.share.device
     target = tvm.target.Target(device.target(lane.units))
-    scheduled = [schedule.mod for schedule in default_schedules(module, target, most=1)]
+    scheduled = [schedule.mod for schedule in baseline_schedules(module, target, most=1)]
     os.environ.update(environment())
     built = tvm.tirx.build(*scheduled or [module], target=target)
     with tempfile.TemporaryDirectory() as folder:

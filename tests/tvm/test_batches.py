@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from gpu_aware_tune.library import read_manifest
 from gpu_aware_tune.library.batches import batch_folders, merge_batches
 from gpu_aware_tune.library.manifest import ModelId, write_manifest
 from gpu_aware_tune.profiling.profiles import group_by_model
+from gpu_aware_tune.records.store import Store
 from gpu_aware_tune.run.jobs import make_jobs
 from gpu_aware_tune.serving.deployments import Deployment
 from gpu_aware_tune.serving.engine import Engine
@@ -57,6 +59,25 @@ def test_each_batch_size_is_verified_and_named(finished: list[Finished], folder:
     manifest = read_manifest(folder)
     assert manifest.model.name == "net" and manifest.batches == (4,)
     assert read_manifest(folder / "batch-4").inputs[0].shape == (4, 8, 28, 28)
+
+
+def test_the_second_size_starts_from_what_the_first_found(
+    finished: list[Finished], folder: Path
+) -> None:
+    """Its light kernels are not measured, its heavy ones with one baseline schedule and the seed."""
+    with Store(folder.parent / "db", readonly=True) as store:
+        found = {run.machine["model"]: list(run.machine["tasks"]) for run in store.runs()}
+        assert len(found) == 1, "both sizes are the same model"
+        records = list(store.records())
+        by_run = [[record for record in records if record.run_id == run.id] for run in store.runs()]
+    one, four = sorted(by_run, key=lambda own: -sum(r.origin == "default" for r in own))
+    seeds = [record for record in four if record.origin == "seed"]
+    assert seeds and all(record.usable for record in seeds)
+    assert {record.trace for record in seeds} <= {record.trace for record in one}
+    for units in (1, 2):
+        counts = Counter(r.key.task for r in four if r.origin == "default" and r.key.units == units)
+        tasks = {record.key.task for record in one if record.key.units == units}
+        assert counts and set(counts.values()) == {1} and len(counts) < len(tasks)
 
 
 def test_weights_are_there_once(folder: Path) -> None:

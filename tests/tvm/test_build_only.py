@@ -34,7 +34,7 @@ from gpu_aware_tune.cluster.messages import (  # noqa: E402
 from gpu_aware_tune.cluster.node import Node, settings_here  # noqa: E402
 from gpu_aware_tune.codegen import cuda_toolchain  # noqa: E402
 from gpu_aware_tune.errors import SetupError  # noqa: E402
-from gpu_aware_tune.kernels.schedules import default_schedules  # noqa: E402
+from gpu_aware_tune.kernels.schedules import baseline_schedules  # noqa: E402
 from gpu_aware_tune.kernels.traces import module_to_json, task_hash, trace_to_json  # noqa: E402
 from gpu_aware_tune.measure import SEARCH  # noqa: E402
 from gpu_aware_tune.partition import Device, Share, find_device, share_of  # noqa: E402
@@ -76,7 +76,7 @@ def setup_for(share: Share, backend: str) -> NodeSetup:
 
 
 def default_trace(device: Device, units: int) -> str:
-    schedules = default_schedules(MODULE, tvm.target.Target(device.target(units)))
+    schedules = baseline_schedules(MODULE, tvm.target.Target(device.target(units)))
     return next(trace_to_json(schedule.trace) for schedule in schedules)
 
 

@@ -19,7 +19,7 @@ from tvm.s_tir import Schedule
 from gpu_aware_tune.codegen.compile import compile_model
 from gpu_aware_tune.finalize.kernel_check import verify_kernel
 from gpu_aware_tune.finalize.verify import VerifyReport
-from gpu_aware_tune.kernels.schedules import channels, default_schedules
+from gpu_aware_tune.kernels.schedules import baseline_schedules, channels
 from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, is_reduction
 from gpu_aware_tune.kernels.schedules.cpu import cpu_schedules, machine_of
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
@@ -349,7 +349,7 @@ def test_a_convolution_in_blocks_computes_the_same_however_it_is_scheduled(tmp_p
         for task in extract(write_deep(tmp_path / "d.onnx", target()), target())
         if len(task.args[1][0]) == 6
     )
-    traces = [trace_to_json(s.trace) for s in default_schedules(task.module, target(), most=6)]
+    traces = [trace_to_json(s.trace) for s in baseline_schedules(task.module, target(), most=6)]
     assert len(set(traces)) == 6
     for trace in traces:
         check = verify_kernel(task.module, trace, target(), seed=1)

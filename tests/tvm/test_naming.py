@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_library import target
 
 from gpu_aware_tune.kernels.naming import canonical_names, fits_names, names_in, renamed_trace
-from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.traces import (
     apply_trace,
     module_from_json,
@@ -64,7 +64,7 @@ def test_models_that_share_a_kernel_share_its_names(tmp_path: Path) -> None:
     names = [names_in(module_to_json(task.module)) for task in (one, other)]
     assert names[0] == names[1]
     assert names[0].are_canonical
-    trace = trace_to_json(default_schedules(one.module, target())[0].trace)
+    trace = trace_to_json(baseline_schedules(one.module, target())[0].trace)
     assert tvm_ffi.structural_equal(
         apply_trace(trace, one.module).mod, apply_trace(trace, other.module).mod
     )
@@ -120,8 +120,8 @@ def test_a_trace_of_other_names_is_renamed(task: Task) -> None:
 
 def test_a_store_of_before_keeps_working(task: Task, tmp_path: Path) -> None:
     old = foreign(task, "lv4")
-    fitting = [trace_to_json(s.trace) for s in default_schedules(old, target())]
-    strange = trace_to_json(default_schedules(foreign(task, "other"), target())[0].trace)
+    fitting = [trace_to_json(s.trace) for s in baseline_schedules(old, target())]
+    strange = trace_to_json(baseline_schedules(foreign(task, "other"), target())[0].trace)
     key = RecordKey(task.hash, "llvm/x", 2, "llvm", "0")
     with Store(tmp_path / "db") as store:
         store.add_task(task.hash, "mean", module_to_json(old), args_json(old))

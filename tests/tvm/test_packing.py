@@ -27,7 +27,7 @@ from gpu_aware_tune.kernels.packing import (
     weight_buffers,
     without_packing,
 )
-from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.traces import trace_to_json
 from gpu_aware_tune.library import open_vm, save_weights
 from gpu_aware_tune.model.importer import Model, load_model, random_inputs
@@ -100,10 +100,10 @@ def convs(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def packing_traces(model: Model, skip: int) -> dict[str, str]:
-    """For each task a default schedule that packs a weight, the first or a later one."""
+    """For each task a baseline schedule that packs a weight, the first or a later one."""
     traces = {}
     for task in extract(model, target()):
-        found = [trace_to_json(s.trace) for s in default_schedules(task.module, target(), 8)]
+        found = [trace_to_json(s.trace) for s in baseline_schedules(task.module, target(), 8)]
         packing = [trace for trace in found if PACKING in trace]
         if packing:
             traces[task.hash] = packing[min(skip, len(packing) - 1)]
@@ -168,7 +168,7 @@ def test_a_kernel_without_packing_takes_the_packed_weight_in_the_shape_of_the_pl
 ) -> None:
     checked = 0
     for task in extract(convs, target()):
-        for schedule in default_schedules(task.module, target(), 8):
+        for schedule in baseline_schedules(task.module, target(), 8):
             if PACKING not in trace_to_json(schedule.trace):
                 continue
             arrays = kernel_inputs(task.module, seed=1)

@@ -14,7 +14,7 @@ from tvm.relax import op
 
 from gpu_aware_tune.finalize.kernel_check import verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING, without_packing
-from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.schedules.blocks import block_of, inline_elementwise
 from gpu_aware_tune.kernels.schedules.padding import pad_product
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
@@ -56,7 +56,7 @@ ODD: dict[str, tuple[Any, ...]] = {
 def test_a_padded_product_computes_the_same(name: str, inputs: int) -> None:
     make, *specs = ODD[name]
     for module in kernels(make, *specs, inputs=inputs):
-        for schedule in default_schedules(module, target(), most=3):
+        for schedule in baseline_schedules(module, target(), most=3):
             trace = trace_to_json(schedule.trace)
             assert tvm_ffi.structural_equal(apply_trace(trace, module).mod, schedule.mod)
             check = verify_kernel(module, trace, target(), seed=1)
@@ -97,7 +97,7 @@ def test_terms_and_weights_are_never_padded() -> None:
 def test_weights_of_a_padded_product_are_packed_at_load() -> None:
     make, *specs = ODD["rows"]
     (module,) = kernels(make, *specs, inputs=1)
-    (schedule,) = default_schedules(module, target(), most=1)
+    (schedule,) = baseline_schedules(module, target(), most=1)
     trace = trace_to_json(schedule.trace)
     assert "PadEinsum" in [name for name, *_ in json.loads(trace)[0]]
     assert PACKING in trace

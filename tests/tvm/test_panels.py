@@ -13,7 +13,7 @@ from tvm.relax import op
 
 from gpu_aware_tune.finalize.kernel_check import verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING
-from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.schedules.blocks import (
     attempt,
     block_names,
@@ -62,7 +62,7 @@ def test_panels_compute_the_same(case: tuple[Any, ...], inputs: int) -> None:
 def test_weights_of_a_product_are_stored_in_panels_at_load() -> None:
     make, *specs = PRODUCT
     (module,) = kernels(make, *specs, inputs=1)
-    (schedule,) = default_schedules(module, target(), most=1)
+    (schedule,) = baseline_schedules(module, target(), most=1)
     assert PACKING in trace_to_json(schedule.trace)
     (copied,) = (
         buffer for buffer in schedule.mod["main"].body.block.alloc_buffers if len(buffer.shape) == 3

@@ -17,7 +17,7 @@ from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
 
 from gpu_aware_tune.finalize.kernel_check import kernel_inputs, verify_kernel
 from gpu_aware_tune.kernels.packing import PACKING, mark_weights, without_packing
-from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
 from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, inline_elementwise
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
@@ -153,7 +153,7 @@ CASES: dict[str, tuple[Make, tuple[Spec, ...]]] = {
 def test_every_schedule_replays_and_computes_the_same(name: str) -> None:
     make, specs = CASES[name]
     for module in kernels(make, *specs):
-        schedules = default_schedules(module, target(), most=2)
+        schedules = baseline_schedules(module, target(), most=2)
         assert schedules
         for schedule in schedules:
             trace = trace_to_json(schedule.trace)
@@ -166,7 +166,7 @@ def test_every_schedule_replays_and_computes_the_same(name: str) -> None:
 def test_schedules_may_pack_weights(name: str) -> None:
     make, specs = CASES[name]
     for module in kernels(make, *specs, inputs=1):
-        for schedule in default_schedules(module, target(), most=2):
+        for schedule in baseline_schedules(module, target(), most=2):
             check = verify_kernel(module, trace_to_json(schedule.trace), target(), seed=1)
             assert check.ok, check
             tvm.tirx.build(without_packing(schedule.mod), target=target())
@@ -177,7 +177,7 @@ def test_a_weight_is_packed_when_the_library_is_loaded_an_input_at_every_call() 
     texts = []
     for inputs in (1, 3):
         (module,) = kernels(conv(), *shapes, inputs=inputs)
-        schedules = default_schedules(module, target(), most=24)
+        schedules = baseline_schedules(module, target(), most=24)
         texts.append("\n".join(trace_to_json(schedule.trace) for schedule in schedules))
     assert PACKING in texts[0]
     assert PACKING not in texts[1]
@@ -187,7 +187,7 @@ def test_a_weight_is_packed_when_the_library_is_loaded_an_input_at_every_call() 
 def test_the_module_itself_is_left_alone() -> None:
     (module,) = kernels(*_case("conv"))
     before = tvm_ffi.structural_hash(module)
-    default_schedules(module, target())
+    baseline_schedules(module, target())
     assert tvm_ffi.structural_hash(module) == before
 
 
@@ -197,7 +197,7 @@ def test_results_stay_in_registers_and_threads_share_the_work(name: str) -> None
     make, specs = CASES[name]
     big = tuple((_grown(shape), dtype) for shape, dtype in specs)
     (module,) = kernels(make, *big)
-    (schedule,) = default_schedules(module, target(), most=1)
+    (schedule,) = baseline_schedules(module, target(), most=1)
     text = schedule.mod.script()
     assert "T.parallel" in text
     assert "T.vectorized" in text
@@ -207,17 +207,17 @@ def test_results_stay_in_registers_and_threads_share_the_work(name: str) -> None
 
 def test_conv_is_far_faster_than_its_plain_loops() -> None:
     (module,) = kernels(conv(padding=1), f32(1, 64, 28, 28), f32(64, 64, 3, 3), f32(1, 64, 1, 1))
-    (schedule,) = default_schedules(module, target(), most=1)
+    (schedule,) = baseline_schedules(module, target(), most=1)
     plain, scheduled = _seconds(module, 1), _seconds(schedule.mod, 5)
     assert plain / scheduled > 6  # 40 on a quiet machine
 
 
 def test_alternatives_differ() -> None:
     (module,) = kernels(*_case("conv"))
-    traces = [trace_to_json(schedule.trace) for schedule in default_schedules(module, target())]
+    traces = [trace_to_json(schedule.trace) for schedule in baseline_schedules(module, target())]
     assert len(traces) == 3
     assert len(set(traces)) == 3
-    more = [trace_to_json(s.trace) for s in default_schedules(module, target(), most=12)]
+    more = [trace_to_json(s.trace) for s in baseline_schedules(module, target(), most=12)]
     assert more[:3] == traces
     assert len(set(more)) == 12
 
@@ -258,7 +258,7 @@ def test_an_index_that_is_computed_has_no_stride() -> None:
     block = block_of(tvm.s_tir.Schedule(module), "resize")
     (read,) = accesses_of(block, block.reads) or []
     assert read.strides[1:] == (100, None, None)
-    for schedule in default_schedules(module, target(), most=1):
+    for schedule in baseline_schedules(module, target(), most=1):
         assert "T.vectorized" not in schedule.mod.script()
 
 
@@ -271,7 +271,7 @@ def test_what_a_resize_reads_several_times_is_transposed_first() -> None:
     schedule = tvm.s_tir.Schedule(module)
     inline_elementwise(schedule)
     assert block_names(schedule) == block_names(tvm.s_tir.Schedule(module))
-    for found in default_schedules(module, target(), most=1):
+    for found in baseline_schedules(module, target(), most=1):
         assert verify_kernel(module, trace_to_json(found.trace), target(), seed=1).ok
 
 
@@ -280,7 +280,7 @@ def test_a_depthwise_convolution_pads_its_image_piece_by_piece(strides: int) -> 
     make = conv(padding=1, groups=16, strides=strides)
     (module,) = kernels(make, f32(1, 16, 96, 96), f32(16, 1, 3, 3), f32(1, 16, 1, 1), inputs=1)
     nearby = 0
-    for schedule in default_schedules(module, target(), most=6):
+    for schedule in baseline_schedules(module, target(), most=6):
         assert verify_kernel(module, trace_to_json(schedule.trace), target(), seed=1).ok
         nearby += schedule.mod.script().count("T.parallel") == 1
     assert nearby
@@ -288,7 +288,7 @@ def test_a_depthwise_convolution_pads_its_image_piece_by_piece(strides: int) -> 
 
 def test_a_dense_convolution_pads_its_image_once() -> None:
     (module,) = kernels(conv(padding=1), f32(1, 16, 96, 96), f32(16, 16, 3, 3), f32(1, 16, 1, 1))
-    for schedule in default_schedules(module, target(), most=3):
+    for schedule in baseline_schedules(module, target(), most=3):
         assert schedule.mod.script().count("T.parallel") == 2
 
 
@@ -331,7 +331,7 @@ def test_results_across_channels_lie_side_by_side_in_registers() -> None:
     """Else LLVM would keep them in memory, at a tenth of the speed."""
     (module,) = kernels(*_case("conv"))
     shapes = []
-    for schedule in default_schedules(module, target(), most=4):
+    for schedule in baseline_schedules(module, target(), most=4):
         block = block_of(schedule, "conv2d_nchw_update")
         shapes.append([int(extent) for extent in block.writes[0].source.shape])
     assert [1, 14, 14, 32] in shapes  # vectorised over channels: they come last
@@ -343,7 +343,7 @@ def test_gpu_rules_give_kernels_that_compile_without_a_gpu(name: str) -> None:
     gpu = tvm.target.Target("nvidia/nvidia-h100")
     make, specs = CASES[name]
     for module in kernels(make, *specs):
-        schedules = default_schedules(module, gpu)
+        schedules = baseline_schedules(module, gpu)
         assert schedules
         for schedule in schedules:
             replayed = apply_trace(trace_to_json(schedule.trace), module)
@@ -377,7 +377,7 @@ def _seconds(module: tvm.IRModule, repeat: int) -> float:
 def test_parallel_loops_are_never_nested(shape: tuple[int, ...]) -> None:
     """The thread pool refuses them when the kernel runs."""
     (softmax,) = kernels(lambda _, x: op.nn.softmax(x), f32(*shape))
-    found = default_schedules(softmax, target())
+    found = baseline_schedules(softmax, target())
     assert found
     for schedule in found:
         deepest = 0

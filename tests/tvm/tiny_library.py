@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from gpu_aware_tune.codegen.compile import compile_model
 from gpu_aware_tune.finalize.oracle import make_reference
 from gpu_aware_tune.finalize.verify import VerifyReport, base_error, compare, computed_in
-from gpu_aware_tune.kernels.schedules import default_schedules
+from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.traces import trace_to_json
 from gpu_aware_tune.library import RunFacts, export, link, open_vm, save_weights
 from gpu_aware_tune.library.manifest import ShareFacts
@@ -81,7 +81,7 @@ def default_traces(model: Model) -> dict[str, str]:
     """The untuned schedule of each task."""
     traces = {}
     for task in extract(model, target()):
-        for schedule in default_schedules(task.module, target(), most=1):
+        for schedule in baseline_schedules(task.module, target(), most=1):
             traces[task.hash] = trace_to_json(schedule.trace)
     return traces
 
@@ -89,7 +89,7 @@ def default_traces(model: Model) -> dict[str, str]:
 def write_library(
     folder: Path, alike: bool = False, batch: int = 1, bias_rows: int = 1
 ) -> tuple[Model, Path]:
-    """Export libraries for one and for two cores: plain loops and default schedules, or `alike`."""
+    """Export libraries for one and for two cores: plain loops and baseline schedules, or `alike`."""
     model = load_model(write_onnx(folder / "tiny.onnx", batch=batch, bias_rows=bias_rows), target())
     paths = {}
     for units, traces in ((1, {}), (2, default_traces(model))):

@@ -1,6 +1,6 @@
-"""Default (untuned) schedules: what a kernel runs with before anything was searched.
+"""Baseline schedules: what a kernel runs with before anything was searched.
 
-A default schedule is candidate 0 of its task: recorded like any other, and what a library falls
+A baseline schedule is candidate 0 of its task: recorded like any other, and what a library falls
 back to. It is traced, so it can be stored and applied again with `traces.apply_trace`.
 """
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from tvm.s_tir import Schedule
 
 
-DEFAULTS = 3  # default schedules of a kernel that are measured before anything is searched
+MOST_BASELINES = 3  # baseline schedules of a kernel that are measured before anything is searched
 
 
-def default_schedules(
-    module: tvm.IRModule, target: tvm.target.Target, most: int = DEFAULTS
+def baseline_schedules(
+    module: tvm.IRModule, target: tvm.target.Target, most: int = MOST_BASELINES
 ) -> list[Schedule]:
     """Give up to `most` alternatives, the one expected to be fastest first: candidate 0.
 
@@ -27,7 +27,7 @@ def default_schedules(
         most: how many.
 
     Returns:
-        Traced schedules; none where the plain loops are all there is.
+        Traced schedules; none where the unscheduled kernel is all there is.
     """
     if str(target.kind.name) == "llvm":
         from gpu_aware_tune.kernels.schedules.cpu import cpu_schedules, machine_of

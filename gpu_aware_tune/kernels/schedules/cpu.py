@@ -1,4 +1,4 @@
-"""The default schedules for CPUs: register tiles for reductions, parallel vector loops else."""
+"""The baseline schedules for CPUs: register tiles for reductions, parallel vector loops else."""
 
 from __future__ import annotations
 

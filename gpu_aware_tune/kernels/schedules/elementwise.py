@@ -1,4 +1,4 @@
-"""Default schedule of an elementwise block: parallel outer loops, a vectorised inner one."""
+"""Baseline schedule of an elementwise block: parallel outer loops, a vectorised inner one."""
 
 from __future__ import annotations
 

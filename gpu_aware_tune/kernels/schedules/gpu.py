@@ -1,4 +1,4 @@
-"""The default schedules for GPUs: TVM's own rules (dlight), which need no search."""
+"""The baseline schedules for GPUs: TVM's own rules (dlight), which need no search."""
 
 from __future__ import annotations
 

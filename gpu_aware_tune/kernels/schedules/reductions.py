@@ -1,4 +1,4 @@
-"""Default schedule of a reduction: a register tile, its operands' layout, what reads it."""
+"""Baseline schedule of a reduction: a register tile, its operands' layout, what reads it."""
 
 from __future__ import annotations
 
