@@ -9,7 +9,11 @@ which at least one is floating point. Shape-like inputs (`SHAPE_LIKE`) are froze
 as exporters do, for both routes alike. Two figures come out: one case per operator (the first that
 ONNX lists, without the `_expanded` twins), and all cases. A refusal counts as a failure.
 
+With `--files` the population is every ONNX file below a folder that ONNX Runtime runs, such as a peer's
+test suite: on drawn inputs, with unknown extents fixed to the first small number that it accepts.
+
     python -m benchmarks.onnx_coverage                 # everything, both routes
+    python -m benchmarks.onnx_coverage --files FOLDER --routes ours -o burn.json
     python -m benchmarks.onnx_coverage --per-family    # one case per operator
     python -m benchmarks.onnx_coverage --family Resize --verbose
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -66,6 +71,9 @@ SHAPE_LIKE: dict[str, tuple[int, ...]] = {
     "MelWeightMatrix": (0, 1),
     "Dropout": (1, 2),
 }
+_EXTENTS = (2, 1, 3, 4, 5, 8)  # tried for an unknown extent
+_HIGHEST = (3, 1, 0)  # tried for the largest integer of an input; 1 is the smallest, or 0
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"}
 Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 
@@ -130,6 +138,74 @@ def population() -> list[Case]:
             )
         )
     return cases
+
+
+def population_of(folder: Path) -> tuple[list[Case], dict[str, str]]:
+    """Return the ONNX files below a folder as cases, and by name why others are not among them."""
+    cases, left_out = [], {}
+    for path in sorted(folder.rglob("*.onnx")):
+        name = path.relative_to(folder).as_posix()
+        try:
+            cases.append(_file_case(path, name))
+        except Exception as error:
+            left_out[name] = " ".join(str(error).split())[:300] or type(error).__name__
+    return cases, left_out
+
+
+def _file_case(path: Path, name: str) -> Case:
+    """A file with inputs that ONNX Runtime accepts, and what it computes from them."""
+    import onnxruntime
+
+    model = onnx.load(path)
+    taken = {tensor.name for tensor in model.graph.initializer}
+    infos = [info for info in model.graph.input if info.name not in taken]
+    del model.graph.input[:]
+    model.graph.input.extend(infos)
+    problem: Exception = ValueError("it has no nodes")
+    for extent, highest in itertools.product(_EXTENTS, _HIGHEST):
+        rng = np.random.default_rng(0)
+        fixed = onnx.ModelProto()
+        fixed.CopyFrom(model)
+        inputs = [_drawn(info, extent, highest, rng) for info in fixed.graph.input]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        frozen, kept = freeze(fixed, inputs, _shape_like(fixed))
+        try:
+            session = onnxruntime.InferenceSession(
+                frozen.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            names = [info.name for info in frozen.graph.input]
+            expected = session.run(None, dict(zip(names, kept, strict=True)))
+        except Exception as error:
+            problem = error
+            continue
+        if any(not isinstance(value, np.ndarray) for value in expected):
+            raise ValueError("an output is no tensor")
+        half = any(array.dtype == np.float16 for array in (*kept, *expected))
+        limits = (1e-2, 1e-2) if half else (1e-3, 1e-4)
+        if any(node.op_type in _RANDOM for node in model.graph.node):
+            limits = (np.inf, np.inf)
+        return Case(name, path.parent.name, True, frozen, tuple(kept), tuple(expected), *limits)
+    raise problem
+
+
+def _drawn(
+    info: onnx.ValueInfoProto, extent: int, highest: int, rng: np.random.Generator
+) -> np.ndarray:
+    """An array for an input, whose unknown extents are fixed in the graph."""
+    tensor = info.type.tensor_type
+    if info.type.WhichOneof("value") != "tensor_type":
+        raise ValueError(f"input {info.name} is no tensor")
+    for dim in tensor.shape.dim:
+        if not dim.HasField("dim_value") or dim.dim_value < 0:
+            dim.dim_value = extent
+    shape = [dim.dim_value for dim in tensor.shape.dim]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    if dtype == np.bool_:
+        return rng.integers(0, 2, shape).astype(bool)
+    if np.issubdtype(dtype, np.integer):
+        return rng.integers(min(1, highest), highest + 1, shape).astype(dtype)
+    return rng.standard_normal(shape).astype(dtype)
 
 
 def _belongs(model: onnx.ModelProto) -> bool:
@@ -333,15 +409,16 @@ def report(results: dict[str, list[Outcome]]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--files", type=Path, help="the ONNX files below this folder instead")
     parser.add_argument("--limit", type=int, help="only the first N cases")
     parser.add_argument("--family", help="only the cases of these operators, comma-separated")
     parser.add_argument("--per-family", action="store_true", help="only one case per operator")
     parser.add_argument("--routes", default="ours,stock", help="ours, stock or both")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a case may take")
     parser.add_argument("--verbose", action="store_true", help="print each failure")
-    parser.add_argument("-o", "--output", type=Path, help=f"default {RESULTS} for a whole run")
+    parser.add_argument("-o", "--output", type=Path, help=f"default {RESULTS_FILE} for a whole run")
     options = parser.parse_args()
-    cases = population()
+    cases, left_out = population_of(options.files) if options.files else (population(), {})
     if options.family:
         wanted = set(options.family.split(","))
         cases = [case for case in cases if case.family in wanted]
@@ -366,13 +443,16 @@ def main() -> None:
             elif sys.stderr.isatty():
                 print(f"\r{route} {number}/{len(cases)}", end="", file=sys.stderr, flush=True)
     summary = report(results)
-    partial = bool(options.limit or options.family or options.per_family or len(results) < 2)
-    output = options.output or (None if partial else RESULTS)
+    sample = options.limit or options.family or options.per_family or options.files
+    partial = bool(sample or len(results) < 2)
+    output = options.output or (None if partial else RESULTS_FILE)
     if output is None:
         print("\na sample: no results file written (use -o)")
         return
     facts = {
         "population": " ".join((__doc__ or "").split("Population: ")[1].split("\n\n")[0].split()),
+        "files": str(options.files.name) if options.files else None,
+        "left_out": left_out,
         "seconds": round(time.time() - started),
         "summary": summary,
         "failures": {
