@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import sys
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
-from gpu_aware_tune.cli.csv_cells import csv_row
 from gpu_aware_tune.cli.options import CONTEXT, DIRECTORY, Command, db_option
+from gpu_aware_tune.cli.record_rows import (
+    BEST_FIELDS,
+    COUNT_FIELDS,
+    TRIAL_FIELDS,
+    Row,
+    best_row,
+    key_row,
+    show,
+    trial_row,
+)
 from gpu_aware_tune.errors import SetupError, UserError
-from gpu_aware_tune.records.store import Counts, Record, Store
+from gpu_aware_tune.records.repair import Findings, check_store, repair_store
+from gpu_aware_tune.records.store import Counts, Store, damaged_text
 from gpu_aware_tune.settings import TARGETS
-
-PLAIN_WIDTH = 160  # of a table that does not go to a terminal
-KEY_FIELDS = ("task", "name", "device", "units", "target", "tvm")
-COUNT_FIELDS = (*KEY_FIELDS, "trials", "failures", "wrong", "best_s", "default_s", "gain")
-TRIAL_FIELDS = (
-    *KEY_FIELDS, "origin", "seconds", "retimed_s", "spread", "repeats", "failure", "failure_text",
-    "partition", "flags", "wrong", "run", "created",
-)  # fmt: skip
-BEST_FIELDS = (
-    *KEY_FIELDS, "place", "best_s", "default_s", "gain", "origin", "retimed", "partition",
-    "created", "trace",
-)  # fmt: skip
-
-Row = Mapping[str, Any]
 
 
 def choice_options(command: Command) -> Command:
@@ -54,7 +44,7 @@ def choice_options(command: Command) -> Command:
 
 @click.group(context_settings=CONTEXT)
 def records() -> None:
-    """List, export, import and prune measurements."""
+    """List, export, import, prune, check and repair measurements."""
 
 
 @records.command("list", context_settings=CONTEXT)
@@ -78,6 +68,7 @@ def list_command(
             ]
         else:
             rows = [key_row(counts) for counts in chosen]
+        tell_damaged(store)
     fields = TRIAL_FIELDS if trials else COUNT_FIELDS
     show(rows, fields, as_json, csv_file, hidden=("failure_text", "tvm", "target", "run"))
 
@@ -101,6 +92,7 @@ def best_command(
             for counts in choose(store.counts(), task, device, units)
             for place, record in enumerate(store.best(counts.key, count), start=1)
         ]
+        tell_damaged(store)
     show(rows, BEST_FIELDS, as_json, csv_file, hidden=("trace", "tvm", "target"))
 
 
@@ -207,6 +199,41 @@ def prune_command(
     click.echo(f"{removed} of {total} records {verb}")
 
 
+@records.command("check", context_settings=CONTEXT)
+@db_option
+def check_command(db: Path) -> None:
+    """Read every row of the store and say which are damaged; exit code 3 where any is."""
+    found = check_store(db)
+    click.echo(findings_text(found))
+    if any(finding.damaged for finding in found.values()):
+        raise SetupError(
+            f"{db} has damaged rows, which are left out: remove them with"
+            f" tune records repair --db {db}"
+        )
+
+
+@records.command("repair", context_settings=CONTEXT)
+@db_option
+def repair_command(db: Path) -> None:
+    """Write the store anew with every row that is sound; the old file stays beside it."""
+    found, old = repair_store(db)
+    click.echo(f"{findings_text(found)}\nthe old file is {old}")
+
+
+def tell_damaged(store: Store) -> None:
+    """Say on stderr how many rows were left out, where any were."""
+    if store.damaged:
+        click.echo(f"warning: {damaged_text(store)}", err=True)
+
+
+def findings_text(found: Findings) -> str:
+    """One line: how many rows of each table are sound, and how many are not."""
+    return ", ".join(
+        f"{finding.sound} {table}" + (f" ({finding.damaged} damaged)" if finding.damaged else "")
+        for table, finding in found.items()
+    )
+
+
 def choose(
     found: Sequence[Counts], task: str | None, device: str | None, units: int | None
 ) -> list[Counts]:
@@ -218,153 +245,3 @@ def choose(
         and (device is None or device.lower() in counts.key.device.lower())
         and units in (None, counts.key.units)
     ]
-
-
-def key_row(counts: Counts) -> Row:
-    """Return what `list` says about a key."""
-    return {
-        **_key(counts),
-        "trials": counts.trials,
-        "failures": counts.failures,
-        "wrong": counts.wrong,
-        "best_s": counts.best_s,
-        "default_s": counts.default_s,
-        "gain": _gain(counts.default_s, counts.best_s),
-    }
-
-
-def trial_row(counts: Counts, record: Record) -> Row:
-    """Return what `list --trials` says about a record."""
-    return {
-        **_key(counts),
-        "origin": record.origin,
-        "seconds": record.seconds,
-        "retimed_s": record.retimed,
-        "spread": record.spread,
-        "repeats": record.repeats,
-        "failure": record.failure,
-        "failure_text": record.failure_text,
-        "partition": record.partition,
-        "flags": record.flags,
-        "wrong": record.wrong,
-        "run": record.run_id,
-        "created": _date(record.created),
-    }
-
-
-def best_row(counts: Counts, place: int, record: Record) -> Row:
-    """Return what `best` says about a record."""
-    return {
-        **_key(counts),
-        "place": place,
-        "best_s": record.best_s,
-        "default_s": counts.default_s,
-        "gain": _gain(counts.default_s, record.best_s),
-        "origin": record.origin,
-        "retimed": record.retimed is not None,
-        "partition": record.partition,
-        "created": _date(record.created),
-        "trace": record.trace,
-    }
-
-
-def show(
-    rows: Sequence[Row],
-    fields: Sequence[str],
-    as_json: bool,
-    csv_file: str | None,
-    hidden: Sequence[str],
-) -> None:
-    """Print rows as a table, JSON or CSV; the fields that are too wide for a table are hidden."""
-    if as_json and csv_file is not None:
-        raise UserError("--json and --csv are two forms of one answer; give one of them")
-    if as_json:
-        click.echo(json.dumps(rows, indent=1))
-    elif csv_file is not None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(csv_row, rows))
-        if csv_file == "-":
-            click.echo(text.getvalue(), nl=False)
-        else:
-            try:
-                Path(csv_file).write_text(text.getvalue(), encoding="utf-8")
-            except OSError as error:
-                raise SetupError(
-                    f"cannot write --csv {csv_file} ({error.strerror}); choose another file"
-                ) from error
-    elif rows:
-        _table(rows, [field for field in fields if field not in hidden])
-    else:
-        click.echo("no records match")
-
-
-def _table(rows: Sequence[Row], fields: Sequence[str]) -> None:
-    from rich.table import Table
-
-    from gpu_aware_tune.display.console import open_console
-
-    # A device's name is long and mostly the same in every row: then it is said once, above.
-    devices = {str(row["device"]) for row in rows}
-    shared = devices.pop() if len(devices) == 1 else None
-    table = Table(title=shared, title_justify="left", title_style="bold")
-    shown = [field for field in fields if field != "device" or shared is None]
-    for field in shown:
-        number = field not in ("task", "name", "device", "origin", "failure", "partition", "flags")
-        heading = _TIMES.get(field, field.replace("_", " "))
-        # The text columns give way first where a terminal is narrow.
-        table.add_column(
-            heading,
-            justify="right" if number else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=len(heading) if number else None,
-        )
-    for row in rows:
-        table.add_row(*(_cell(field, row[field]) for field in shown))
-    open_console(sys.stdout, PLAIN_WIDTH).print(table)
-
-
-_TIMES = {
-    "best_s": "best ms",
-    "default_s": "untuned ms",
-    "seconds": "ms",
-    "retimed_s": "retimed ms",
-}
-
-
-def _cell(field: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if field == "task":
-        return str(value)[:8]
-    if field in _TIMES:
-        return f"{value * 1e3:.4g}"
-    if field == "gain":
-        return f"{value:.2f}x"
-    if field == "spread":
-        return f"{value:.1%}"
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return str(value)
-
-
-def _key(counts: Counts) -> dict[str, Any]:
-    key = counts.key
-    return {
-        "task": key.task,
-        "name": counts.name,
-        "device": key.device,
-        "units": key.units,
-        "target": key.target,
-        "tvm": key.tvm,
-    }
-
-
-def _gain(default_s: float | None, best_s: float | None) -> float | None:
-    return default_s / best_s if default_s and best_s else None
-
-
-def _date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

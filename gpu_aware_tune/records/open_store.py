@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.records.lock import WriterLock, is_writing
-from gpu_aware_tune.records.rows import COLUMNS, FROM, Record, RecordKey, record_of
+from gpu_aware_tune.records.rows import COLUMNS, FROM, DamagedRow, Record, RecordKey, record_of
 from gpu_aware_tune.records.schema import open_empty, open_file, plain_errors, transaction
 
 FILE_NAME = "records.sqlite"
@@ -49,6 +49,9 @@ class OpenStore:
         self._mutex = threading.RLock()
         self._key_ids: dict[RecordKey, int] = {}
         self._lock: WriterLock | None = None
+        self.damaged: set[tuple[str, object]] = (
+            set()
+        )  # (table, row) of what was left out as damaged
         if not readonly:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,13 @@ class OpenStore:
     def _select(self, clause: str, values: Iterable[Any]) -> list[Record]:
         with self._using() as db:
             rows = db.execute(f"SELECT {COLUMNS} {FROM} {clause}", tuple(values)).fetchall()
-        return [record_of(row) for row in rows]
+        records = []
+        for row in rows:
+            try:
+                records.append(record_of(row))
+            except DamagedRow:
+                self.damaged.add(("records", row[-3]))
+        return records
 
     def _close_interrupted_runs(self) -> None:
         """Close the runs whose process is dead; the last record of each says until when it went."""

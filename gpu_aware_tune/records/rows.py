@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -117,12 +118,17 @@ class LogEntry:
         return self.seconds if self.retimed is None else self.retimed
 
 
+class DamagedRow(Exception):
+    """A row that is not what was written, as after a flipped bit: it is left out and counted."""
+
+
 UNFIT = "unfit"  # failure of a record whose trace cannot be applied to its task
 KEY = "k.task, k.device, k.units, k.target, k.tvm"
-COLUMNS = (
-    f"{KEY}, t.json, r.seconds, r.failure, r.failure_text, r.origin, r.spread, r.repeats, r.run,"
-    " r.created, r.partition, r.flags, r.wrong, r.retimed"
-)
+VALUES = (
+    "seconds", "failure", "failure_text", "origin", "spread", "repeats", "run", "created", "partition",
+    "flags", "wrong", "retimed",
+)  # fmt: skip
+COLUMNS = f"{KEY}, t.json, {', '.join(f'r.{name}' for name in VALUES)}, r.id, t.hash, r.sum"
 FROM = "FROM records r JOIN keys k ON k.id = r.key JOIN traces t ON t.id = r.trace"
 LOG = (
     "SELECT k.task, COALESCE(n.name, ''), k.units, k.target, r.trace, r.seconds, r.retimed,"
@@ -133,18 +139,14 @@ LOG = (
 USABLE = "r.seconds IS NOT NULL AND r.failure IS NULL AND r.wrong = 0"
 FASTEST = "COALESCE(r.retimed, r.seconds)"
 ADD_TRACE = "INSERT INTO traces (hash, json) VALUES (?, ?) ON CONFLICT DO NOTHING"
-_FIELDS = (
-    "seconds, failure, failure_text, origin, spread, repeats, run, created, partition, flags,"
-    " wrong, retimed"
-)
 ADD_RECORD = (
-    f"INSERT INTO records (key, trace, {_FIELDS}) VALUES"
+    f"INSERT INTO records (key, trace, {', '.join(VALUES)}) VALUES"
     " (?, (SELECT id FROM traces WHERE hash = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
     " ON CONFLICT (key, trace) DO UPDATE SET "
     # Measuring again does not make a kernel right that was found to compute wrong numbers.
     + ", ".join(
         "wrong = MAX(wrong, excluded.wrong)" if name == "wrong" else f"{name} = excluded.{name}"
-        for name in _FIELDS.split(", ")
+        for name in VALUES
     )
     + " WHERE {replace} OR (failure IS NOT NULL AND excluded.failure IS NULL)"
 )
@@ -156,8 +158,20 @@ def packed(trace: str) -> tuple[bytes, bytes]:
 
 
 def unpacked(text: bytes) -> str:
-    """Return a text that was kept compressed."""
-    return zlib.decompress(text).decode()
+    """Return a text that was kept compressed.
+
+    Raises:
+        DamagedRow: it is not whole.
+    """
+    try:
+        return zlib.decompress(text).decode()
+    except (zlib.error, UnicodeDecodeError, TypeError) as error:
+        raise DamagedRow(str(error)) from None
+
+
+def row_sum(*values: object) -> bytes:
+    """Return the checksum of a record: of its key, its trace's hash and `VALUES`, as SQLite has them."""
+    return blake2b(repr(values).encode(), digest_size=8).digest()
 
 
 def digest(trace: str) -> bytes:
@@ -198,10 +212,64 @@ def log_entry_of(row: tuple[Any, ...]) -> LogEntry:
 
 
 def record_of(row: tuple[Any, ...]) -> Record:
-    """Return the record of a row that was selected as `COLUMNS`."""
-    *values, wrong, retimed = row[6:]
-    fields = (RecordKey(*row[:5]), unpacked(row[5]), *values, bool(wrong), retimed)
+    """Return the record of a row that was selected as `COLUMNS`.
+
+    Raises:
+        DamagedRow: it is not what was written.
+    """
+    *key, text = row[:6]
+    *values, wrong, retimed = row[6:-3]
+    _, hash_, sum_ = row[-3:]
+    if row_sum(*key, hash_, *values, wrong, retimed) != sum_:
+        raise DamagedRow("its checksum differs")
+    trace = unpacked(text)
+    if digest(trace) != hash_:
+        raise DamagedRow("the checksum of its trace differs")
+    fields = (RecordKey(*key), trace, *values, bool(wrong), retimed)
     return Record(*fields)
+
+
+def key_of(row: Sequence[Any]) -> RecordKey:
+    """Return the key of a row that starts as `KEY` does.
+
+    Raises:
+        DamagedRow: a value is of another type.
+    """
+    key = RecordKey(*row[:5])
+    texts = (key.task, key.device, key.target, key.tvm)
+    if not isinstance(key.units, int) or not all(isinstance(text, str) for text in texts):
+        raise DamagedRow("a value is of another type")
+    return key
+
+
+def task_of(row: tuple[Any, ...]) -> StoredTask:
+    """Return the task of a row (hash, name, module, args).
+
+    Raises:
+        DamagedRow: it is not whole.
+    """
+    hash_, name, module, args = row
+    _parsed(args, list)
+    return StoredTask(hash_, name, unpacked(module), args)
+
+
+def run_of(row: tuple[Any, ...]) -> Run:
+    """Return the run of a row (id, status, started, finished, settings, machine, facts).
+
+    Raises:
+        DamagedRow: it is not whole.
+    """
+    return Run(*row[:4], *(_parsed(text, dict) for text in row[4:]))
+
+
+def _parsed(text: object, kind: type) -> Any:
+    try:
+        value = json.loads(str(text))
+    except ValueError as error:
+        raise DamagedRow(str(error)) from None
+    if not isinstance(value, kind):
+        raise DamagedRow(f"{kind.__name__} was kept, not {type(value).__name__}")
+    return value
 
 
 def prune_condition(

@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.errors import SetupError, UserError, one_line
+from gpu_aware_tune.records.rows import VALUES, row_sum
 
 APPLICATION_ID = 0x67617475  # "gatu": tells our file from any other SQLite database
+REPAIR = "save what can be read with tune records repair --db FOLDER"
+TABLES = ("tasks", "runs", "keys", "traces", "records")
 ELSEWHERE = "or give another folder with --db"
 
 Migration = Callable[[sqlite3.Connection], None]
@@ -47,6 +50,25 @@ def first_schema(db: sqlite3.Connection) -> None:
         " WHERE seconds IS NOT NULL AND failure IS NULL AND wrong = 0",
     ):
         db.execute(statement)
+
+
+@migration
+def sums_of_records(db: sqlite3.Connection) -> None:
+    """A checksum in each record, which SQLite has none of; triggers keep it up to date."""
+    db.execute("ALTER TABLE records ADD COLUMN sum BLOB")
+    seal = (
+        "UPDATE records SET sum = row_sum("
+        "(SELECT task FROM keys WHERE id = key), (SELECT device FROM keys WHERE id = key),"
+        " (SELECT units FROM keys WHERE id = key), (SELECT target FROM keys WHERE id = key),"
+        " (SELECT tvm FROM keys WHERE id = key), (SELECT hash FROM traces WHERE id = trace),"
+        f" {', '.join(VALUES)})"
+    )
+    db.execute(seal)
+    for event in ("INSERT", f"UPDATE OF key, trace, {', '.join(VALUES)}"):
+        db.execute(
+            f"CREATE TRIGGER records_sum_{event[:6].lower()} AFTER {event} ON records"
+            f" BEGIN {seal} WHERE id = NEW.id; END"
+        )
 
 
 def open_file(path: Path, *, readonly: bool, busy_timeout_s: float) -> sqlite3.Connection:
@@ -86,6 +108,7 @@ def open_file(path: Path, *, readonly: bool, busy_timeout_s: float) -> sqlite3.C
 def open_empty() -> sqlite3.Connection:
     """Open a store without records that is on no disk, for queries only."""
     db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    with_functions(db)
     _migrate(db)
     db.execute("PRAGMA query_only = ON")
     return db
@@ -106,20 +129,26 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors about the file into one line; errors of our own SQL pass unchanged."""
+    """Turn SQLite's errors about the file into one line; wrong use of SQLite passes unchanged."""
     try:
         yield
+    except (UnicodeDecodeError, MemoryError) as error:  # of a message that quotes what was found
+        raise SetupError(f"{path} is damaged; {REPAIR}, restore a copy {ELSEWHERE}") from error
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "") or ""
+        if "user-defined function" in str(error):  # a text of the row that it was to sum is no text
+            name = "SQLITE_CORRUPT"
         for prefixes, text in _ERRORS:
             if name.startswith(prefixes):
-                raise SetupError(f"{path} {text} {ELSEWHERE} ({error})") from error
+                raise SetupError(f"{path} {text} {ELSEWHERE} ({one_line(error, 100)})") from error
+        if isinstance(error, sqlite3.OperationalError):  # tables or numbers that are not ours
+            raise SetupError(f"{path} is damaged ({error}); {REPAIR} {ELSEWHERE}") from error
         raise
 
 
 _ERRORS = (
     (("SQLITE_BUSY", "SQLITE_LOCKED"), "is locked by another program; end that program"),
-    (("SQLITE_CORRUPT",), "is damaged; restore a copy, move it away"),
+    (("SQLITE_CORRUPT",), f"is damaged; {REPAIR}, restore a copy"),
     (("SQLITE_NOTADB",), "is not a record store or is damaged; move it away"),
     (("SQLITE_FULL", "SQLITE_IOERR"), "cannot be written, the disk is full or failing; free space"),
     (("SQLITE_READONLY", "SQLITE_PERM"), "cannot be written; make file and folder writable"),
@@ -133,9 +162,22 @@ def _may_write(path: Path) -> bool:
 
 def _connect(path: Path, mode: str, busy_timeout_s: float, extra: str = "") -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={mode}{extra}"
-    return sqlite3.connect(
-        uri, uri=True, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
+    return with_functions(
+        sqlite3.connect(
+            uri, uri=True, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
+        )
     )
+
+
+def with_functions(db: sqlite3.Connection) -> sqlite3.Connection:
+    db.create_function("row_sum", -1, row_sum, deterministic=True)
+    db.text_factory = _text
+    return db
+
+
+def _text(content: bytes) -> str:
+    """A text that is none any more is replaced, so that one row is damaged and not the whole answer."""
+    return content.decode("utf-8", "replace")
 
 
 def _connect_readonly(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
@@ -158,14 +200,21 @@ def _connect_readonly(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
         return _connect(path, "ro", busy_timeout_s, "&immutable=1")
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is no regular file: SQLite would wait for a pipe, or read a device without end."""
+    if path.is_dir():
+        raise SetupError(f"{path} is a folder, it should be a file; move it away {ELSEWHERE}")
+    if path.exists() and not path.is_file():
+        raise SetupError(f"{path} is a pipe or a device, not a file; move it away {ELSEWHERE}")
+
+
 def _check(path: Path, busy_timeout_s: float, *, thorough: bool) -> None:
     """Refuse a file that is no record store, is damaged, or is of a newer version.
 
     Only SQLite may open the file: closing any other descriptor of it would release the locks that
     another store of this process has on it.
     """
-    if path.is_dir():
-        raise SetupError(f"{path} is a folder, it should be a file; move it away {ELSEWHERE}")
+    check_regular(path)
     with contextlib.closing(_connect_readonly(path, busy_timeout_s)) as db:
         version = _pragma(db, "user_version")
         tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
@@ -176,12 +225,17 @@ def _check(path: Path, busy_timeout_s: float, *, thorough: bool) -> None:
                 f"{path} has schema {version}, this version knows up to {len(_migrations)};"
                 f" update gpu_aware_tune {ELSEWHERE}"
             )
+        names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        missing = [name for name in TABLES if name not in names]
+        if version < 0 or (missing if version else tables):
+            what = f"without table {missing[0]}" if missing else f"its schema is {version}"
+            raise SetupError(f"{path} is damaged ({what}); {REPAIR}, restore a copy {ELSEWHERE}")
         if thorough:
             finding = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if finding != "ok":
                 finding = " ".join(finding.split())
                 raise SetupError(
-                    f"{path} is damaged ({finding}); restore a copy, move it away {ELSEWHERE}"
+                    f"{path} is damaged ({finding}); {REPAIR}, restore a copy {ELSEWHERE}"
                 )
         elif version < len(_migrations):
             raise SetupError(

@@ -6,7 +6,8 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpu_aware_tune.errors import SetupError
@@ -22,6 +23,7 @@ from gpu_aware_tune.records.rows import (
     UNFIT,
     USABLE,
     Counts,
+    DamagedRow,
     LogEntry,
     Record,
     RecordKey,
@@ -29,14 +31,27 @@ from gpu_aware_tune.records.rows import (
     StoredTask,
     check_seconds,
     digest,
+    key_of,
     log_entry_of,
     packed,
     prune_condition,
     row_of,
+    run_of,
+    task_of,
     unpacked,
 )
 
-__all__ = ["FILE_NAME", "Counts", "LogEntry", "Record", "RecordKey", "Run", "Store", "StoredTask"]
+__all__ = [
+    "FILE_NAME",
+    "Counts",
+    "LogEntry",
+    "Record",
+    "RecordKey",
+    "Run",
+    "Store",
+    "StoredTask",
+    "damaged_text",
+]
 
 
 class Store(OpenStore):
@@ -58,9 +73,7 @@ class Store(OpenStore):
                 (self._key_id(key), trace[0], *row)
                 for (key, row), trace in zip(rows, traces, strict=True)
             ]
-            before = db.total_changes
-            db.executemany(ADD_RECORD.format(replace=int(replace)), values)
-            return db.total_changes - before
+            return db.executemany(ADD_RECORD.format(replace=int(replace)), values).rowcount
 
     def mark_wrong(self, key: RecordKey, trace: str) -> None:
         """Mark a kernel that computes wrong numbers, under every number of units of its device."""
@@ -83,13 +96,12 @@ class Store(OpenStore):
 
     def add_task(self, hash: str, name: str, module_json: str, args_json: str = "[]") -> None:
         """Keep a task's module, so that its records can be exported without the model."""
-        with self._using() as db:
-            if db.execute("SELECT 1 FROM tasks WHERE hash = ?", (hash,)).fetchone():
-                return
+        if self.task(hash) is not None:
+            return
         with self._writing() as db:
             module = zlib.compress(module_json.encode())
             db.execute(
-                "INSERT OR IGNORE INTO tasks VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?)",
                 (hash, name, module, args_json, time.time()),
             )
 
@@ -115,7 +127,10 @@ class Store(OpenStore):
             ).fetchall()
             renamed = unfit = 0
             for old, text in rows:
-                trace = unpacked(text)
+                try:
+                    trace = unpacked(text)
+                except DamagedRow:
+                    continue
                 changed = rename(trace)
                 if changed is None:
                     unfit += 1
@@ -244,9 +259,9 @@ class Store(OpenStore):
     def for_task(self, task_hash: str, k: int = 1) -> list[Record]:
         """Return the k fastest usable records of a task under each of its keys."""
         with self._using() as db:
-            query = f"SELECT {KEY} FROM keys k WHERE k.task = ? ORDER BY k.id"
-            keys = [RecordKey(*row) for row in db.execute(query, (task_hash,))]
-        return [record for key in keys for record in self.best(key, k)]
+            query = f"SELECT {KEY}, k.id FROM keys k WHERE k.task = ? ORDER BY k.id"
+            rows = db.execute(query, (task_hash,)).fetchall()
+        return [record for _, key in self._keys(rows) for record in self.best(key, k)]
 
     def seeds(self, key: RecordKey, k: int = 8) -> list[Record]:
         """Return the best traces that the same task has elsewhere, nearest first.
@@ -277,7 +292,7 @@ class Store(OpenStore):
     def counts(self, task: str | None = None) -> list[Counts]:
         """Return what the store holds, one row a key, of one task or of all."""
         query = (
-            f"SELECT {KEY}, COALESCE(n.name, ''), COUNT(*), SUM(r.failure IS NOT NULL),"
+            f"SELECT {KEY}, k.id, COALESCE(n.name, ''), COUNT(*), SUM(r.failure IS NOT NULL),"
             f" SUM(r.wrong), MIN(CASE WHEN {USABLE} THEN {FASTEST} END),"
             f" MIN(CASE WHEN {USABLE} AND r.origin = 'default' THEN {FASTEST} END)"
             " FROM records r JOIN keys k ON k.id = r.key LEFT JOIN tasks n ON n.hash = k.task"
@@ -285,21 +300,39 @@ class Store(OpenStore):
         )
         with self._using() as db:
             rows = db.execute(query, (task,)).fetchall()
-        return [Counts(RecordKey(*row[:5]), *row[5:]) for row in rows]
+        return [Counts(key, *row[6:]) for row, key in self._keys(rows)]
+
+    def _keys(self, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[Sequence[Any], RecordKey]]:
+        """Rows that start with a key and its number, with the key; damaged ones are left out."""
+        for row in rows:
+            try:
+                yield row, key_of(row)
+            except DamagedRow:
+                self.damaged.add(("keys", row[5]))
 
     def task(self, hash: str) -> StoredTask | None:
-        """Return a task that was kept, or None."""
+        """Return a task that was kept, or None: it is not there, or its row is damaged."""
         with self._using() as db:
             query = "SELECT hash, name, module, args FROM tasks WHERE hash = ?"
             row = db.execute(query, (hash,)).fetchone()
-        return row and StoredTask(row[0], row[1], unpacked(row[2]), row[3])
+        try:
+            return row and task_of(row)
+        except DamagedRow:
+            self.damaged.add(("tasks", hash))
+            return None
 
     def runs(self) -> list[Run]:
-        """Return every run, oldest first."""
+        """Return every run, oldest first; those whose row is damaged are left out."""
         query = "SELECT id, status, started, finished, settings, machine, facts FROM runs"
         with self._using() as db:
             rows = db.execute(query + " ORDER BY id").fetchall()
-        return [Run(*row[:4], *(json.loads(text) for text in row[4:])) for row in rows]
+        runs = []
+        for row in rows:
+            try:
+                runs.append(run_of(row))
+            except DamagedRow:
+                self.damaged.add(("runs", row[0]))
+        return runs
 
     def log(self, run: Run, tasks: Sequence[str] = ()) -> list[LogEntry]:
         """Return a run's records and the older ones of its keys, in the order they were made.
@@ -319,6 +352,17 @@ class Store(OpenStore):
         with self._using() as db:
             rows = db.execute(LOG.format(keys=keys), (*values, run.id, run.started)).fetchall()
         return [log_entry_of(row) for row in rows]
+
+
+def damaged_text(store: Store) -> str:
+    """What was left out of a store's answers so far, and what to do about it."""
+    tables = Counter(table for table, _ in store.damaged)
+    told = ", ".join(f"{count} of the {table}" for table, count in sorted(tables.items()))
+    folder = store.path.parent if store.path.name == FILE_NAME else store.path
+    return (
+        f"{store.path}: damaged rows are left out ({told}); tune records repair --db {folder}"
+        " removes them"
+    )
 
 
 def _places(values: Sequence[Any]) -> str:

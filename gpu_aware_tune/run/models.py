@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.events import Event, Level, Note, Planned, Stage, StageName, TaskPlan
 from gpu_aware_tune.partition import Device, Share, share_of
-from gpu_aware_tune.records.store import RecordKey
+from gpu_aware_tune.records.store import RecordKey, damaged_text
 from gpu_aware_tune.records.task_records import TaskRecords
 from gpu_aware_tune.run.jobs import ModelGoal
 from gpu_aware_tune.run.session import Session
@@ -134,7 +134,10 @@ def recall_models(
     work = TaskSet(heaviest_first([task for m in kept for task in m.tasks]), tuple(goals))
     records = TaskRecords(session.store, _keys(session, kept))
     known = recall(work, records, session.settings.resume)
-    return tuple(kept), work, with_relatives(known, work, relatives or {})
+    known = with_relatives(known, work, relatives or {})
+    if session.store.damaged:
+        yield Note(damaged_text(session.store), Level.WARNING)
+    return tuple(kept), work, known
 
 
 def _with_known_tasks(

@@ -12,30 +12,23 @@ import os
 import random
 import shutil
 import signal
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
+from fuzz_cases import LIMIT_S, outcome, run_cases
 from manifests import write_json
 from tiny_library import write_library
 
-from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.library import load
 from gpu_aware_tune.library.checks import check_library, check_versions, check_weights
 from gpu_aware_tune.library.manifest import read_manifest
 from gpu_aware_tune.model.importer import random_inputs
 
-CASES = int(os.environ.get("FUZZ_CASES", "500"))
-FIRST = int(os.environ.get("FUZZ_SEED", "0"))
 LOADED_EVERY = int(
     os.environ.get("FUZZ_LOADED_EVERY", "25")
 )  # one case of so many is loaded and called
-LIMIT_S = 5.0
-
 TOO_DAMAGED = (ValueError, TypeError, LookupError, OSError)  # for another kind of damage
 
 Damage = Callable[[Path, random.Random], None]
@@ -186,22 +179,6 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 # -- the cases -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer, also a system call that waits."""
-
-    def late(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done in {seconds} s")
-
-    former = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
-
-
 def check(folder: Path) -> None:
     """What `load` does before it maps a file."""
     manifest = read_manifest(folder)
@@ -217,19 +194,6 @@ def load_and_call(folder: Path) -> None:
     with load(folder, preload=True) as library:
         library(random_inputs(library.inputs, 0))
         repr(library)
-
-
-def outcome(function: Callable[[Path], None], folder: Path) -> str:
-    """ "opened", "refused", or what should not have happened."""
-    try:
-        with within(LIMIT_S):
-            function(folder)
-    except (UserError, SetupError) as error:
-        text = str(error)
-        return "refused" if text and len(text.splitlines()) == 1 else f"not one line: {text!r}"
-    except BaseException:
-        return traceback.format_exc()
-    return "opened"
 
 
 def outcome_apart(function: Callable[[Path], None], folder: Path) -> str:
@@ -278,16 +242,4 @@ def test_a_sound_folder_opens(sound: Path) -> None:
 
 
 def test_damaged_folders_open_or_are_refused_in_one_line(sound: Path, tmp_path: Path) -> None:
-    begun = time.monotonic()
-    counts = {"opened": 0, "refused": 0}
-    wrong: list[str] = []
-    for seed in range(FIRST, FIRST + CASES):
-        came = run_case(seed, sound, tmp_path)
-        if came in counts:
-            counts[came] += 1
-        else:
-            wrong.append(f"FUZZ_SEED={seed} FUZZ_CASES=1: {came}")
-    print(f"{CASES} cases in {time.monotonic() - begun:.1f} s: {counts}, {len(wrong)} wrong")
-    assert not wrong, "\n".join(wrong[:10])
-    if CASES >= 100:
-        assert min(counts.values()) > 0, "damage that is never noticed, or always"
+    run_cases(lambda seed: run_case(seed, sound, tmp_path))

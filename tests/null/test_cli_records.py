@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -144,6 +145,23 @@ def test_looking_does_not_close_a_run_that_goes_on(db: Path) -> None:
         run("list", "--db", db)
         run("best", "--db", db)
         assert [row.status for row in writer.runs()] == ["running"]
+
+
+def test_check_and_repair(db: Path) -> None:
+    assert "8 records" in run("check", "--db", db)
+    assert "damaged" not in run("check", "--db", db)
+    with contextlib.closing(sqlite3.connect(db / FILE_NAME, isolation_level=None)) as raw:
+        raw.execute("DROP TRIGGER records_sum_update")
+        raw.execute("UPDATE records SET seconds = 9 WHERE id = 1")
+        total = raw.execute("SELECT COUNT(*) FROM records").fetchone()[0]
+    done = CliRunner().invoke(records, ["check", "--db", str(db)])
+    assert isinstance(done.exception, SetupError) and f"repair --db {db}" in str(done.exception)
+    assert f"{total - 1} records (1 damaged)" in done.output
+    warned = CliRunner().invoke(records, ["list", "--trials", "--db", str(db)])
+    assert "damaged rows are left out (1 of the records)" in warned.stderr
+    assert f"{total - 1} records (1 damaged)" in run("repair", "--db", db)
+    assert "damaged" not in run("check", "--db", db)
+    assert len(list(db.glob("*.damaged-*"))) == 1, "the old file stays"
 
 
 def test_prune(db: Path) -> None:

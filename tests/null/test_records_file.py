@@ -245,7 +245,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda path: os.truncate(path, path.stat().st_size // 2), "is damaged"),
     "first page": (lambda path: overwrite(path, 100, b"\xff" * 900), "is damaged"),
     "a page": (lambda path: overwrite(path, 4096 * 30, b"\xff" * 4096), "is damaged"),
-    "newer": (newer, "has schema 99, this version knows up to 1; update"),
+    "newer": (newer, "has schema 99, this version knows up to 2; update"),
     "foreign": (foreign, "another program's database"),
 }
 
@@ -428,12 +428,14 @@ def test_a_migration_is_logged_and_keeps_the_records(
         db.execute("ALTER TABLE runs ADD COLUMN mood TEXT")
 
     monkeypatch.setattr(records_schema, "_migrations", [*records_schema._migrations, add_mood])
-    with pytest.raises(SetupError, match="has schema 1, which is old"):
+    with pytest.raises(SetupError, match="has schema 2, which is old"):
         Store(tmp_path, readonly=True)
     with Store(tmp_path) as store:
         assert store.known(KEY) == 300
-    assert tables(path, "SELECT name FROM migrations") == [("first_schema",), ("add_mood",)]
-    assert tables(path, "PRAGMA user_version") == [(2,)]
+    assert tables(path, "SELECT name FROM migrations") == [
+        ("first_schema",), ("sums_of_records",), ("add_mood",),
+    ]  # fmt: skip
+    assert tables(path, "PRAGMA user_version") == [(3,)]
 
 
 def test_a_migration_that_fails_leaves_nothing(
