@@ -57,7 +57,7 @@ def share_results(
             units=share.units,
             untuned_s=latency_s.get(("untuned", share.units)),
             tuned_s=latency_s.get(("tuned", share.units)),
-            verified=share.units in reports,
+            verified=share.units in reports and not reports[share.units].undecided,
             max_error=reports[share.units].max_error if share.units in reports else None,
             loss=losses.get(share.units),
         )

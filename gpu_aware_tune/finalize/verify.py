@@ -9,6 +9,10 @@ For each draw and output, with `scale` the largest finite value that the oracle 
 
 `base` follows from the type that is computed in and from whether the model is quantised, where it is
 the size of a few quantisation steps. The noise is the model's own, measured by `oracle`.
+
+A draw on which that noise would hide any error tells nothing: many networks are chaotic on large inputs.
+Such draws are named, and the error that is reported is that of the others. Where an output has no
+other draw, it is not called verified.
 """
 
 from __future__ import annotations
@@ -33,6 +37,10 @@ _QUANTISED = 0.03
 _INTEGERS = 1e-3  # part of them that may differ
 _RMS_PART = 3.0  # the RMS error may be so many times smaller than the largest
 _LARGEST_NOISE, _RMS_NOISE = 4.0, 3.0
+_TELLING, _TELLING_BASE = (
+    0.02,
+    10.0,
+)  # a limit of at most this, or so many times the base, tells something
 _LAST_STEPS = 4.0  # of the smallest that the type has
 
 Outputs = Sequence[np.ndarray]
@@ -40,11 +48,15 @@ Outputs = Sequence[np.ndarray]
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """One output over all ordinary draws: the largest relative error and what is allowed there."""
+    """One output over all ordinary draws: the largest relative error and what is allowed there.
+
+    `telling` is unset where the model's own noise is so large that any error would be allowed.
+    """
 
     name: str
     error: float
     allowed: float
+    telling: bool = True
 
     @property
     def ok(self) -> bool:
@@ -59,9 +71,9 @@ class VerifyReport:
     Args:
         oracle: whose numbers it was compared with.
         draws: the draws that were compared.
-        outputs: each output's worst draw.
+        outputs: each output's worst draw, of those that tell something; a draw that fails in any case.
         special: what came of NaN and infinity: "as the oracle", or in which draws it differs.
-        notes: of the oracle.
+        notes: of the oracle, and which draws tell nothing.
     """
 
     oracle: str
@@ -74,6 +86,11 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether every output is right in every ordinary draw."""
         return all(output.ok for output in self.outputs)
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Outputs of which no draw tells whether they are right."""
+        return tuple(output.name for output in self.outputs if not output.telling)
 
     @property
     def max_error(self) -> float:
@@ -90,7 +107,12 @@ class VerifyReport:
             f"error {worst.error:.1e} (allowed {worst.allowed:.0e}, output {worst.name!r})"
             f" against {self.oracle}, {len(self.draws)} draws of inputs"
         )
-        return text if self.special == AS_ORACLE else f"{text}; {self.special}"
+        if self.special != AS_ORACLE:
+            text += f"; {self.special}"
+        if self.undecided:
+            names = ", ".join(map(repr, self.undecided))
+            text += f"; not verified: the model's own noise would hide any error of {names}"
+        return text
 
 
 AS_ORACLE = "NaN and infinity as in the oracle"
@@ -105,7 +127,7 @@ def compare(reference: Reference, got: Sequence[Outputs], base: float) -> Verify
         base: see `base_error`.
     """
     worst: dict[str, OutputCheck] = {}
-    special = []
+    special, notes = [], list(reference.notes)
     for draw, outputs in zip(reference.draws, got, strict=True):
         checks = _checks(reference, draw, outputs, base)
         if draw.kind in SPECIAL or _overflows(draw):
@@ -115,15 +137,18 @@ def compare(reference: Reference, got: Sequence[Outputs], base: float) -> Verify
             continue
         for check in checks:
             before = worst.get(check.name)
-            if before is None or _badness(check) > _badness(before):
+            if before is None or _weight(check) > _weight(before):
                 worst[check.name] = check
+        if untelling := [check for check in checks if not check.telling]:
+            largest = max(check.allowed for check in untelling)
+            notes.append(f"draw {draw.kind} tells nothing: noise allows an error of {largest:.2g}")
     draws = tuple(draw.kind.value for draw in reference.draws)
     return VerifyReport(
         reference.oracle,
         draws,
         tuple(worst.values()),
         "; ".join(special) or AS_ORACLE,
-        reference.notes,
+        tuple(notes),
     )
 
 
@@ -200,7 +225,8 @@ def _check(
         return OutputCheck(name, 0.0, base)
     if not is_float(wanted.dtype.name):
         part = float(np.mean(got != wanted))
-        return OutputCheck(name, part, max(_INTEGERS, _RMS_NOISE * noise.largest))
+        allowed = max(_INTEGERS, _RMS_NOISE * noise.largest)
+        return OutputCheck(name, part, allowed, _tells(allowed, base))
     own, right = got.astype(np.float64), wanted.astype(np.float64)
     finite = np.isfinite(right)
     if not np.array_equal(own[~finite], right[~finite], equal_nan=True):
@@ -216,7 +242,13 @@ def _check(
     steps = _LAST_STEPS * _smallest_step(wanted.dtype)
     allowed = base + (_LARGEST_NOISE * noise.largest + steps) / scale
     allowed_rms = base / _RMS_PART + (_RMS_NOISE * noise.rms + steps) / scale
-    return OutputCheck(name, max(largest, rms * allowed / allowed_rms), allowed)
+    error = max(largest, rms * allowed / allowed_rms)
+    return OutputCheck(name, error, allowed, _tells(allowed, base))
+
+
+def _tells(allowed: float, base: float) -> bool:
+    """Whether a limit is narrow enough to find an error."""
+    return allowed <= max(_TELLING, _TELLING_BASE * base)
 
 
 def _smallest_step(dtype: np.dtype[Any]) -> float:
@@ -224,5 +256,7 @@ def _smallest_step(dtype: np.dtype[Any]) -> float:
     return 2.0**-24 if dtype == np.float16 else 0.0
 
 
-def _badness(check: OutputCheck) -> float:
-    return check.error / check.allowed if check.allowed else check.error
+def _weight(check: OutputCheck) -> tuple[bool, bool, float]:
+    """What an output's draws are ranked by: what fails, then what tells something, then how bad it is."""
+    badness = check.error / check.allowed if check.allowed else check.error
+    return not check.ok, check.telling, badness

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from tiny_library import write_onnx
 from gpu_aware_tune.errors import TuneError, UserError
 from gpu_aware_tune.finalize import oracle
 from gpu_aware_tune.finalize.oracle import Noise, Reference, make_reference
+from gpu_aware_tune.finalize.results import share_results
 from gpu_aware_tune.finalize.verify import AS_ORACLE, compare
 from gpu_aware_tune.model.draws import ORDINARY, DrawKind
+from gpu_aware_tune.partition import Device, Share
 
 F32 = 1e-4
 
@@ -136,8 +139,6 @@ def test_a_sensitive_output_is_allowed_its_own_noise_and_no_more(tmp_path: Path)
 
 
 def test_integers_must_be_equal_unless_the_model_itself_is_undecided(reference: Reference) -> None:
-    import dataclasses
-
     draw = reference.draws[0]
     classes = np.arange(2000) % 7
     exact = dataclasses.replace(draw, outputs=(classes,), noise=(Noise(0.0, 0.0),))
@@ -286,3 +287,32 @@ def test_large_inputs_that_overflow_float16_in_the_oracle_are_compared_apart(
     report = compare(found, [[np.array([6.5e4, np.inf, 1, 2], np.float16)]], 1e-2)
     assert report.ok == (kind == DrawKind.LARGE)
     assert (report.special == AS_ORACLE) == (kind == DrawKind.NORMAL)
+
+
+def test_a_draw_on_which_the_model_is_chaotic_tells_nothing(reference: Reference) -> None:
+    noisy = []
+    for draw in reference.draws:
+        if draw.kind == DrawKind.LARGE:
+            largest = [0.3 * float(np.abs(array).max()) for array in draw.outputs]
+            noise = tuple(Noise(each, each) for each in largest)
+            draw = dataclasses.replace(draw, noise=noise)
+        noisy.append(draw)
+    chaotic = dataclasses.replace(reference, draws=tuple(noisy))
+    off = outputs(chaotic, lambda a: a * np.float32(1.2), (DrawKind.LARGE,))
+    report = compare(chaotic, off, F32)
+    assert report.ok and report.max_error < F32 and not report.undecided
+    assert any("draw large tells nothing" in note for note in report.notes)
+    off = outputs(chaotic, lambda a: a + 2 * np.abs(a).max(), (DrawKind.LARGE,))
+    assert not compare(chaotic, off, F32).ok, "more than its noise is wrong in any draw"
+
+
+def test_an_output_that_is_all_noise_is_not_called_verified() -> None:
+    right = np.array([1, 2, 3, 4], np.float32)
+    draw = oracle.DrawReference(DrawKind.NORMAL, (right,), (Noise(2.0, 1.0),))
+    found = Reference(None, "", (draw,), ("y",))  # type: ignore[arg-type]
+    report = compare(found, [[right + np.float32(1)]], F32)
+    assert report.ok and report.undecided == ("y",)
+    assert "not verified: the model's own noise would hide any error of 'y'" in report.text
+    device = Device("llvm", 0, "cpu", "znver4", 2, "core")
+    (share,) = share_results([Share(100, 2, device)], {}, {2: report}, {})
+    assert not share.verified
