@@ -39,11 +39,13 @@ def locate(
 
     from gpu_aware_tune.model.importer import supported_operators
     from gpu_aware_tune.onnx_prepare import prepare, read_model
+    from gpu_aware_tune.onnx_prepare.random_values import freeze_random
     from gpu_aware_tune.onnx_prepare.shapes import fix_inputs
 
     arrays = plan.arrays(plan.kinds[0])
     original = read_model(path)
     fix_inputs(original, input_shapes)
+    freeze_random(original)
     right = _in_onnxruntime(original, arrays)
     prepared = prepare(read_model(path), input_shapes, dtype, supported_operators())
     prepared_values = _in_onnxruntime(prepared, arrays)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto
@@ -25,6 +25,9 @@ from gpu_aware_tune.errors import TuneError, last_line
 from gpu_aware_tune.model.draws import SPECIAL, DrawKind, DrawPlan, is_float
 from gpu_aware_tune.model.importer import TensorSpec
 from gpu_aware_tune.onnx_prepare.facts import uses_types, walk
+
+if TYPE_CHECKING:
+    import onnx
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], list[np.ndarray]]
@@ -97,6 +100,7 @@ def make_reference(
     from gpu_aware_tune.onnx_prepare import read_model
     from gpu_aware_tune.onnx_prepare.convert import detach_weights
     from gpu_aware_tune.onnx_prepare.input_ranges import index_bounds
+    from gpu_aware_tune.onnx_prepare.random_values import RANDOM
     from gpu_aware_tune.onnx_prepare.shapes import fix_inputs
 
     proto = read_model(path)
@@ -106,7 +110,8 @@ def make_reference(
     skeleton, weights = detach_weights(proto)
     half = _half_type(skeleton)
     del proto, weights
-    file = _File(path, any(node.op_type == "TopK" for node in walk(skeleton.graph)))
+    kinds = {node.op_type for node in walk(skeleton.graph)}
+    file = _File(path, input_shapes, bool(kinds & {"TopK", *RANDOM}))
     plan = DrawPlan(specs, _of_inputs(index_bounds(skeleton), specs), seed, user)
     first = plan.arrays(plan.kinds[0])
     refusals = []
@@ -123,10 +128,27 @@ def make_reference(
 
 @dataclass(frozen=True)
 class _File:
-    """The user's file; `has_top_k`: whether an order in it may be left open."""
+    """The user's file.
+
+    `is_open`: whether it leaves something open that is decided before anybody runs it: the order of a
+    TopK, the values of random operators.
+    """
 
     path: Path
-    has_top_k: bool
+    input_shapes: Mapping[str, tuple[int, ...]]
+    is_open: bool
+
+    def decided(self) -> onnx.ModelProto:
+        """Its content, with what it leaves open decided."""
+        from gpu_aware_tune.onnx_prepare import read_model
+        from gpu_aware_tune.onnx_prepare.random_values import freeze_random, has_random
+        from gpu_aware_tune.onnx_prepare.shapes import fix_inputs
+
+        model = read_model(self.path)  # which settles orders
+        if has_random(model):
+            fix_inputs(model, self.input_shapes)
+            freeze_random(model)
+        return model
 
 
 @dataclass(frozen=True)
@@ -205,23 +227,17 @@ def _onnxruntime(file: _File, names: Sequence[str]) -> _Oracle:
 
 
 def _decided(file: _File) -> str | bytes:
-    """The file, or its content with TopK sorted where the file leaves the order open."""
-    from gpu_aware_tune.onnx_prepare import read_model
-
-    if not file.has_top_k:
-        return str(file.path)
-    decided: bytes = read_model(file.path).SerializeToString()
-    return decided
+    """The file itself, or its content where it leaves something open."""
+    return file.decided().SerializeToString() if file.is_open else str(file.path)
 
 
 def _onnxruntime_widened(file: _File, names: Sequence[str]) -> _Oracle:
     """ONNX Runtime on a copy in float32"""
     import onnxruntime
 
-    from gpu_aware_tune.onnx_prepare import read_model
     from gpu_aware_tune.onnx_prepare.widen import widened
 
-    proto = widened(read_model(file.path))
+    proto = widened(file.decided())
     level = onnxruntime.GraphOptimizationLevel
     run = _session(proto.SerializeToString(), level.ORT_DISABLE_ALL, names)
 
@@ -237,9 +253,7 @@ def _evaluator(file: _File, names: Sequence[str]) -> _Oracle:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    from gpu_aware_tune.onnx_prepare import read_model
-
-    evaluator = ReferenceEvaluator(read_model(file.path))
+    evaluator = ReferenceEvaluator(file.decided())
 
     def run(arrays: Arrays) -> list[np.ndarray]:
         return [np.asarray(value) for value in evaluator.run(list(names), dict(arrays))]

@@ -33,6 +33,41 @@ def power(node: NodeProto, to: Rewriter) -> list[str] | None:
     return [to.op("Pow", node.input[0], to.cast(node.input[1], base))]
 
 
+def modulo(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """Rule: Mod of floats takes the divisor's sign, as Python's does; fmod takes the dividend's."""
+    dtype = to.dtype(node.input[0])
+    if dtype is None or _is_integer(dtype) or attributes(node).get("fmod", 0):
+        return None
+    zero = to.constant(0, dtype)
+    rest = to.op("Mod", *node.input, fmod=1)
+    other_sign = to.op("Xor", to.op("Less", rest, zero), to.op("Less", node.input[1], zero))
+    some = to.op("Not", to.op("Equal", rest, zero))
+    moved = to.op("Add", rest, node.input[1])
+    return [to.op("Where", to.op("And", some, other_sign), moved, rest)]
+
+
+def matmul_integer(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """Rule: a vector as a matrix of one row or column, as TVM's importer takes matrices alone."""
+    shapes = [to.shape(name) for name in node.input[:2]]
+    if None in shapes or all(len(shape or ()) > 1 for shape in shapes):
+        return None
+    operands, removed = list(node.input[:2]), []
+    for at, (axis, place) in enumerate(((0, -2), (1, -1))):
+        if len(shapes[at] or ()) == 1:
+            operands[at] = to.op("Unsqueeze", operands[at], to.constant([axis]))
+            removed.append(place)
+    product = to.op("MatMulInteger", *operands, *node.input[2:])
+    return [to.op("Squeeze", product, to.constant(removed))]
+
+
+def axes_in_a_list(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """Rule: a single axis that is not in a list, which ONNX Runtime takes."""
+    axes = to.facts.constant(input_of(node, 1)) if input_of(node, 1) else None
+    if axes is None or axes.ndim:
+        return None
+    return [to.op(node.op_type, node.input[0], to.constant([int(axes)]))]
+
+
 def _constant_power(node: NodeProto, exponent: int, to: Rewriter) -> list[str] | None:
     base, dtype = node.input[0], to.dtype(node.input[0])
     shapes = [to.shape(name) for name in node.input]

@@ -79,8 +79,8 @@ def scan(node: NodeProto, to: Rewriter) -> list[str] | None:
     """
     values = attributes(node)
     body, count = values["body"], values["num_scan_inputs"]
-    if to.facts.opset < 9:
-        return None  # it had a batch, and lengths of the sequences
+    if len(node.input) != len(body.input):
+        return None  # of operator set 8: it had a batch, and lengths of the sequences
     states, sequences = list(node.input[:-count]), list(node.input[-count:])
     axes = values.get("scan_input_axes", [0] * count)
     shapes = [to.shape(name) for name in sequences]
@@ -161,6 +161,8 @@ def loop_reason(node: NodeProto, facts: Facts) -> str:
     """Say why a Loop or Scan was not unrolled."""
     if node.op_type == "Loop" and _trips(node, facts) is None:
         return "it is not known how often it runs; export it with a constant trip count"
+    if node.op_type == "Scan" and len(node.input) != len(attributes(node)["body"].input):
+        return "it has the form of operator set 8; export it with 9 or newer"
     return f"its length must be static and at least 1, its copies at most {UNROLLED_NODES} nodes"
 
 

@@ -9,7 +9,7 @@ from onnx import ModelProto, NodeProto
 
 from gpu_aware_tune.errors import UserError, one_line
 from gpu_aware_tune.onnx_prepare.attention import attention_reason, group_query_reason
-from gpu_aware_tune.onnx_prepare.facts import FLOATS, Facts, attributes, input_of, opset_of, walk
+from gpu_aware_tune.onnx_prepare.facts import Facts, attributes, input_of, opset_of, walk
 from gpu_aware_tune.onnx_prepare.loops import loop_reason
 from gpu_aware_tune.onnx_prepare.recurrent import RECURRENT, recurrent_reason
 from gpu_aware_tune.onnx_prepare.resize import resize_is_wrong
@@ -80,12 +80,6 @@ def _constant_inputs(*positions: int) -> Reason:
     return reason
 
 
-def _mod(node: NodeProto, facts: Facts) -> str:
-    if facts.types.get(node.input[0]) in FLOATS and not attributes(node).get("fmod", 0):
-        return "fmod=0 on floating point differs at infinities"
-    return ""
-
-
 def _roi_align(node: NodeProto, facts: Facts) -> str:
     return "mode 'max' is not supported" if attributes(node).get("mode") == b"max" else ""
 
@@ -138,7 +132,6 @@ WRONG: dict[str, Reason] = {
     "IsInf": _is_inf,
     "LayerNormalization": _one_output,
     "MaxPool": _one_output,
-    "Mod": _mod,
     "NonMaxSuppression": _constant_inputs(2, 3, 4),
     "Resize": resize_is_wrong,
     "RoiAlign": _roi_align,

@@ -10,12 +10,18 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from gpu_aware_tune.onnx_prepare.attention import ATTENTION
+from gpu_aware_tune.onnx_prepare.blocked_quant import BLOCKED
+from gpu_aware_tune.onnx_prepare.columns import COLUMNS
 from gpu_aware_tune.onnx_prepare.contrib import CONTRIB
 from gpu_aware_tune.onnx_prepare.contrib_norms import CONTRIB_NORMS
+from gpu_aware_tune.onnx_prepare.determinants import det
 from gpu_aware_tune.onnx_prepare.dynamic_quant import DYNAMIC
 from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
 from gpu_aware_tune.onnx_prepare.half import IN_FLOAT32, in_float32, in_float32_or
 from gpu_aware_tune.onnx_prepare.integers import (
+    axes_in_a_list,
+    matmul_integer,
+    modulo,
     power,
     reduce_booleans,
     reduce_in_float64,
@@ -35,6 +41,8 @@ from gpu_aware_tune.onnx_prepare.recurrent import RECURRENT
 from gpu_aware_tune.onnx_prepare.refuse import dropout_trains
 from gpu_aware_tune.onnx_prepare.resize import resize
 from gpu_aware_tune.onnx_prepare.rewriter import Rewriter, Rule
+from gpu_aware_tune.onnx_prepare.sequences import SEQUENCES
+from gpu_aware_tune.onnx_prepare.signal import SIGNAL
 
 STRICT = "/strict"  # ends the name of a NonMaxSuppression whose threshold has been moved
 
@@ -202,15 +210,21 @@ SPECIAL: dict[str, Rule] = {
     **dict.fromkeys(("AveragePool", "Conv"), explicit_padding),
     **dict.fromkeys(("ReduceL2", "ReduceLogSum", "ReduceLogSumExp"), reduce_in_float64),
     **dict.fromkeys(("ReduceMax", "ReduceMin"), reduce_booleans),
+    **dict.fromkeys(("Squeeze", "Unsqueeze"), axes_in_a_list),
     **ATTENTION,
+    **BLOCKED,
+    **COLUMNS,
     **CONTRIB,
     **CONTRIB_NORMS,
     **DYNAMIC,
     **LOOPS,
     **QUANTIZED,
     **RECURRENT,
+    **SEQUENCES,
+    **SIGNAL,
     "BatchNormalization": training_batch_norm,
     "ConvTranspose": _conv_transpose,
+    "Det": det,
     "Dropout": _dropout,
     "Equal": _equal,
     "GroupNormalization": group_normalization,
@@ -218,7 +232,9 @@ SPECIAL: dict[str, Rule] = {
     "LpNormalization": lp_normalization,
     "LpPool": lp_pool,
     "MaxPool": max_pool,
+    "MatMulInteger": matmul_integer,
     "MaxUnpool": max_unpool,
+    "Mod": modulo,
     "NonMaxSuppression": _non_max_suppression,
     "OneHot": _one_hot,
     "Pow": power,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import onnx
 import onnx.inliner
 from onnx import ModelProto
 
@@ -19,6 +20,7 @@ from gpu_aware_tune.onnx_prepare.expand import expand
 from gpu_aware_tune.onnx_prepare.facts import HALF, opset_of, uses_types, walk
 from gpu_aware_tune.onnx_prepare.fold import fold
 from gpu_aware_tune.onnx_prepare.limits import check_sizes
+from gpu_aware_tune.onnx_prepare.random_values import NOTE, freeze_random
 from gpu_aware_tune.onnx_prepare.refuse import refuse_unsupported
 from gpu_aware_tune.onnx_prepare.shapes import drop_weight_inputs, fix_inputs
 from gpu_aware_tune.onnx_prepare.upgrade import upgrade
@@ -48,6 +50,8 @@ def prepare(
     assumed = fix_inputs(model, input_shapes)  # looks at the IR version, which is raised next
     if notes is not None:
         notes.extend(assumed)
+    if freeze_random(model) and notes is not None:
+        notes.append(NOTE)
     _tidy(model)
     check_sizes(model)  # again, as all inputs are static now
     model, weights = detach_weights(model)
@@ -105,6 +109,9 @@ def _tidy(model: ModelProto) -> None:
             if node.name in named:
                 node.name = f"{node.name}/{len(named)}"
         named.add(node.name)
+        for attribute in [a for a in node.attribute if a.name == "axes" and not a.ints]:
+            if attribute.type == onnx.AttributeProto.INTS:  # all axes, as if it were not there
+                node.attribute.remove(attribute)
         node.ClearField("doc_string")
         node.ClearField("metadata_props")
     used = {node.domain for node in graph.node} | {""}

@@ -210,14 +210,14 @@ def test_a_resize_that_tvm_gets_right_is_left() -> None:
 
 def test_every_unsupported_operator_is_named_at_once() -> None:
     nodes = [
-        helper.make_node("Det", ["x"], ["d"], name="first"),
+        helper.make_node("Unique", ["x"], ["d"], name="first"),
         helper.make_node("Frobnicate", ["d"], ["y"], name="second", domain="my.company"),
     ]
     model = make_model(nodes, [value("x", F32, [2, 2])], [("y", F32)], opset=17)
     model.opset_import.append(helper.make_opsetid("my.company", 1))
     with pytest.raises(UserError) as caught:
         prepare(model, {}, None, SUPPORTED)
-    for word in ("Det", "'first'", "my.company.Frobnicate", "'second'", "opset 17"):
+    for word in ("Unique", "'first'", "my.company.Frobnicate", "'second'", "opset 17"):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -227,7 +227,7 @@ def test_every_unsupported_operator_is_named_at_once() -> None:
     [
         (
             node_model(
-                "Dropout", IMAGE, {"r": np.float32(0.5), "t": np.array(True)}, order="x,r,t"
+                "Dropout", {**IMAGE, "t": np.array(True)}, {"r": np.float32(0.5)}, order="x,r,t"
             ),
             "Dropout.*training mode",
         ),
@@ -258,10 +258,6 @@ def test_every_unsupported_operator_is_named_at_once() -> None:
                 opset=13,
             ),
             "BatchNormalization.*training mode",
-        ),
-        (
-            node_model("Mod", {**LOGITS, "b": numbers(3, 5)}, {}, opset=28),
-            "Mod.*fmod=0",
         ),
     ],
 )
