@@ -126,7 +126,7 @@ def measure(
         library = next(e for e in manifest["libraries"] if e["units"] == args.threads)
         program = open_vm(folder / library["file"], folder / "weights.bin")
         outputs["tuned"], timers["tuned"] = contestant(program, inputs, cores)
-    timers["ort"], reference = onnxruntime_timer(model.prepared, inputs, args.threads)
+    timers["ort"], reference = onnxruntime_timer(str(path), inputs, args.threads)
     timers["matmul"], _ = onnxruntime_timer(matmul(), matrices(), args.threads)
     samples = take_turns(timers, args.rounds, args.seconds, PAUSE_S)
     cores.stop()

@@ -114,7 +114,7 @@ def _in_tvm(
     names = _values(prepared)
     known = {value.name for value in wide.graph.output}
     wide.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in known)
-    model = import_prepared(wide, "located", target, blocks=False)
+    model = import_prepared(wide, Path("located"), target, blocks=False)
     host = tvm.target.Target({"kind": "llvm"})
     executable = compile_model(model, host, {}).jit()
     weights = [tvm.runtime.tensor(weight) for weight in model.weights.values()]
@@ -125,12 +125,12 @@ def _in_tvm(
 
 def _values(model: ModelProto) -> list[str]:
     """Names of the tensors that nodes make, as many as fit."""
-    from gpu_aware_tune.onnx_prepare.convert import detach_weights
+    from gpu_aware_tune.onnx_prepare.convert import skeleton_of
     from gpu_aware_tune.onnx_prepare.facts import Facts
 
     skeleton = ModelProto()
     skeleton.CopyFrom(model)
-    facts = Facts(detach_weights(skeleton)[0])
+    facts = Facts(skeleton_of(skeleton))
     names, total = [], 0
     for node in model.graph.node:
         for name in node.output:

@@ -98,7 +98,7 @@ def make_reference(
         TuneError: nobody can run it, with what each of them says.
     """
     from gpu_aware_tune.onnx_prepare import read_model
-    from gpu_aware_tune.onnx_prepare.convert import detach_weights
+    from gpu_aware_tune.onnx_prepare.convert import skeleton_of
     from gpu_aware_tune.onnx_prepare.input_ranges import index_bounds
     from gpu_aware_tune.onnx_prepare.random_values import RANDOM
     from gpu_aware_tune.onnx_prepare.shapes import fix_inputs
@@ -107,9 +107,9 @@ def make_reference(
     fix_inputs(proto, input_shapes)
     specs = tuple(_spec(value) for value in proto.graph.input)
     names = tuple(value.name for value in proto.graph.output)
-    skeleton, weights = detach_weights(proto)
+    skeleton = skeleton_of(proto)
     half = _half_type(skeleton)
-    del proto, weights
+    del proto
     kinds = {node.op_type for node in walk(skeleton.graph)}
     file = _File(path, input_shapes, bool(kinds & {"TopK", *RANDOM}))
     plan = DrawPlan(specs, _of_inputs(index_bounds(skeleton), specs), seed, user)

@@ -50,8 +50,8 @@ class Model:
     `module` has gone through TVM's `zero` pipeline. Its `main` takes the inputs, then the weights
     in the order of `weights`, and has the attribute `num_input`; for a CPU its kernels are marked
     with which of their arguments are weights (see `packing`), and images are in blocks of channels
-    where that fits (see `layouts`). `prepared` is the ONNX graph it was made from, `hash`
-    identifies that by content, `notes` say what was assumed or could not be done, and `is_quantised` whether
+    where that fits (see `layouts`). `source` is the file it was made from, `hash` identifies the
+    prepared graph by content, `notes` say what was assumed or could not be done, and `is_quantised` whether
     it rounds to integers on its way.
     """
 
@@ -61,7 +61,7 @@ class Model:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights: dict[str, np.ndarray] = field(repr=False)
-    prepared: bytes = field(repr=False)
+    source: Path
     notes: tuple[str, ...] = ()
     is_quantised: bool = False
 
@@ -91,23 +91,33 @@ def load_model(
     from gpu_aware_tune.onnx_prepare.facts import walk
 
     path = Path(path)
-    original = read_model(path)
-    is_quantised = any(node.op_type in _QUANTISING for node in walk(original.graph))
     notes: list[str] = []
-    proto = prepare(original, input_shapes or {}, dtype, supported_operators(), notes)
-    del original  # its weights take as much memory as the file
-    model = import_prepared(proto, path.stem, target, dtype, blocks)
-    return dataclasses.replace(model, is_quantised=is_quantised, notes=(*notes, *model.notes))
+    quantised: list[bool] = []
+
+    def original() -> onnx.ModelProto:
+        proto = read_model(path)
+        quantised.append(any(node.op_type in _QUANTISING for node in walk(proto.graph)))
+        return proto
+
+    # Graphs are handed on without a name for them here: each takes as much memory as the file.
+    model = import_prepared(
+        prepare(original(), input_shapes or {}, dtype, supported_operators(), notes),
+        path,
+        target,
+        dtype,
+        blocks,
+    )
+    return dataclasses.replace(model, is_quantised=quantised[0], notes=(*notes, *model.notes))
 
 
 def import_prepared(
     proto: onnx.ModelProto,
-    name: str,
+    source: Path,
     target: tvm.target.Target,
     dtype: str | None = None,
     blocks: bool = True,
 ) -> Model:
-    """Import a graph that `onnx_prepare.prepare` has made; see `load_model`."""
+    """Import a graph that `onnx_prepare.prepare` has made of a file; see `load_model`."""
     from gpu_aware_tune.kernels.naming import canonical_names
     from gpu_aware_tune.kernels.packing import mark_weights
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
@@ -115,9 +125,13 @@ def import_prepared(
     from gpu_aware_tune.kernels.vector_math import mark_vector_math
     from gpu_aware_tune.model.layouts import to_nchwc
 
-    prepared = proto.SerializeToString(deterministic=True)
+    digest = _digest(proto)
+    names = [value.name for value in proto.graph.output]
+    inputs = tuple(_input_spec(value) for value in proto.graph.input)
     with _quiet():
-        module = _fused(_plainly_named(_imported(proto)), target)
+        module = _imported(proto)
+        del proto  # its weights take as much memory as the file
+        module = _fused(_plainly_named(module), target)
     module, weights = _hoist_constants(module)
     notes: tuple[str, ...] = ()
     if dtype == TF32:
@@ -128,15 +142,14 @@ def import_prepared(
             blocked = to_nchwc(module, weights, machine_of(target).lanes)
             module, weights, notes = blocked.module, blocked.weights, blocked.notes
     module = canonical_names(module)
-    names = [value.name for value in proto.graph.output]
     return Model(
-        name=name,
-        hash=hashlib.sha256(prepared).hexdigest(),
+        name=source.stem,
+        source=source,
+        hash=digest,
         module=module,
-        inputs=tuple(_input_spec(value) for value in proto.graph.input),
+        inputs=inputs,
         outputs=_output_specs(module["main"].ret_ty, names),
         weights=weights,
-        prepared=prepared,
         notes=notes,
     )
 
@@ -202,6 +215,16 @@ def _imported(proto: onnx.ModelProto) -> tvm.IRModule:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the model cannot be imported: {_diagnosis(proto, error)}") from error
+
+
+def _digest(proto: onnx.ModelProto) -> str:
+    """Identify a graph by content; weights one by one, as the whole in bytes would be several copies."""
+    from gpu_aware_tune.onnx_prepare.convert import content_of, skeleton_of
+
+    found = hashlib.sha256(skeleton_of(proto).SerializeToString(deterministic=True))
+    for tensor in proto.graph.initializer:
+        found.update(content_of(tensor))
+    return found.hexdigest()
 
 
 def _plainly_named(module: tvm.IRModule) -> tvm.IRModule:
@@ -301,7 +324,7 @@ def _hoist_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, np.n
         def visit_generic_const_(self, op: tvm.ir.GenericConst) -> Any:
             if not isinstance(op.ty, relax.TensorType):
                 return op
-            array = op.value.numpy()
+            array = np.from_dlpack(op.value)  # the same memory; read only from here on
             if array.nbytes <= HOISTED_BYTES:
                 return op
             if op.value not in variables:

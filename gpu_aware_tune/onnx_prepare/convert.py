@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.onnx_prepare.facts import uses_types, walk
@@ -22,71 +22,166 @@ WEIGHT_BYTES = 1024  # larger initializers stay out of the graph while it is rew
 def detach_weights(model: ModelProto) -> tuple[ModelProto, list[TensorProto]]:
     """Take the large initializers out, leaving typed graph inputs in their place.
 
-    Rewriting and shape inference serialize the whole model each time: cheap without weights.
+    Rewriting and shape inference serialize the whole model each time: cheap without weights. They are
+    copies of their own, as a part keeps the whole model that it is of in memory.
     """
+    weights = []
+    for tensor in filter(_is_large, model.graph.initializer):
+        alone = TensorProto()
+        alone.CopyFrom(tensor)
+        weights.append(alone)
+    return skeleton_of(model), weights
+
+
+def skeleton_of(model: ModelProto) -> ModelProto:
+    """The model with typed graph inputs in place of its large initializers."""
     graph = model.graph
-    weights: list[TensorProto] = []
-    small: list[TensorProto] = []
-    for tensor in graph.initializer:
-        elements = int(np.prod(tensor.dims, dtype=np.int64))
-        is_large = len(tensor.raw_data) > WEIGHT_BYTES or elements > WEIGHT_BYTES // 4
-        (weights if is_large else small).append(tensor)
     skeleton = ModelProto()
-    kept = list(graph.node), list(graph.input), list(graph.output)
     skeleton.ir_version = model.ir_version
     skeleton.opset_import.extend(model.opset_import)
     skeleton.functions.extend(model.functions)
     skeleton.graph.name = graph.name
-    skeleton.graph.node.extend(kept[0])
-    skeleton.graph.input.extend(kept[1])
-    skeleton.graph.output.extend(kept[2])
-    skeleton.graph.initializer.extend(small)
-    skeleton.graph.input.extend(
-        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        for tensor in weights
-    )
-    return skeleton, weights
+    skeleton.graph.node.extend(graph.node)
+    skeleton.graph.input.extend(graph.input)
+    skeleton.graph.output.extend(graph.output)
+    for tensor in graph.initializer:
+        if not _is_large(tensor):
+            skeleton.graph.initializer.append(tensor)
+            continue
+        skeleton.graph.input.append(
+            helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        )
+    return skeleton
+
+
+def _is_large(tensor: TensorProto) -> bool:
+    elements = int(np.prod(tensor.dims, dtype=np.int64))
+    return len(tensor.raw_data) > WEIGHT_BYTES or elements > WEIGHT_BYTES // 4
 
 
 def attach_weights(model: ModelProto, weights: list[TensorProto]) -> ModelProto:
-    """Put detached weights back in place of their graph inputs."""
+    """Put detached weights back in place of their graph inputs; `weights` is empty afterwards."""
     names = {tensor.name for tensor in weights}
     kept = [value for value in model.graph.input if value.name not in names]
     del model.graph.input[:]
     model.graph.input.extend(kept)
     used = {name for node in walk(model.graph) for name in node.input}
     used |= {value.name for value in model.graph.output}
-    model.graph.initializer.extend(tensor for tensor in weights if tensor.name in used)
+    weights.reverse()
+    while weights:  # one after the other, so that none is in memory twice for long
+        tensor = weights.pop()
+        if tensor.name in used:
+            model.graph.initializer.append(tensor)
     return model
 
 
-def optimised_by_onnxruntime(model: ModelProto) -> ModelProto:
+def optimised_by_onnxruntime(
+    model: ModelProto, weights: list[TensorProto]
+) -> tuple[ModelProto, list[TensorProto]]:
     """Fold constants and batch norms with ONNX Runtime, or return the model where it cannot.
 
-    The model goes there in a file: ONNX Runtime needs several times its size, without another copy.
+    Weights travel in a file of their own, there and back, and those that come back unchanged are not
+    copied: ONNX Runtime needs several times the model's size, without another copy here.
     Not for models with half-precision values: on a CPU ONNX Runtime surrounds their operators with
     casts to float32, and writes those back.
+
+    Args:
+        model: without its large weights, see `detach_weights`; left as it is.
+        weights: those; they are left as they are, too.
+
+    Returns:
+        Likewise a model and its large weights.
     """
     try:
         import onnxruntime as ort
     except ImportError:
-        return model
-    with tempfile.TemporaryDirectory(prefix="gpu-aware-tune-") as folder:
-        source = Path(folder) / "prepared.onnx"
-        source.write_bytes(model.SerializeToString())
+        return model, weights
+    with tempfile.TemporaryDirectory(prefix="gpu-aware-tune-") as name:
+        folder = Path(name)
+        _write_apart(model, weights, folder)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        options.optimized_model_filepath = str(folder / "optimised.onnx")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "optimised.bin"
+        )
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", str(WEIGHT_BYTES)
+        )
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
         try:
             providers = ["CPUExecutionProvider"]
-            ort.InferenceSession(str(source), options, providers=providers)
-            optimised: ModelProto = onnx.load(options.optimized_model_filepath)
+            ort.InferenceSession(str(folder / "prepared.onnx"), options, providers=providers)
+            optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
+            return _read_apart(optimised, weights, folder)
         except Exception as error:  # its exception types are not public
             log.debug("ONNX Runtime: %s", error)
-            return model
-    return optimised
+            return model, weights
+
+
+def _write_apart(model: ModelProto, weights: list[TensorProto], folder: Path) -> None:
+    """Write prepared.onnx, its large weights in prepared.bin."""
+    names = {tensor.name for tensor in weights}
+    graph = ModelProto()
+    graph.CopyFrom(model)
+    kept = [value for value in model.graph.input if value.name not in names]
+    del graph.graph.input[:]
+    graph.graph.input.extend(kept)
+    with (folder / "prepared.bin").open("wb") as out:
+        for tensor in weights:
+            content = content_of(tensor)
+            place = graph.graph.initializer.add(
+                name=tensor.name, data_type=tensor.data_type, dims=tensor.dims
+            )
+            place.data_location = TensorProto.EXTERNAL
+            facts = {"location": "prepared.bin", "offset": out.tell(), "length": len(content)}
+            for key, value in facts.items():
+                place.external_data.add(key=key, value=str(value))
+            out.write(content)
+    (folder / "prepared.onnx").write_bytes(graph.SerializeToString())
+
+
+def content_of(tensor: TensorProto) -> bytes:
+    """A tensor's values as bytes, however it holds them."""
+    if tensor.HasField("raw_data"):
+        return tensor.raw_data
+    return numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
+
+
+def _read_apart(
+    model: ModelProto, weights: list[TensorProto], folder: Path
+) -> tuple[ModelProto, list[TensorProto]]:
+    """The optimised model without its large weights, and those: the own one where it has not changed."""
+    known = {tensor.name: tensor for tensor in weights}
+    found: list[TensorProto] = []
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        with (folder / entries["location"]).open("rb") as file:
+            file.seek(int(entries.get("offset", 0)))
+            content = file.read(int(entries["length"]))
+        own = known.get(tensor.name)
+        if own is None or list(own.dims) != list(tensor.dims) or content_of(own) != content:
+            own = TensorProto(
+                name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=content
+            )
+        found.append(own)
+    small = [t for t in model.graph.initializer if t.data_location != TensorProto.EXTERNAL]
+    skeleton, others = detach_weights(_with_initializers(model, small))
+    skeleton.graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in found
+    )
+    return skeleton, [*found, *others]
+
+
+def _with_initializers(model: ModelProto, tensors: list[TensorProto]) -> ModelProto:
+    made = ModelProto()
+    made.CopyFrom(model)
+    del made.graph.initializer[:]
+    made.graph.initializer.extend(tensors)
+    return made
 
 
 def to_float16(model: ModelProto) -> ModelProto:

@@ -15,7 +15,7 @@ import onnx.shape_inference
 from onnx import FunctionProto, ModelProto, NodeProto
 
 from gpu_aware_tune.errors import UserError, one_line
-from gpu_aware_tune.onnx_prepare.convert import detach_weights
+from gpu_aware_tune.onnx_prepare.convert import skeleton_of
 from gpu_aware_tune.onnx_prepare.facts import attributes, bodies, walk
 
 VALUE_BYTES = 4 << 30  # of one value
@@ -123,7 +123,7 @@ def check_sizes(model: ModelProto) -> None:
         UserError: there is one; it names the operator that makes it.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
-    model, _ = detach_weights(model)
+    model = skeleton_of(model)
     graph = model.graph
     try:  # no values are propagated: that has no limit itself
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=False).graph

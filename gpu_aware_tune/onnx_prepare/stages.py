@@ -63,9 +63,9 @@ def prepare(
     is_half = uses_types(model, HALF)
     if is_half and dtype in ("float32", TF32):
         raise UserError(f"dtype {dtype}: the model is float16 already; leave the option out")
-    model = attach_weights(model, weights)
     if not is_half:
-        model = optimised_by_onnxruntime(model)
+        model, weights = optimised_by_onnxruntime(model, weights)
+    model = attach_weights(model, weights)
     model = fold_batch_norms(model)
     _sums_of_two(model)
     if dtype == "float16" and not is_half:

@@ -68,7 +68,7 @@ def copy(tiny: tuple[Model, Path], tmp_path: Path) -> Path:
 
 
 def reference(model: Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    session = onnxruntime.InferenceSession(model.prepared, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model.source, providers=["CPUExecutionProvider"])
     names = [spec.name for spec in model.outputs]
     return dict(zip(names, session.run(names, inputs), strict=True))
 

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import tvm
 from conftest import ROOT
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
@@ -203,9 +203,7 @@ def test_initializers_as_inputs_and_shape_arithmetic_match() -> None:
     model = assert_matches(path)
     assert [spec.name for spec in model.inputs] == ["input"]
     assert [spec.name for spec in model.outputs] == ["scores", "boxes"]
-    import onnxruntime
-
-    onnxruntime.InferenceSession(model.prepared, providers=["CPUExecutionProvider"])
+    assert model.source == path
 
 
 def test_a_residual_block_matches_and_its_batch_norms_are_gone(block: Path) -> None:
@@ -284,7 +282,6 @@ def test_weights_are_parameters_behind_the_inputs(block: Path) -> None:
         assert tuple(int(extent) for extent in parameter.ty.shape) == array.shape
     assert model.inputs[0].name == "in.put"
     assert model.outputs[0].name == "out/put"
-    assert ModelProto.FromString(model.prepared).graph.input[0].name == "in.put"
 
 
 def test_the_hash_is_of_the_content(block: Path, tmp_path: Path) -> None:
@@ -345,13 +342,13 @@ def refused(model: Callable[[], Model]) -> str:
 def test_unsupported_operators_are_all_named(tmp_path: Path) -> None:
     node = helper.make_node
     nodes = [
-        node("Det", ["x"], ["a"], name="det_7"),
+        node("Multinomial", ["x"], ["a"], name="draw_7"),
         node("Relu", ["a"], ["b"]),
         node("Attention", ["b"], ["y"], name="attention_9", domain="some.vendor"),
     ]
     path = save(tmp_path / "m.onnx", nodes, {"x": [1, 2, 2]}, ["y"], {})
     text = refused(lambda: load_model(path, LLVM))
-    for word in ("Det", "det_7", "some.vendor.Attention", "attention_9", "opset 17"):
+    for word in ("Multinomial", "draw_7", "some.vendor.Attention", "attention_9", "opset 17"):
         assert word in text
     assert "Relu" not in text
 
@@ -359,11 +356,12 @@ def test_unsupported_operators_are_all_named(tmp_path: Path) -> None:
 def test_what_tvm_fails_to_import_is_named(tmp_path: Path) -> None:
     scale = np.ones((2, 4), np.float32)  # one scale for each block of two rows
     node = helper.make_node(
-        "QuantizeLinear", ["x", "s"], ["y"], name="blocked", axis=0, block_size=2
-    )
+        "QuantizeLinear", ["x", "s"], ["y"], name="blocked", axis=0, block_size=2,
+        output_dtype=TensorProto.FLOAT8E4M3FN,
+    )  # fmt: skip
     path = save(tmp_path / "m.onnx", [node], {"x": [4, 4]}, [], {"s": scale}, opset=21)
     proto = onnx.load(path)
-    proto.graph.output.append(helper.make_tensor_value_info("y", TensorProto.UINT8, None))
+    proto.graph.output.append(helper.make_tensor_value_info("y", TensorProto.FLOAT8E4M3FN, None))
     onnx.save(proto, path)
     text = refused(lambda: load_model(path, LLVM))
     for word in ("QuantizeLinear", "'blocked'", "opset 21"):

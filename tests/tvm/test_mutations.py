@@ -194,7 +194,7 @@ def imported(original: Path, mutate: Callable[[Graph], None] | None = None) -> M
     if mutate is not None:
         mutate(proto.graph)
     prepared = prepare(proto, {}, None, supported_operators())
-    return import_prepared(prepared, "net", target())
+    return import_prepared(prepared, Path("net.onnx"), target())
 
 
 def test_without_a_fault_all_is_well(original: Path, reference: Reference) -> None:

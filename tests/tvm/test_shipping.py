@@ -81,9 +81,7 @@ def test_a_library_runs_in_a_worker_inside_its_share(
     (path,) = compile_all(wanted, builders, CompiledLibraries(tmp_path)).values()
     weights = tmp_path / "weights.bin"
     save_weights(model.weights, weights)
-    source = tmp_path / "source.onnx"
-    source.write_bytes(model.prepared)
-    reference = make_reference(source, {}, 0, None, None)
+    reference = make_reference(model.source, {}, 0, None, None)
     with WorkerHost() as host:
         got = run_on(host, partition, path, "main", weights, reference)
     assert len(got) == len(reference.draws) > 1

@@ -109,9 +109,7 @@ Subject = Path | Callable[[Any], Mapping[str, np.ndarray]]
 def compared(model: Model, library: Subject, seed: int = 0) -> VerifyReport:
     """A library, as a file or as something that is called, against ONNX Runtime."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        path.write_bytes(model.prepared)
-        reference = make_reference(path, {}, seed, None, None)
+        reference = make_reference(model.source, {}, seed, None, None)
         call = _loaded(model, library, Path(folder)) if isinstance(library, Path) else library
         draws = [reference.plan.arrays(draw.kind) for draw in reference.draws]
         outputs = [list(call(arrays).values()) for arrays in draws]
