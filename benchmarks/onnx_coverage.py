@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import itertools
 import json
 import os
 import select
@@ -72,8 +71,6 @@ SHAPE_LIKE: dict[str, tuple[int, ...]] = {
     "MelWeightMatrix": (0, 1, 2, 3, 4),
     "Dropout": (1, 2),
 }
-_EXTENTS = (2, 1, 3, 4, 5, 8)  # tried for an unknown extent
-_HIGHEST = (3, 1, 0)  # tried for the largest integer of an input; 1 is the smallest, or 0
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"}
 Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
@@ -122,7 +119,7 @@ def population() -> list[Case]:
         if first:
             seen.add(family)
         twin = test.name.split("_expanded")[0]
-        shape_like.setdefault(twin, _shape_like(test.model))
+        shape_like.setdefault(twin, shape_like_of(test.model))
         inputs, expected = (tuple(map(_plain, arrays)) for arrays in test.data_sets[0])
         model, kept = freeze(test.model, inputs, shape_like[twin])
         half = any(array.dtype == np.float16 for array in (*inputs, *expected))
@@ -135,88 +132,13 @@ def population() -> list[Case]:
                 tuple(kept),
                 expected,
                 rtol=max(test.rtol, 1e-2 if half else 0.0),
-                atol=np.inf if _is_random(test.model) else max(test.atol, 1e-3 if half else 1e-5),
+                atol=np.inf if is_random(test.model) else max(test.atol, 1e-3 if half else 1e-5),
             )
         )
     return cases
 
 
-def population_of(folder: Path) -> tuple[list[Case], dict[str, str]]:
-    """Return the ONNX files below a folder as cases, and by name why others are not among them."""
-    cases, left_out = [], {}
-    for path in sorted(folder.rglob("*.onnx")):
-        name = path.relative_to(folder).as_posix()
-        try:
-            cases.append(_file_case(path, name))
-        except Exception as error:
-            left_out[name] = " ".join(str(error).split())[:300] or type(error).__name__
-    return cases, left_out
-
-
-def _file_case(path: Path, name: str) -> Case:
-    """A file with inputs that ONNX Runtime accepts, and what it computes from them."""
-    import onnxruntime
-
-    model = onnx.load(path)
-    taken = {tensor.name for tensor in model.graph.initializer}
-    infos = [info for info in model.graph.input if info.name not in taken]
-    del model.graph.input[:]
-    model.graph.input.extend(infos)
-    problem: Exception = ValueError("it has no nodes")
-    empty: Case | None = None
-    for extent, highest in itertools.product(_EXTENTS, _HIGHEST):
-        rng = np.random.default_rng(0)
-        fixed = onnx.ModelProto()
-        fixed.CopyFrom(model)
-        inputs = [_drawn(info, extent, highest, rng) for info in fixed.graph.input]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        frozen, kept = freeze(fixed, inputs, _shape_like(fixed))
-        try:
-            session = onnxruntime.InferenceSession(
-                frozen.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-            names = [info.name for info in frozen.graph.input]
-            expected = session.run(None, dict(zip(names, kept, strict=True)))
-        except Exception as error:
-            problem = error
-            continue
-        if any(not isinstance(value, np.ndarray) for value in expected):
-            raise ValueError("an output is no tensor")
-        half = any(array.dtype == np.float16 for array in (*kept, *expected))
-        limits = (1e-2, 1e-2) if half else (1e-3, 1e-4)
-        if _is_random(model):
-            limits = (0.0, np.inf)
-        found = Case(name, path.parent.name, True, frozen, tuple(kept), tuple(expected), *limits)
-        if any(value.size == 0 for value in expected):
-            empty = found  # other numbers may ask for more than nothing
-            continue
-        return found
-    if empty is not None:
-        return empty
-    raise problem
-
-
-def _drawn(
-    info: onnx.ValueInfoProto, extent: int, highest: int, rng: np.random.Generator
-) -> np.ndarray:
-    """An array for an input, whose unknown extents are fixed in the graph."""
-    tensor = info.type.tensor_type
-    if info.type.WhichOneof("value") != "tensor_type":
-        raise ValueError(f"input {info.name} is no tensor")
-    for dim in tensor.shape.dim:
-        if not dim.HasField("dim_value") or dim.dim_value < 0:
-            dim.dim_value = extent
-    shape = [dim.dim_value for dim in tensor.shape.dim]
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    if dtype == np.bool_:
-        return rng.integers(0, 2, shape).astype(bool)
-    if np.issubdtype(dtype, np.integer):
-        return rng.integers(min(1, highest), highest + 1, shape).astype(dtype)
-    return rng.standard_normal(shape).astype(dtype)
-
-
-def _is_random(model: onnx.ModelProto) -> bool:
+def is_random(model: onnx.ModelProto) -> bool:
     """Whether nobody but its maker can compute the same: then only shapes and types are compared."""
     return any(
         node.op_type in _RANDOM or (node.op_type == "Dropout" and len(node.input) > 2)
@@ -248,7 +170,7 @@ def _plain(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-def _shape_like(model: onnx.ModelProto) -> set[str]:
+def shape_like_of(model: onnx.ModelProto) -> set[str]:
     return {
         node.input[position]
         for node in model.graph.node
@@ -434,7 +356,9 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="print each failure")
     parser.add_argument("-o", "--output", type=Path, help=f"default {RESULTS_FILE} for a whole run")
     options = parser.parse_args()
-    cases, left_out = population_of(options.files) if options.files else (population(), {})
+    from benchmarks.onnx_files import files_of  # which takes cases from here
+
+    cases, left_out = files_of(options.files) if options.files else (population(), {})
     if options.family:
         wanted = set(options.family.split(","))
         cases = [case for case in cases if case.family in wanted]

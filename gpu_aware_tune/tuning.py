@@ -182,7 +182,8 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
         workers = yield from start_workers(session, models, work)
         checked = yield from check_models(session, models, oracles, workers)
         workers = checked.workers
-        times, notes = divide_time(session, checked.seconds, sum(len(m.shares) for m in models))
+        shares = sum(len(model.shares) for model in models)
+        times, notes = divide_time(session, checked.seconds, shares, bool(job.relatives))
         yield from notes
         found = yield from run_search(session, models, work, known, workers, times.search_s)
         yield Stage(StageName.RETIME, "measuring the best again, alone")

@@ -20,6 +20,11 @@ from gpu_aware_tune.records.schema import open_empty, open_file, plain_errors, t
 FILE_NAME = "records.sqlite"
 
 
+def store_file(path: Path) -> Path:
+    """The file of a store, which is named by its folder or itself."""
+    return path if path.suffix == ".sqlite" else path / FILE_NAME
+
+
 class OpenStore:
     """The records of one folder. Any number of processes may write and read.
 
@@ -42,8 +47,7 @@ class OpenStore:
         busy_timeout_s: float = 10.0,
         missing_ok: bool = False,
     ) -> None:
-        path = Path(path)
-        self.path = path if path.suffix == ".sqlite" else path / FILE_NAME
+        self.path = store_file(Path(path))
         self.readonly = readonly
         self._owner = os.getpid()
         self._mutex = threading.RLock()

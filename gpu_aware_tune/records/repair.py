@@ -12,7 +12,7 @@ from typing import Any
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.records.lock import WriterLock, other_writer
-from gpu_aware_tune.records.open_store import FILE_NAME
+from gpu_aware_tune.records.open_store import store_file
 from gpu_aware_tune.records.rows import (
     ADD_TRACE,
     COLUMNS,
@@ -60,18 +60,13 @@ class Finding:
 Findings = dict[str, Finding]
 
 
-def file_of(path: Path) -> Path:
-    """The file of a store that is named by its folder or itself."""
-    return path if path.suffix == ".sqlite" else path / FILE_NAME
-
-
 def check_store(path: Path) -> Findings:
     """Read every row of a store and say how many are damaged, by table; changes nothing.
 
     Raises:
         SetupError: the file cannot be read at all.
     """
-    with _reading(file_of(path)) as db:
+    with _reading(store_file(path)) as db:
         return {table: _walked(db, table, lambda _row: None) for table in TABLES}
 
 
@@ -84,7 +79,7 @@ def repair_store(path: Path) -> tuple[Findings, Path]:
     Raises:
         SetupError: the file cannot be read at all, or another process writes it.
     """
-    file = file_of(path)
+    file = store_file(path)
     if not file.exists():
         raise SetupError(f"no records at {file}: nothing to repair {ELSEWHERE}")
     if (writer := other_writer(file)) is not None:

@@ -216,6 +216,7 @@ def _check(path: Path, busy_timeout_s: float, *, thorough: bool) -> None:
     """
     check_regular(path)
     with contextlib.closing(_connect_readonly(path, busy_timeout_s)) as db:
+        db.execute("BEGIN")  # one look: another process may be making the tables of a new file
         version = _pragma(db, "user_version")
         tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
         if tables and _pragma(db, "application_id") != APPLICATION_ID:

@@ -10,6 +10,7 @@ from gpu_aware_tune.run.session import Session
 
 _SPARE_S = 1.0  # workers end, the folder is written
 _RETIME_PART = 0.15  # of what is left, for measuring the best again
+_SEEDED_RETIME_S = 3.0  # without a limit, for a batch size that starts from another one's kernels
 _FEWEST_ROUNDS = 2
 _LEAST_SEARCH_S = 1.0
 
@@ -29,7 +30,9 @@ class TimeBudget:
     rounds: int
 
 
-def divide_time(session: Session, check_s: float, shares: int) -> tuple[TimeBudget, list[Note]]:
+def divide_time(
+    session: Session, check_s: float, shares: int, seeded: bool = False
+) -> tuple[TimeBudget, list[Note]]:
     """Divide what is left of the run's time.
 
     Args:
@@ -37,13 +40,15 @@ def divide_time(session: Session, check_s: float, shares: int) -> tuple[TimeBudg
         check_s: that compiling and running the untuned libraries took; the end takes as long again,
             for each share and for the library of all shares.
         shares: how many libraries are made.
+        seeded: whether the search starts from what another batch size has found: only its heaviest
+            tasks are then measured again.
 
     Returns:
         The budget, and what to say beforehand where the time is too short.
     """
     left = session.left_s()
     if left is None:
-        return TimeBudget(None, None, ROUNDS), []
+        return TimeBudget(None, _SEEDED_RETIME_S if seeded else None, ROUNDS), []
     end_s = check_s * (shares + (shares > 1)) + _SPARE_S
     timing_s = ROUNDS * ROUND_S * shares
     rounds = ROUNDS

@@ -12,7 +12,7 @@ from gpu_aware_tune.records.task_records import TaskRecords
 from gpu_aware_tune.search.allocation import Allocation, Goal
 from gpu_aware_tune.settings import RunSettings
 
-_LIGHT_PART = 0.1  # of a model's latency at one batch size: what is not measured again at another
+_LIGHT_PART = 0.2  # of a model's latency at one batch size: what is not measured again at another
 
 
 @dataclass(frozen=True)

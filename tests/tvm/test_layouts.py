@@ -354,3 +354,32 @@ def test_a_convolution_in_blocks_computes_the_same_however_it_is_scheduled(tmp_p
     for trace in traces:
         check = verify_kernel(task.module, trace, target(), seed=1)
         assert check.ok, check
+
+
+@pytest.mark.parametrize("channels", [(128, 64, 128), (120, 72, 128)])
+def test_a_concatenation_decides_by_block_and_is_vectorised(
+    channels: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """Parts of whole blocks need one decision a vector; parts that divide a block keep theirs."""
+    nodes: list[Node] = [
+        *(("Conv", ["x", f"w{part}"], f"c{part}", {}) for part in range(3)),
+        ("Concat", ["c0", "c1", "c2"], "cat", {"axis": 1}),
+        ("Mul", ["cat", "gain"], "m", {}),
+        ("Relu", ["m"], "r", {}),
+        ("Conv", ["r", "out"], "y", {}),
+    ]
+    total = sum(channels)
+    filters: dict[str, tuple[int, ...]] = {
+        f"w{part}": (count, 16, 1, 1) for part, count in enumerate(channels)
+    }
+    filters |= {"gain": (total, 1, 1), "out": (32, total, 1, 1)}
+    model = load(tmp_path / "net.onnx", nodes, filters, (1, 16, 40, 40))
+    (task,) = [t for t in extract(model, AVX512) if "concatenate" in t.name]
+    whole = all(count % 16 == 0 for count in channels)
+    assert ("_nchw16c" in task.name) == whole
+    (schedule,) = baseline_schedules(task.module, AVX512, 1)
+    assert ("T.vectorized" in schedule.mod.script()) or not whole
+    if whole:
+        assert "T.int64(8) <= i" in task.module.script(), "channel 128 is the start of block 8"
+    here = load(tmp_path / "here.onnx", nodes, filters, (1, 16, 40, 40), cpu=target())
+    assert compared(here, default_traces(here), tmp_path).ok

@@ -9,9 +9,10 @@ import tvm_ffi
 from tvm.ir import Call
 from tvm.ir.expr import TensorLoad
 from tvm.s_tir import SBlock, SBlockRealize, Schedule
-from tvm.tirx import BufferStore, Select
+from tvm.tirx import BufferStore, Select, Var
+from tvm_ffi import WalkResult
 
-from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
+from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of, variables_in
 
 # Calls that cost tens of instructions an element: never computed twice to save a pass over memory.
 _SERIAL = 0  # tirx.ForKind
@@ -164,6 +165,29 @@ def conditions_of(block: Any) -> list[Any]:
     found = [call.args[0] for call in _calls(block) if _name(call) == "if_then_else"]
     tvm_ffi.structural_walk(block.body, (Select, lambda select: found.append(select.condition)))
     return found
+
+
+def deciding_variables(block: Any) -> list[Any]:
+    """Give the variables that a block branches by.
+
+    Where it branches by its place, as a concatenation does, what it compares with what it has read is a
+    choice between two values that vectors make as well.
+    """
+    branches = [call.args[0] for call in _calls(block) if _name(call) == "if_then_else"]
+    found: list[Any] = []
+
+    def own(node: Any) -> WalkResult | None:
+        if isinstance(node, TensorLoad):
+            return WalkResult.SKIP
+        if isinstance(node, Var):
+            found.append(node)
+        return None
+
+    for condition in branches:
+        tvm_ffi.structural_walk(condition, (object, own), order="pre")
+    if found:
+        return found
+    return [variable for condition in conditions_of(block) for variable in variables_in(condition)]
 
 
 def _calls(block: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.s_tir import SBlock, Schedule
 from tvm.sym import Analyzer
 from tvm.sym.pattern import detect_linear_equation
-from tvm.tirx import BufferStore, IndexMap, IntImm, PrimFunc
+from tvm.tirx import LE, Add, BufferStore, IndexMap, IntImm, Mul, PrimFunc
 
 from gpu_aware_tune.kernels.packing import weight_buffers
 from gpu_aware_tune.kernels.schedules.access import Axis, axes_of
@@ -83,7 +83,7 @@ class Kernel:
         if self.filter is not None and filter_dims:
             block, place = schedule.get_sblock(self.filter.block), ("read", self.filter.number)
             schedule.transform_layout(block, place, filter_map(filter_dims, self.lanes))
-        return schedule.mod["main"]
+        return _decided_by_blocks(schedule.mod["main"], self.lanes)
 
     def filter_dims(self, sides: Collection[Side]) -> tuple[int, ...]:
         """Which of the first two dimensions of the filter go in blocks with sides, the last one last."""
@@ -187,6 +187,38 @@ class Kernel:
             for number, region in enumerate(regions)
             if region.source.same_as(image)
         ]
+
+
+def _decided_by_blocks(function: PrimFunc, lanes: int) -> PrimFunc:
+    """Let conditions on a channel look at its block alone, where they do not divide one.
+
+    `32 <= outer * 16 + lane` is `2 <= outer`: one decision for a whole vector, which a concatenation makes
+    for each of its parts.
+    """
+    inner: list[Any] = []
+
+    def collect(block: SBlock) -> None:
+        inner.extend(each.var for each in block.iter_vars if _is_extent(each.dom.extent, lanes))
+
+    tvm_ffi.structural_walk(function.body, (SBlock, collect))
+
+    def by_block(condition: LE) -> Any:
+        limit, place = condition.a, condition.b
+        if not isinstance(limit, IntImm) or int(limit) % lanes or not isinstance(place, Add):
+            return condition
+        scaled, lane = place.a, place.b
+        if not isinstance(scaled, Mul) or not _is_extent(scaled.b, lanes):
+            return condition
+        if not any(lane.same_as(variable) for variable in inner):
+            return condition
+        return LE(IntImm(limit.ty, int(limit) // lanes), scaled.a)
+
+    made: PrimFunc = tvm_ffi.structural_map(function, (LE, by_block))
+    return made
+
+
+def _is_extent(value: Any, lanes: int) -> bool:
+    return isinstance(value, IntImm) and int(value) == lanes
 
 
 def filter_map(dims: Sequence[int], lanes: int) -> Callable[..., list[Any]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from gpu_aware_tune.kernels.schedules.access import Access, Axis, accesses_of, axes_of, variables_in
-from gpu_aware_tune.kernels.schedules.blocks import block_of, conditions_of, loops_of_axes
+from gpu_aware_tune.kernels.schedules.access import Access, Axis, accesses_of, axes_of
+from gpu_aware_tune.kernels.schedules.blocks import block_of, deciding_variables, loops_of_axes
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine, divisors
 
 PARALLEL_STEPS = 32_768  # below, waking the other threads costs more than they save
@@ -112,7 +112,7 @@ def _block(axis: Axis) -> int:
 
 def _deciding(block: Any, axes: list[Axis]) -> set[int]:
     """Positions of the axes that conditions look at: one decision a row, not one an element."""
-    used = [variable for condition in conditions_of(block) for variable in variables_in(condition)]
+    used = deciding_variables(block)
     return {
         axis.position
         for axis in axes
