@@ -311,6 +311,16 @@ def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
         raise UserError(f"the model cannot be compiled by TVM: {_first_line(error)}") from error
 
 
+def _in_place(value: Any) -> np.ndarray:
+    """A constant of TVM's as an array in the same memory, which nobody changes; a copy of types like
+    bfloat16, which NumPy does not exchange."""
+    try:
+        return np.from_dlpack(value)
+    except RuntimeError:
+        copied: np.ndarray = value.numpy()
+        return copied
+
+
 def _hoist_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
     """Turn the large constants of main into parameters behind the inputs."""
     from tvm import relax
@@ -324,7 +334,7 @@ def _hoist_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, np.n
         def visit_generic_const_(self, op: tvm.ir.GenericConst) -> Any:
             if not isinstance(op.ty, relax.TensorType):
                 return op
-            array = np.from_dlpack(op.value)  # the same memory; read only from here on
+            array = _in_place(op.value)
             if array.nbytes <= HOISTED_BYTES:
                 return op
             if op.value not in variables:

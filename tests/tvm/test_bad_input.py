@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, light_model: Callable[[str]
     save_model(folder / "good.onnx", "Relu", [1, 3, 8, 8])
     save_model(folder / "dynamic.onnx", "Relu", ["N", 3, "H", 8])
     save_model(folder / "foreign.onnx", "Frobnicate", [1, 3], domain="my.company")
-    save_model(folder / "det.onnx", "Det", [1, 3, 3])
+    save_model(folder / "draw.onnx", "Multinomial", [1, 3])
     (folder / "corrupt").mkdir()
     (folder / "corrupt" / "records.sqlite").write_bytes(b"not a database at all" * 100)
     return folder
@@ -104,13 +104,13 @@ def test_one_clear_line(run_tune: RunTune, folder: Path, case: Case) -> None:
 
 
 def test_without_quiet_the_error_is_still_the_last_line(run_tune: RunTune, folder: Path) -> None:
-    done = run_tune("det.onnx", "--target", "llvm", cwd=folder)
+    done = run_tune("draw.onnx", "--target", "llvm", cwd=folder)
     assert done.returncode == USER
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
-    for word in ("Det", "the_node", "opset 17"):
+    for word in ("Multinomial", "the_node", "opset 17"):
         assert word in last
 
 
