@@ -61,7 +61,7 @@ Findings = dict[str, Finding]
 
 
 def check_store(path: Path) -> Findings:
-    """Read every row of a store and say how many are damaged, by table; changes nothing.
+    """Read every row of a store and say how many are damaged, by table; changes none of them.
 
     Raises:
         SetupError: the file cannot be read at all.
