@@ -100,7 +100,7 @@ def make_reference(
     from gpu_aware_tune.onnx_prepare import read_model
     from gpu_aware_tune.onnx_prepare.convert import skeleton_of
     from gpu_aware_tune.onnx_prepare.input_ranges import index_bounds
-    from gpu_aware_tune.onnx_prepare.random_values import RANDOM
+    from gpu_aware_tune.onnx_prepare.random_values import has_random
     from gpu_aware_tune.onnx_prepare.shapes import fix_inputs
 
     proto = read_model(path)
@@ -110,8 +110,8 @@ def make_reference(
     skeleton = skeleton_of(proto)
     half = _half_type(skeleton)
     del proto
-    kinds = {node.op_type for node in walk(skeleton.graph)}
-    file = _File(path, input_shapes, bool(kinds & {"TopK", *RANDOM}))
+    has_top_k = any(node.op_type == "TopK" for node in walk(skeleton.graph))
+    file = _File(path, input_shapes, has_top_k or has_random(skeleton))
     plan = DrawPlan(specs, _of_inputs(index_bounds(skeleton), specs), seed, user)
     first = plan.arrays(plan.kinds[0])
     refusals = []

@@ -133,9 +133,10 @@ def _bilinear(
             at = to.op("Add", lower[axis], one) if upper else lower[axis]
             part = beyond[axis] if upper else to.op("Sub", one, beyond[axis])
             last = to.constant(extents[axis] - 1, dtype)
-            kept = to.op("Max", to.op("Min", at, last), zero)
-            part = to.op("Where", to.op("Equal", at, kept), part, zero)
-            whole = to.cast(kept, np.int64)
+            # Comparisons, not limits: a place that is NaN must not become an index.
+            inside = to.op("And", to.op("GreaterOrEqual", at, zero), to.op("LessOrEqual", at, last))
+            part = to.op("Where", inside, part, zero)
+            whole = to.cast(to.op("Where", inside, at, zero), np.int64)
             if axis == 0:
                 weight, index = part, to.op("Mul", whole, to.constant(extents[1]))
             else:

@@ -18,8 +18,13 @@ NOTE = "its random values are drawn once, on import: every call computes with th
 
 
 def has_random(model: ModelProto) -> bool:
-    """Tell whether a model has random operators."""
-    return any(node.op_type in RANDOM and not node.domain for node in walk(model.graph))
+    """Tell whether a model has random operators; a Dropout is one if it can be told to train."""
+    return any(
+        node.op_type in RANDOM
+        and not node.domain
+        and (node.op_type != "Dropout" or bool(input_of(node, 2)))
+        for node in walk(model.graph)
+    )
 
 
 def freeze_random(model: ModelProto) -> bool:

@@ -20,7 +20,8 @@ def reverse_sequence(node: NodeProto, to: Rewriter) -> list[str] | None:
     along, across = [1] * len(shape), [1] * len(shape)
     along[time], across[batch] = shape[time], shape[batch]
     steps = to.constant(np.arange(shape[time]).reshape(along))
-    lengths = to.op("Reshape", to.cast(node.input[1], np.int64), to.constant(across))
+    given = to.op("Min", to.cast(node.input[1], np.int64), to.constant(shape[time]))
+    lengths = to.op("Reshape", given, to.constant(across))
     backwards = to.op("Sub", to.op("Sub", lengths, to.constant(1)), steps)
     index = to.op("Where", to.op("Less", steps, lengths), backwards, steps)
     whole = to.op("Expand", index, to.constant(shape))

@@ -152,6 +152,17 @@ def test_deform_conv(
     assert_correct(model, {"x": x}, tolerance=1e-4)
 
 
+def test_displacements_that_are_no_numbers_read_nothing_outside() -> None:
+    x, offset = numbers(1, 2, 5, 5), numbers(1, 8, 4, 4)
+    offset[0, :, 1] = np.nan
+    offset[0, :, 2] = np.inf
+    offset[0, :, 3] = -1e30
+    model = one_node("DeformConv", x, {"w": numbers(1, 2, 2, 2), "offset": offset}, 19)
+    (got,) = computed(imported(model), {"x": x})
+    assert got.shape == (1, 1, 4, 4) and np.isfinite(got[:, :, [0, 2, 3]]).all()
+    np.testing.assert_array_equal(got[:, :, 2:], 0)
+
+
 # -- along one axis --------------------------------------------------------------------------------
 
 
