@@ -142,7 +142,8 @@ def plain_errors(path: Path) -> Iterator[None]:
             if name.startswith(prefixes):
                 raise SetupError(f"{path} {text} {ELSEWHERE} ({one_line(error, 100)})") from error
         if isinstance(error, sqlite3.OperationalError):  # tables or numbers that are not ours
-            raise SetupError(f"{path} is damaged ({error}); {REPAIR} {ELSEWHERE}") from error
+            found = one_line(error, 100)
+            raise SetupError(f"{path} is damaged ({found}); {REPAIR} {ELSEWHERE}") from error
         raise
 
 
@@ -170,6 +171,7 @@ def _connect(path: Path, mode: str, busy_timeout_s: float, extra: str = "") -> s
 
 
 def with_functions(db: sqlite3.Connection) -> sqlite3.Connection:
+    """Give a connection what the store's triggers call, and texts that damage does not end."""
     db.create_function("row_sum", -1, row_sum, deterministic=True)
     db.text_factory = _text
     return db
@@ -218,17 +220,16 @@ def _check(path: Path, busy_timeout_s: float, *, thorough: bool) -> None:
     with contextlib.closing(_connect_readonly(path, busy_timeout_s)) as db:
         db.execute("BEGIN")  # one look: another process may be making the tables of a new file
         version = _pragma(db, "user_version")
-        tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-        if tables and _pragma(db, "application_id") != APPLICATION_ID:
+        names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        if names and _pragma(db, "application_id") != APPLICATION_ID:
             raise SetupError(f"{path} is another program's database; move it away {ELSEWHERE}")
         if version > len(_migrations):
             raise SetupError(
                 f"{path} has schema {version}, this version knows up to {len(_migrations)};"
                 f" update gpu_aware_tune {ELSEWHERE}"
             )
-        names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
         missing = [name for name in TABLES if name not in names]
-        if version < 0 or (missing if version else tables):
+        if version < 0 or (missing if version else names):
             what = f"without table {missing[0]}" if missing else f"its schema is {version}"
             raise SetupError(f"{path} is damaged ({what}); {REPAIR}, restore a copy {ELSEWHERE}")
         if thorough:
