@@ -16,11 +16,11 @@ def blocked_dequantize(node: NodeProto, to: Rewriter) -> list[str] | None:
     dtype = to.dtype(node.input[1])
     if not block or shape is None or dtype is None:
         return None
-    scale = _repeated(node, 1, shape, block, to)
+    scale = _repeated(node.input[1], node, shape, block, to)
     value = to.cast(node.input[0], np.float32)
     if input_of(node, 2):
         zero = to.cast(node.input[2], np.float32)
-        value = to.op("Sub", value, _repeated_value(zero, node, 2, shape, block, to))
+        value = to.op("Sub", value, _repeated(zero, node, shape, block, to))
     result = to.op("Mul", value, to.cast(scale, np.float32))
     return [to.cast(result, dtype)]
 
@@ -33,23 +33,17 @@ def blocked_quantize(node: NodeProto, to: Rewriter) -> list[str] | None:
     dtype = to.dtype(zero) if zero else onnx.helper.tensor_dtype_to_np_dtype(kind)
     if not block or shape is None or dtype is None or dtype.kind not in "iu":
         return None
-    scale = to.cast(_repeated(node, 1, shape, block, to), np.float32)
+    scale = to.cast(_repeated(node.input[1], node, shape, block, to), np.float32)
     value = to.op("Round", to.op("Div", to.cast(node.input[0], np.float32), scale))
     if zero:
         whole = to.cast(zero, np.float32)
-        value = to.op("Add", value, _repeated_value(whole, node, 2, shape, block, to))
+        value = to.op("Add", value, _repeated(whole, node, shape, block, to))
     limits = np.iinfo(dtype)
     low, high = (to.constant(limit, np.float32) for limit in (limits.min, limits.max))
     return [to.cast(to.op("Min", to.op("Max", value, low), high), dtype)]
 
 
-def _repeated(node: NodeProto, at: int, shape: tuple[int, ...], block: int, to: Rewriter) -> str:
-    return _repeated_value(node.input[at], node, at, shape, block, to)
-
-
-def _repeated_value(
-    value: str, node: NodeProto, at: int, shape: tuple[int, ...], block: int, to: Rewriter
-) -> str:
+def _repeated(value: str, node: NodeProto, shape: tuple[int, ...], block: int, to: Rewriter) -> str:
     """A value for each block, as one for each element."""
     axis = attributes(node).get("axis", 1) % len(shape)
     return to.op("Gather", value, to.constant(np.arange(shape[axis]) // block), axis=axis)
