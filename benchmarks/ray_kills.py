@@ -177,10 +177,10 @@ def raylet(node: Any) -> int:
 
 
 def measures(pid: int) -> bool:
-    """Whether a worker has TVM's thread pool, which only measuring workers make."""
+    """Whether a worker has a thread pool, which only measuring workers make."""
     with contextlib.suppress(OSError):
         return any(
-            (task / "comm").read_text().startswith("tvm-pool")
+            (task / "comm").read_text().startswith("tune-pool")
             for task in Path(f"/proc/{pid}/task").iterdir()
         )
     return False

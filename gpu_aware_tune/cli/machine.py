@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from gpu_aware_tune.codegen.linking import find_compiler, find_linker
 from gpu_aware_tune.errors import SetupError, TuneError
 from gpu_aware_tune.partition import cpu_quota
 from gpu_aware_tune.partition.device import cpu_name
+from gpu_aware_tune.partition.linking import find_compiler, find_linker
 
 IMPORT_TIMEOUT_S = 120.0
 MIN_SHM_MB = 64

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from gpu_aware_tune.cli.options import CONTEXT, debug_option
-from gpu_aware_tune.codegen.linking import find_compiler
 from gpu_aware_tune.errors import TuneError
+from gpu_aware_tune.partition.linking import find_compiler
 from gpu_aware_tune.run.checks import check_files
 from gpu_aware_tune.run.jobs import ModelGoal, TuningJob, make_jobs
 from gpu_aware_tune.search.budget import StopRequest

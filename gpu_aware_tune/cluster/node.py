@@ -36,9 +36,9 @@ from gpu_aware_tune.cluster.messages import (
 )
 from gpu_aware_tune.codegen import cuda_toolchain
 from gpu_aware_tune.codegen.build_pool import Built, remove
-from gpu_aware_tune.codegen.linking import find_linker
 from gpu_aware_tune.errors import SetupError, TuneError
 from gpu_aware_tune.partition import find_device
+from gpu_aware_tune.partition.linking import find_linker
 from gpu_aware_tune.partition.topology import allowed_cpus, physical_cores
 from gpu_aware_tune.search.candidates import Candidate
 from gpu_aware_tune.search.pipeline import Pipeline

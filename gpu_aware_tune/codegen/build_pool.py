@@ -19,9 +19,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpu_aware_tune.codegen.linking import run_linker
 from gpu_aware_tune.errors import last_line
 from gpu_aware_tune.measure.measurement import Failure, FailureKind
+from gpu_aware_tune.partition.linking import run_linker
 from gpu_aware_tune.workers import Worker, WorkerHost
 
 Key = TypeVar("Key")

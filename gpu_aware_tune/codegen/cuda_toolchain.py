@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.codegen.cuda_source import lean_source, with_tf32_tiles
-from gpu_aware_tune.codegen.linking import run_linker
 from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.partition.linking import run_linker
 
 INSTALL = 'pip install "gpu-aware-tune[cuda]"'
 

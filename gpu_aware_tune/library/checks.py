@@ -11,6 +11,7 @@ from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.library.files import has_content
 from gpu_aware_tune.library.folder import versions
 from gpu_aware_tune.library.manifest import FileEntry, LibraryEntry, Manifest
+from gpu_aware_tune.partition.thread_pool import open_pools
 from gpu_aware_tune.partition.topology import usable_cores
 
 # Of LLVM's processor features those that code may depend on; the others are advice for tuning.
@@ -48,6 +49,17 @@ def check_weights(path: Path, manifest: Manifest) -> None:
         UserError: they are missing, or have changed.
     """
     _check_file(path, manifest.weights)
+
+
+def open_threads(path: Path, manifest: Manifest) -> None:
+    """Let this process run kernels on the threads that a folder has the code of.
+
+    Raises:
+        UserError: the file is missing, or has changed.
+    """
+    if manifest.threads is not None:
+        _check_file(path, manifest.threads)
+        open_pools(path / manifest.threads.file)
 
 
 def check_versions(path: Path, manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_aware_tune.codegen.linking import find_compiler
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.library.files import sha256_of
 from gpu_aware_tune.library.manifest import (
@@ -26,6 +26,8 @@ from gpu_aware_tune.library.manifest import (
     write_manifest,
 )
 from gpu_aware_tune.library.recovery import OLD, PARTIAL, beside, remove_stale
+from gpu_aware_tune.partition.linking import find_compiler
+from gpu_aware_tune.partition.thread_pool import FILE, compile_pools
 from gpu_aware_tune.settings import check_replaceable
 
 if TYPE_CHECKING:
@@ -84,7 +86,11 @@ def export(
             fresh, {units: _library(fresh, units, made) for units, made in libraries.items()}
         )
         save_weights(model.weights, fresh / WEIGHTS)
-        write_manifest(fresh, _manifest(model, parts, fresh / WEIGHTS, facts, entry))
+        manifest = _manifest(model, parts, fresh / WEIGHTS, facts, entry)
+        if manifest.on_cpu:
+            compile_pools(fresh / FILE)
+            manifest = dataclasses.replace(manifest, threads=_entry(fresh / FILE))
+        write_manifest(fresh, manifest)
     return folder
 
 

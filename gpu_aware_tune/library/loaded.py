@@ -21,6 +21,7 @@ from gpu_aware_tune.library.checks import (
     check_versions,
     check_weights,
     nearest,
+    open_threads,
     visible_units,
 )
 from gpu_aware_tune.library.latency import LatencyStats
@@ -112,6 +113,7 @@ class Library:
         if self._owns_places:
             weakref.finalize(self, self._places.stop).atexit = False
         check_weights(path, manifest)
+        open_threads(path, manifest)
         try:
             self._lane = self._open_for(units)
         except BaseException:

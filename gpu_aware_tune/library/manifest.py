@@ -135,7 +135,8 @@ class RunFacts:
 class Manifest(RunFacts):
     """The content of `manifest.json`; `libraries` are in ascending order of units.
 
-    `batches` are further batch sizes, each with a folder of its own inside (see `batches`).
+    `batches` are further batch sizes, each with a folder of its own inside (see `batches`); `threads`
+    is the code of the threads that run kernels on a CPU (see `partition.thread_pool`).
     """
 
     model: ModelId
@@ -146,6 +147,7 @@ class Manifest(RunFacts):
     versions: Mapping[str, str]
     created: str | None = None
     batches: tuple[int, ...] = ()
+    threads: FileEntry | None = None
     format: int = FORMAT
 
     @property
@@ -243,6 +245,7 @@ def _manifest(values: Fields, made: int) -> Manifest:
         versions=versions,
         created=values.optional("created", values.line),
         batches=values.optional("batches", lambda n: values.wholes(n, 1, _MOST_ELEMENTS)) or (),
+        threads=values.optional("threads", lambda name: _file(values.object(name))),
         format=made,
         device=values.optional("device", values.line) or "llvm",
         backend=values.optional("backend", values.line),

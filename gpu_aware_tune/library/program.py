@@ -17,6 +17,7 @@ from tvm import relax
 from gpu_aware_tune.codegen.cuda_toolchain import has_gpu_kernels
 from gpu_aware_tune.errors import SetupError, UserError, last_line
 from gpu_aware_tune.kernels.packing import packed
+from gpu_aware_tune.partition.thread_pool import adopt
 
 _WARM_UP = 3
 _ALIGNMENT = 64  # bytes, of the tensors that kernels take
@@ -190,6 +191,8 @@ def open_vm(
     except Exception as error:  # TVM reports a bad file with RuntimeError, ValueError and others
         raise UserError(f"{library} cannot be loaded ({_said(error)}): tune again") from error
     cuda = has_gpu_kernels(module)
+    if not cuda:
+        adopt(library)
     device = tvm.cuda(index) if cuda else tvm.cpu(0)
     if cuda and not device.exist:
         raise SetupError(f"{library} is for a CUDA GPU, and none is visible: see `tune doctor`")

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from gpu_aware_tune.errors import TuneError, UserError
 from gpu_aware_tune.partition import Partition
 from gpu_aware_tune.partition.cores import SPIN_TURNS, set_pool
+from gpu_aware_tune.partition.thread_pool import pools_at_hand
 from gpu_aware_tune.partition.topology import usable_cores
 
 _ENDING_S = 2.0  # for a thread's pool to end after it: a turn of spinning
@@ -141,11 +142,10 @@ class LibraryThread:
 class CoreThread(LibraryThread):
     """Runs functions on `units` cores.
 
-    TVM keeps a pool of threads for each thread that calls it; the pool never grows, and the calling
-    thread does the first part of every kernel without being bound, so it can land on a core that a
-    pool thread is bound to (seen: two threads no faster than one). In a thread of its own the pool
-    has the right size and every thread a core, while the caller's thread and what it is bound to
-    stay as they are. The pool ends with the thread.
+    Kernels run on a pool of threads that belongs to the thread which calls them (see
+    `partition.thread_pool`). In a thread of its own the pool has the right size and every thread a
+    core, while the caller's thread and what it is bound to stay as they are. The pool ends with the
+    thread.
 
     The cores are the first ones this process may use: processes that run side by side should be
     given cores of their own, for instance with `taskset`.
@@ -160,8 +160,11 @@ class CoreThread(LibraryThread):
         super().__init__()
 
     def _enter(self) -> None:
-        """Make TVM's pool for this thread, and give each of its threads a core."""
-        # As where the kernels were measured; TVM's default is 0.15 s of each core after every call.
+        """Make the pool for this thread, and give each of its threads a core."""
+        if pools := pools_at_hand():
+            pools.use(self.cores)
+            return
+        # TVM's own; by default each core of it spins for 0.15 s after every call.
         os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", SPIN_TURNS)
         set_pool(self.cores)
         os.sched_setaffinity(0, {self.cores[0]})  # of this thread only; TVM leaves it unbound

@@ -187,11 +187,9 @@ class MeasurementSession:
 
     def measure(self, job: Job) -> Reply:
         """Measure one artifact; whatever it does short of killing the process is its failure."""
-        import tvm
-
         try:
             buffers = self._inputs.of(job)
-            module = tvm.runtime.load_module(job.path)
+            module = _loaded(job.path)
         except Exception as error:  # whatever a bad artifact makes TVM raise
             return self._failed(FailureKind.LOAD, error)
         try:
@@ -204,15 +202,13 @@ class MeasurementSession:
 
     def compare(self, comparison: ComparisonJob) -> Reply:
         """Measure several artifacts in turns; one that fails fails them all."""
-        import tvm
-
         kinds: list[Callable[[], tuple[str, ...]]] = []
         timers: list[Timer] = []
         try:
             buffers = self._inputs.of(comparison)
             with contextlib.ExitStack() as stack:
                 for path in comparison.paths:
-                    module = tvm.runtime.load_module(path)
+                    module = _loaded(path)
                     timer, kind = stack.enter_context(
                         self._timer(module, buffers, comparison.timing)
                     )
@@ -293,6 +289,16 @@ class _Inputs:
             self.device.sync()  # copies go through the default stream, launches do not
             self._task = job.task
         return self._buffers
+
+
+def _loaded(path: str) -> Any:
+    import tvm
+
+    from gpu_aware_tune.partition.thread_pool import adopt
+
+    module = tvm.runtime.load_module(path)
+    adopt(path)
+    return module
 
 
 def call(

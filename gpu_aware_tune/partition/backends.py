@@ -239,7 +239,7 @@ def _open_cores(shares: Shares, disjoint: bool) -> list[Partition]:
     units = [share.units for share in shares]
     chosen = cores.choose_cores(units, disjoint)
     pairs = zip(shares, chosen, strict=True)
-    return [cores.CoresPartition(share, own, max(units)) for share, own in pairs]
+    return [cores.CoresPartition(share, own) for share, own in pairs]
 
 
 def _core_slices(slices: Sequence[Shares]) -> list[list[Partition]]:

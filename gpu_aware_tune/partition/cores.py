@@ -1,25 +1,19 @@
-"""A share of a CPU: so many cores, bound by affinity, with TVM's thread pool set to match.
+"""A share of a CPU: so many cores, bound by affinity, with a pool of threads to match.
 
-TVM's thread pool CAN be reconfigured while it runs (checked with TVM 0.27 by reading the affinity
-and the CPU time of each thread under /proc/self/task, see tests/tvm/test_cores.py), so one worker
-process serves every share of a run:
+The pool can be switched while it runs (checked by reading the affinity and the CPU time of each
+thread under /proc/self/task, see tests/tvm/test_cores.py), so one worker process serves every share
+of a run:
 
-* The pool belongs to the thread that launches kernels (it is `thread_local`) and is made at its
-  first use, with as many threads as TVM believes to have cores. The packed function
-  `runtime.config_threadpool(mode, n, cpus)` sets that belief to `len(cpus)` before it makes the
-  pool, and later how many of the pool's threads a launch uses. The pool never grows: it must be
-  made with the largest share's cores, and every later call must come from the same thread.
-* With one core TVM runs the kernel on the calling thread and wakes nobody.
-* TVM's own binding pins its pool threads but leaves the calling thread free, so both can land on
-  one core (seen: two threads no faster than one). Hence TVM_BIND_THREADS=0, and each thread, the
-  calling one included, is bound here to a core of its own. `config_threadpool` together with the
-  binding costs 5 us; switching to the share that is set costs nothing.
-* An idle pool thread spins for TVM_THREAD_POOL_SPIN_COUNT turns before it sleeps: 0.15 s at the
-  default of 300000, which takes a core from the builds after each launch and would run on beside a
-  smaller share. 20000 turns are 10 ms, far above the gap between two launches of a timing loop.
-* A forked child has a copy of the parent's pool but none of its threads, and hangs at its first
-  parallel kernel. So the process that workers are forked from must not have run one. `enter_worker`
-  notices and refuses; a new thread of such a child would make a new pool and work.
+* The pool belongs to the thread that launches kernels (see `thread_pool`). Each of its threads, the
+  calling one included, is bound to a core of its own. Switching to the share that is set is free,
+  switching to another one takes 2 us a thread.
+* With one core a kernel runs on the calling thread and wakes nobody.
+* A forked child has none of its parent's threads; it gets a pool of its own when it enters.
+
+TVM's own pool (`set_pool`) serves where ours cannot be had. It is made at a thread's first use, never
+grows, binds its threads but not the calling one (seen: both on one core, two threads no faster than
+one; hence TVM_BIND_THREADS=0), and an idle thread of it spins for TVM_THREAD_POOL_SPIN_COUNT turns
+before it sleeps: 0.15 s at the default of 300000, 10 ms at 20000.
 """
 
 from __future__ import annotations
@@ -27,31 +21,26 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition.base import Partition
 from gpu_aware_tune.partition.shares import Share
+from gpu_aware_tune.partition.thread_pool import ThreadPools, thread_pools
 from gpu_aware_tune.partition.topology import remember_unbound, usable_cores
 
-SPIN_TURNS = "20000"  # of an idle pool thread before it sleeps; see above
+SPIN_TURNS = "20000"  # of an idle thread of TVM's pool before it sleeps; see above
 _MODE_ONE_CORE_PER_THREAD = -2  # threading::ThreadGroup::kSpecifyOneCorePerThread
-_POOL_NAME = "tvm-pool"
-_TASKS = Path("/proc/self/task")
 
 
 @dataclass
-class _Pool:
-    """TVM's pool of the current thread, as far as it is known here."""
+class _Entered:
+    """The shares that a thread has entered, and which of them its pool is set to."""
 
-    size: Callable[[], int]
-    caller: int  # thread id of the launching thread, which does the first part of every kernel
-    workers: list[int]
-    capacity: int
-    before: frozenset[int]  # what the launching thread was bound to
+    pools: ThreadPools
+    before: frozenset[int]  # what the thread was bound to
     active: tuple[int, ...] = ()
     users: set[int] = field(default_factory=set)
 
@@ -64,53 +53,50 @@ class CoresPartition(Partition):
 
     backend: ClassVar[str] = "cores"
 
-    def __init__(self, share: Share, cores: Sequence[int], pool_size: int | None = None) -> None:
+    def __init__(self, share: Share, cores: Sequence[int]) -> None:
         """Promise `cores` to `share`.
 
         Args:
             share: what was asked for; its units are the number of cores.
             cores: logical CPUs, each on a physical core of its own.
-            pool_size: the most cores of any share that the same worker serves.
         """
         super().__init__(share)
         self.cores = tuple(cores)
-        self._pool_size = max(len(self.cores), pool_size or 0)
 
     def env(self) -> dict[str, str]:
-        """TVM's and OpenMP's thread counts, and who binds threads (not TVM)."""
+        """Thread counts of TVM's own pool and of OpenMP, and who binds threads (not TVM)."""
         return {
-            "TVM_NUM_THREADS": str(self._pool_size),
+            "TVM_NUM_THREADS": str(len(self.cores)),
             "OMP_NUM_THREADS": str(len(self.cores)),
             "TVM_BIND_THREADS": "0",
             "TVM_THREAD_POOL_SPIN_COUNT": SPIN_TURNS,
         }
 
     def enter_worker(self) -> None:
-        """Bind this thread and TVM's pool to the cores; makes the pool where there is none yet."""
-        os.environ.update(self.env())  # TVM reads them when it makes the pool
-        pool: _Pool | None = getattr(_local, "pool", None)
-        if pool is None:
-            pool = _local.pool = _start_pool(self._pool_size)
-        if pool.capacity < len(self.cores):
-            raise SetupError(
-                f"TVM's thread pool has {pool.capacity} threads and cannot grow to "
-                f"{len(self.cores)}: enter the largest share first"
-            )
-        pool.users.add(id(self))
-        remember_unbound(pool.before)
+        """Bind this thread and its pool to the cores; makes the pool where there is none yet."""
+        os.environ.update(self.env())
+        entered: _Entered | None = getattr(_local, "entered", None)
+        if entered is None:
+            before = frozenset(os.sched_getaffinity(0))
+            entered = _local.entered = _Entered(thread_pools(), before)
+        entered.users.add(id(self))
+        remember_unbound(entered.before)
         try:
-            self._activate(pool)
+            self._activate(entered)
         except SetupError:
             self.close()
             raise
 
     def verify(self) -> None:
-        """Check how many threads TVM uses and what each of them is bound to."""
-        pool = self._entered()
-        self._activate(pool)
-        if (size := pool.size()) != self.share.units:
-            raise SetupError(f"TVM uses {size} threads where {self.share.units} were promised")
-        for thread, core in zip([pool.caller, *pool.workers], self.cores, strict=False):
+        """Check how many threads launches use and what each of them is bound to."""
+        entered = self._entered()
+        self._activate(entered)
+        threads = entered.pools.threads()
+        if len(threads) != self.share.units:
+            raise SetupError(
+                f"kernels use {len(threads)} threads where {self.share.units} were promised"
+            )
+        for thread, core in zip(threads, self.cores, strict=True):
             if (bound := os.sched_getaffinity(thread)) != {core}:
                 raise SetupError(
                     f"thread {thread} may run on cores {sorted(bound)} instead of core {core}"
@@ -118,44 +104,34 @@ class CoresPartition(Partition):
 
     @contextlib.contextmanager
     def timing_context(self) -> Iterator[None]:
-        """Switch this thread and TVM's pool to the share; free of cost when they are set to it."""
+        """Switch this thread and its pool to the share; free of cost when they are set to it."""
         self._activate(self._entered())
         yield
 
     def close(self) -> None:
-        """Give the calling thread its former affinity back when the last share is closed."""
-        pool: _Pool | None = getattr(_local, "pool", None)
-        if pool is None or id(self) not in pool.users:
+        """End the pool and give the thread its former affinity back when the last share is closed."""
+        entered: _Entered | None = getattr(_local, "entered", None)
+        if entered is None or id(self) not in entered.users:
             return
-        pool.users.discard(id(self))
-        if not pool.users:
-            pool.active = ()
+        entered.users.discard(id(self))
+        if not entered.users:
+            del _local.entered
             remember_unbound(None)
-            set_pool(range(pool.capacity))
-            for thread in (pool.caller, *pool.workers):
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(thread, pool.before)
+            entered.pools.close()
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, entered.before)
 
-    def _entered(self) -> _Pool:
-        pool: _Pool | None = getattr(_local, "pool", None)
-        if pool is None or id(self) not in pool.users:
+    def _entered(self) -> _Entered:
+        entered: _Entered | None = getattr(_local, "entered", None)
+        if entered is None or id(self) not in entered.users:
             raise SetupError("this thread has not entered the partition: call enter_worker() first")
-        return pool
+        return entered
 
-    def _activate(self, pool: _Pool) -> None:
-        if pool.active == self.cores:
-            return
-        cores = self.cores
-        set_pool(cores)
-        try:
-            for thread, core in zip([pool.caller, *pool.workers], cores, strict=False):
-                os.sched_setaffinity(thread, {core})
-        except OSError as error:
-            pool.active = ()
-            raise SetupError(
-                f"cannot bind a thread to one of cores {list(cores)}: {error}"
-            ) from error
-        pool.active = cores
+    def _activate(self, entered: _Entered) -> None:
+        if entered.active != self.cores:
+            entered.active = ()
+            entered.pools.use(self.cores)
+            entered.active = self.cores
 
 
 def choose_cores(
@@ -180,54 +156,12 @@ def choose_cores(
 
 
 def set_pool(cpus: Sequence[int]) -> None:
-    """Let what this thread launches use as many of TVM's threads as there are `cpus`.
+    """Let what this thread launches on TVM's own pool use as many threads as there are `cpus`.
 
     The first call of a thread makes its pool. TVM binds each of the pool's threads to one of `cpus`,
     unless TVM_BIND_THREADS is 0, and never the calling one.
     """
-    configure, _ = _tvm_functions()
-    configure(_MODE_ONE_CORE_PER_THREAD, len(cpus), [str(cpu) for cpu in cpus])
-
-
-def _start_pool(size: int) -> _Pool:
-    """Make TVM's pool for this thread and find out which threads it consists of."""
-    before = frozenset(os.sched_getaffinity(0))
-    caller = threading.get_native_id()
-    known = _named_threads()
-    with _thread_name(caller, _POOL_NAME):  # threads inherit the name of the one that makes them
-        set_pool(range(size))
-    workers = sorted(_named_threads() - known - {caller})
-    if len(workers) != size - 1:
-        raise SetupError(
-            "TVM's thread pool was already made in this thread, or in the process this one was "
-            f"forked from ({len(workers)} new threads, not {size - 1}): enter the partition before "
-            "TVM runs anything, or in a new thread"
-        )
-    return _Pool(_tvm_functions()[1], caller, workers, size, before)
-
-
-def _tvm_functions() -> tuple[Callable[[int, int, list[str]], Any], Callable[[], int]]:
     import tvm
 
     configure = tvm.get_global_func("runtime.config_threadpool")
-    return configure, tvm.get_global_func("runtime.NumThreads")
-
-
-def _named_threads() -> set[int]:
-    found = set()
-    for task in _TASKS.iterdir():
-        with contextlib.suppress(OSError):  # a thread that has just ended
-            if (task / "comm").read_text().strip() == _POOL_NAME:
-                found.add(int(task.name))
-    return found
-
-
-@contextlib.contextmanager
-def _thread_name(thread: int, name: str) -> Iterator[None]:
-    comm = _TASKS / str(thread) / "comm"
-    former = comm.read_text().strip()
-    comm.write_text(name)
-    try:
-        yield
-    finally:
-        comm.write_text(former)
+    configure(_MODE_ONE_CORE_PER_THREAD, len(cpus), [str(cpu) for cpu in cpus])

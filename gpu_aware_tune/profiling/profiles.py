@@ -199,7 +199,12 @@ def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[Tun
     Raises:
         UserError: a folder cannot be used, with why.
     """
-    from gpu_aware_tune.library.checks import check_units, check_versions, check_weights
+    from gpu_aware_tune.library.checks import (
+        check_units,
+        check_versions,
+        check_weights,
+        open_threads,
+    )
 
     folders: list[TunedFolder] = []
     for path in paths:
@@ -208,6 +213,7 @@ def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[Tun
         if tuned_at is not None:
             check_units(path, manifest, tuned_at)
         check_weights(path, manifest)
+        open_threads(path, manifest)
         folders.append(TunedFolder(path, manifest, tuned_at))
     batches: dict[int, Path] = {}
     for folder in folders:

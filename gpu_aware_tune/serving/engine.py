@@ -7,7 +7,6 @@ Everything runs in this process. A run is started by whoever brings the news tha
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.partition.thread_pool import pools_at_hand
 from gpu_aware_tune.partition.topology import usable_cores
 from gpu_aware_tune.planning.curve import MARGIN
 from gpu_aware_tune.planning.device import PlanDevice
@@ -37,10 +37,9 @@ from gpu_aware_tune.serving.statistics import ModelStatistics
 
 _ALL_LANES = 8  # cores up to which every lane is prepared at the start, not only the plan's
 _EVENTS = 200
-# Turns that an idle thread of TVM's pools spins before it sleeps, a quarter of a millisecond: enough for
-# the gaps between kernels, and soon over where another lane takes the core (p99 of the first run after a
-# change of lanes: 0.6 ms; at 20000 turns, which are right for a library alone, 1.9 ms).
-_SPIN_TURNS = "500"
+# How long an idle thread spins before it sleeps: enough for the gaps between kernels, and soon over
+# where another lane takes the core.
+_SPIN_S = 5e-5
 
 
 class Engine:
@@ -72,8 +71,6 @@ class Engine:
         queue_rows: int = 256,
         margin: float = MARGIN,
     ) -> None:
-        # TVM reads it at its first parallel kernel: see `_SPIN_TURNS`.
-        os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", _SPIN_TURNS)
         self._curve_folder, self._queue_rows, self._margin = curves, queue_rows, margin
         self._policy, self._fixed = policy, False
         self._changing = threading.Lock()  # of models and plans; never held by a request
@@ -90,6 +87,8 @@ class Engine:
                 if served.model.name in self._catalog:
                     raise UserError(f"{served.model.name} is given twice: name one differently")
                 self._catalog[served.model.name] = served
+            if pools := pools_at_hand():
+                pools.spin(_SPIN_S)
             self._planned = self._plan(first_rates(self._catalog))
             queues = [served.queue for served in self._catalog.values()]
             layout = self._planned.layout(queues, self._pool)

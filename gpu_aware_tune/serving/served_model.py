@@ -13,7 +13,12 @@ from ml_dtypes import bfloat16
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.library.arguments import check_inputs
 from gpu_aware_tune.library.batches import batch_folders, batch_size, is_batched, open_ended
-from gpu_aware_tune.library.checks import check_library, check_versions, check_weights
+from gpu_aware_tune.library.checks import (
+    check_library,
+    check_versions,
+    check_weights,
+    open_threads,
+)
 from gpu_aware_tune.library.manifest import Manifest, read_manifest
 from gpu_aware_tune.library.program import Program, Weights, open_vm
 from gpu_aware_tune.library.threads import run_apart
@@ -161,6 +166,7 @@ def _open_variant(path: Path) -> Variant:
             f"{path} is for {manifest.device}: serving runs on CPU cores so far; use load() on a GPU"
         )
     check_weights(path, manifest)
+    open_threads(path, manifest)
     if any(-1 in spec.shape for spec in manifest.inputs):
         raise UserError(f"{path} has an input of unknown shape: tune it with --input NAME:SHAPE")
     return Variant(batch_size(manifest), path, manifest, Weights(path / manifest.weights.file))

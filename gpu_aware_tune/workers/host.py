@@ -95,9 +95,11 @@ def main(fd: int, scratch: str) -> None:
     sock = socket.socket(fileno=fd)
     alive: set[int] = set()
     try:
+        from gpu_aware_tune.partition.thread_pool import pools_at_hand
         from gpu_aware_tune.workers.warm import load_tvm
 
         load_tvm()
+        pools_at_hand()  # compiled once, for all that are forked; what lacks is told where it is needed
         sock.send(pickle.dumps(("ready", os.getpid(), 0)))
         while True:
             waiting: list[socket.socket | int] = [sock, wake_r]

@@ -9,8 +9,8 @@ import pytest
 from gpu_aware_tune.cli import machine
 from gpu_aware_tune.cli.doctor import lines
 from gpu_aware_tune.cli.machine import Check
-from gpu_aware_tune.codegen.linking import find_compiler, find_linker
 from gpu_aware_tune.errors import SetupError
+from gpu_aware_tune.partition.linking import find_compiler, find_linker
 
 PINS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 

@@ -20,20 +20,24 @@ two_cores = pytest.mark.skipif(len(CORES) < 2, reason="shares of a CPU need two 
 
 # A kernel of 64 parallel rows, and what each thread of this process spent on it.
 PRELUDE = """
-import os, sys, threading, time
+import os, sys, tempfile, threading, time
 import numpy as np
 import tvm
 from tvm import te
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition import Device, open_partitions, share_of
+from gpu_aware_tune.partition.thread_pool import thread_pools
 
 a = te.placeholder((64, 16384), name="a")
 k = te.reduce_axis((0, 24), name="k")
 b = te.compute((64, 16384), lambda i, j: te.sum(a[i, j] * 0.5 + k, k), name="b")
 schedule = tvm.s_tir.Schedule(te.create_prim_func([a, b]))
 schedule.parallel(schedule.get_loops(schedule.get_sblock("b"))[0])
-kernel = tvm.compile(schedule.mod, target="llvm")["main"]
+library = os.path.join(tempfile.mkdtemp(), "kernel.so")
+tvm.compile(schedule.mod, target="llvm").export_library(library)
+kernel = tvm.runtime.load_module(library)["main"]
+thread_pools().adopt(library)
 args = [tvm.runtime.tensor(np.zeros((64, 16384), "float32")) for _ in range(2)]
 
 def ticks():
@@ -123,47 +127,50 @@ def test_an_idle_pool_thread_soon_sleeps() -> None:
 
 
 @two_cores
-def test_a_pool_made_before_is_refused_and_a_new_thread_helps() -> None:
-    told = child(
-        """
-        kernel(*args)
-        tvm.get_global_func("runtime.config_threadpool")(-2, 2, ["0", "1"])
-        (part,) = open_partitions([share_of(device, 100, "cores")], device)
-        try:
-            part.enter_worker()
-        except SetupError as error:
-            assert "already made" in str(error), error
-        else:
-            raise AssertionError("entered")
-        def inside():
-            part.enter_worker()
-            part.verify()
-            assert len(workers()) == 2
-            part.close()
-            print("fine")
-        thread = threading.Thread(target=inside)
-        thread.start()
-        thread.join()
-        """
-    )
-    assert told == "fine\n"
-
-
-@two_cores
-def test_a_fork_of_a_process_that_ran_kernels_is_refused_not_hung() -> None:
+def test_tvms_own_pool_does_not_matter_and_each_thread_has_a_pool() -> None:
     child(
         """
         tvm.get_global_func("runtime.config_threadpool")(-2, 2, ["0", "1"])
         kernel(*args)
         (part,) = open_partitions([share_of(device, 100, "cores")], device)
+        def inside():
+            part.enter_worker()
+            part.verify()
+            me = threading.get_native_id()
+            found = workers()
+            assert len(found) == 2 and me in found and os.getpid() not in found, found
+            part.close()
+            return found
+        part.enter_worker()
+        mine = workers()
+        assert len(mine) == 2 and os.getpid() in mine, mine
+        results = []
+        thread = threading.Thread(target=lambda: results.append(inside()))
+        thread.start()
+        thread.join()
+        assert results and not set(results[0]) & set(mine), (results, mine)
+        time.sleep(0.2)
+        assert set(results[0]) & set(ticks()) == set()  # they ended with their caller's share
+        """
+    )
+
+
+@two_cores
+def test_a_fork_of_a_process_that_ran_kernels_has_a_pool_of_its_own() -> None:
+    child(
+        """
+        (part,) = open_partitions([share_of(device, 100, "cores")], device)
+        part.enter_worker()
+        kernel(*args)
+        part.close()
+        thread_pools().use(part.cores)
+        kernel(*args)
         pid = os.fork()
         if pid == 0:
-            try:
-                part.enter_worker()
-                part.verify()
-                kernel(*args)
-            except SetupError:
-                os._exit(3)
+            assert thread_pools().threads() == []
+            part.enter_worker()
+            part.verify()
+            kernel(*args)
             os._exit(0)
         deadline = time.monotonic() + 10
         done, status = 0, 0
@@ -172,7 +179,7 @@ def test_a_fork_of_a_process_that_ran_kernels_is_refused_not_hung() -> None:
             time.sleep(0.01)
         if not done:
             os.kill(pid, 9)
-        assert os.waitstatus_to_exitcode(status) == 3, (done, status)
+        assert done and os.waitstatus_to_exitcode(status) == 0, (done, status)
         """
     )
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -51,6 +52,7 @@ from gpu_aware_tune.library.folder import _exchange
 from gpu_aware_tune.library.threads import CoreThread
 from gpu_aware_tune.model.importer import Model, load_model, random_inputs
 from gpu_aware_tune.model.tasks import extract
+from gpu_aware_tune.partition.thread_pool import thread_pools
 from gpu_aware_tune.partition.topology import usable_cores
 
 FACTS = RunFacts(device="llvm/test/cpu")
@@ -146,7 +148,7 @@ def test_shares_compiled_together_hold_equal_kernels_once(
     link(compile_shares(model.module, shares), tmp_path / "shares.so")
     paths = dict.fromkeys(shares, tmp_path / "shares.so")
     made = export(tmp_path / "tiny.tuned", model, paths, FACTS, entry="main_{units}")
-    assert [path.name for path in made.glob("*.so")] == ["lib-1-2-3.so"]
+    assert [path.name for path in made.glob("lib*")] == ["lib-1-2-3.so"]
     inputs = random_inputs(model.inputs, 5)
     together = load(made, preload=True)
     for units in (1, 2):
@@ -267,7 +269,7 @@ def test_a_library_is_compared_with_onnxruntime(tiny: tuple[Model, Path]) -> Non
 def test_the_folder_holds_libraries_weights_once_and_a_manifest(tiny: tuple[Model, Path]) -> None:
     model, folder = tiny
     assert {p.name for p in folder.iterdir()} == {
-        "lib-1.so", "lib-2.so", "weights.bin", "manifest.json",
+        "lib-1.so", "lib-2.so", "threads.so", "weights.bin", "manifest.json",
     }  # fmt: skip
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["model"] == {"name": "tiny", "hash": model.hash}
@@ -281,7 +283,7 @@ def test_the_folder_holds_libraries_weights_once_and_a_manifest(tiny: tuple[Mode
 def test_equal_libraries_are_one_file(tmp_path: Path) -> None:
     model, folder = write_library(tmp_path, alike=True)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"lib-1-2.so", "weights.bin", "manifest.json"}
+    assert names == {"lib-1-2.so", "threads.so", "weights.bin", "manifest.json"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [entry["units"] for entry in manifest["libraries"]] == [1, 2]
     assert {entry["file"] for entry in manifest["libraries"]} == {"lib-1-2.so"}
@@ -305,7 +307,8 @@ def test_export_replaces_an_older_folder_and_nothing_else(
 ) -> None:
     model, folder = tiny
     export(copy, model, {3: folder / "lib-2.so"}, FACTS)
-    assert sorted(p.name for p in copy.iterdir()) == ["lib-3.so", "manifest.json", "weights.bin"]
+    names = sorted(path.name for path in copy.iterdir())
+    assert names == ["lib-3.so", "manifest.json", "threads.so", "weights.bin"]
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
     foreign = copy.parent / "mine"
@@ -441,26 +444,38 @@ def test_each_library_runs_on_cores_of_its_own_number(tiny: tuple[Model, Path]) 
     if len(cores) < 2:
         pytest.skip("needs two cores")
     before = os.sched_getaffinity(0)
-    threads = tvm.get_global_func("runtime.NumThreads")
     one, two = load(tiny[1], units=1), load(tiny[1], units=2)
     inputs = random_inputs(one.inputs, 0)
     wanted = one(inputs)["features"]
     for loaded in (two, one, two, one, two):
         np.testing.assert_allclose(loaded(inputs)["features"], wanted, rtol=1e-4, atol=1e-5)
         run = loaded._lane.thread.run
-        assert run(threads) == loaded.units
         assert run(lambda: os.sched_getaffinity(0)) == {cores[0]}
+        assert _bound(loaded) == list(cores[: loaded.units])
         # A parallel loop has as many parts as there are threads at work.
         assert run(_parts) == loaded.units
     assert os.sched_getaffinity(0) == before
 
 
+def _bound(library: Library) -> list[int]:
+    """The cores of the threads that the kernels in use run on."""
+    ids = library._lane.thread.run(thread_pools().threads)
+    return [core for thread in ids for core in os.sched_getaffinity(thread)]
+
+
 def _parts() -> int:
-    """How many threads take part in a parallel loop."""
-    loops = tvm.tirx.build(_counting(), target=target())
+    """How many threads take part in parallel loops."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "loops.so"
+        tvm.tirx.build(_counting(), target=target()).export_library(str(path))
+        loops = tvm.runtime.load_module(str(path))
+        thread_pools().adopt(path)
     counts = tvm.runtime.tensor(np.zeros(64, "int32"))
-    loops["main"](counts)
-    return len(np.unique(counts.numpy()))
+    seen: set[int] = set()
+    for _ in range(500):  # a part that its thread has not begun is done by the caller
+        loops["main"](counts)
+        seen |= set(counts.numpy().tolist())
+    return len(seen)
 
 
 def _counting() -> tvm.IRModule:
@@ -536,10 +551,10 @@ def test_a_library_for_one_share_runs_on_the_cores_of_another(
     model, folder = tiny
     export(copy, model, {1: folder / "lib-1.so"}, FACTS)
     loaded = load(copy)
-    threads = tvm.get_global_func("runtime.NumThreads")
     for cores in range(1, len(usable_cores()) + 1):
         assert loaded.use(cores).units == 1
-        assert loaded._lane.thread.run(threads) == cores == len(loaded.cores)
+        assert _bound(loaded) == list(loaded.cores)
+        assert len(loaded.cores) == cores
 
 
 def test_use_notices_that_this_process_may_use_other_cores(tiny: tuple[Model, Path]) -> None:

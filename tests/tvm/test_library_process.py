@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -32,19 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def os_threads() -> int:
     return len(os.listdir("/proc/self/task"))
-
-
-def wait_for_threads(count: int) -> bool:
-    """Whether so many are left; the kernel lists a joined thread a moment longer."""
-    end = time.monotonic() + 1
-    while os_threads() != count and time.monotonic() < end:
-        time.sleep(0.001)
-    return os_threads() == count
-
-
-def resident_mb() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
 def in_fork(function: Callable[[], str], limit_s: float = 30) -> tuple[int, str]:
@@ -165,31 +153,67 @@ def test_the_interpreter_may_end_during_a_call(folder: Path, kind: str) -> None:
 # -- closing ---------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_of_closed_libraries(folder: Path) -> None:
-    def cycle() -> None:
-        with load(folder, units=2) as library:
+CYCLING = """
+    import json, os, sys, time
+    from pathlib import Path
+    from gpu_aware_tune.library import load
+    from gpu_aware_tune.model.importer import random_inputs
+
+    def threads():
+        return set(os.listdir("/proc/self/task"))
+
+    def resident_mb():
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    def ended(earlier):  # beside other work a core may be far away, so there is time
+        end = time.monotonic() + 10
+        while threads() - earlier and time.monotonic() < end:
+            time.sleep(0.001)
+        return not threads() - earlier
+
+    def cycle():
+        with load(sys.argv[1], units=2) as library:
             library(inputs)
 
-    with load(folder, units=2) as library:
+    with load(sys.argv[1], units=2) as library:
         inputs = random_inputs(library.inputs, 0)
         library.preload()
     for _ in range(20):
         cycle()
-    time.sleep(0.2)  # a thread that was joined is listed a moment longer, and would be counted
-    before_threads, before_mb = os_threads(), resident_mb()
+    time.sleep(0.2)
+    earlier, before_mb = threads(), resident_mb()
     descriptors = len(os.listdir("/proc/self/fd"))
-    begun_s = time.process_time()
-    for _ in range(CYCLES):
+    begun_s, left = time.process_time(), 0
+    for _ in range(int(sys.argv[2])):
         cycle()
-        assert wait_for_threads(before_threads), "they end before close returns"
+        left += not ended(earlier)
     spent_s = time.process_time() - begun_s
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert resident_mb() - before_mb < 0.05 * CYCLES
-    assert spent_s / CYCLES < 0.15
+    more_mb = resident_mb() - before_mb
+    descriptors = len(os.listdir("/proc/self/fd")) - descriptors
     time.sleep(0.2)
     idle_s = time.process_time()
     time.sleep(0.5)
-    assert time.process_time() - idle_s < 0.1
+    idle_s = time.process_time() - idle_s
+    print(json.dumps([left, descriptors, more_mb, spent_s, idle_s]))
+"""
+
+
+def test_nothing_is_left_of_closed_libraries(folder: Path) -> None:
+    """In a process of its own: the threads of others come and go in this one."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CYCLING), str(folder), str(CYCLES)],
+        capture_output=True,
+        text=True,
+        timeout=60 + CYCLES,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    threads, descriptors, more_mb, spent_s, idle_s = json.loads(done.stdout)
+    assert (threads, descriptors) == (0, 0)
+    assert more_mb < 0.05 * CYCLES
+    assert spent_s / CYCLES < 0.15
+    assert idle_s < 0.1
 
 
 def test_a_closed_library_keeps_no_memory_of_its_programs(folder: Path) -> None:
@@ -248,7 +272,7 @@ def test_a_library_that_fails_to_open_leaves_no_thread(
     end = time.monotonic() + 5
     while os_threads() > before and time.monotonic() < end:
         time.sleep(0.01)
-    assert os_threads() == before
+    assert os_threads() <= before  # those of others come and go
 
 
 # -- many calls ------------------------------------------------------------------------------------
