@@ -4,6 +4,7 @@
     python -m benchmarks.peers_cpu bert.onnx yolo.onnx --threads 1
     python -m benchmarks.peers_cpu bert.onnx --tune 600          # tunes each for so many seconds first
     python -m benchmarks.peers_cpu bert.onnx --tuned bert=bert.tuned
+    python -m benchmarks.peers_cpu bert.onnx --busy 1            # beside a busy process on each core
 
 untuned    ours with the baseline schedules, nothing searched
 tuned      a library of ours, from --tuned or --tune
@@ -14,13 +15,15 @@ Each has a process of its own, with as many threads, all on the same cores. They
 pause between, because the waiting threads of one would take cores from the next. A ratio is that of
 the medians of one round; the table has the median over the rounds and how far they spread. Outputs
 are compared with ONNX Runtime's. Beside the time that passed, the processor time of each is compared:
-with one thread it hardly changes beside busy neighbours; with several it includes waiting. The
-figures go to benchmarks/results/peers-cpu.json.
+with one thread it hardly changes beside busy neighbours; with several it includes waiting. With --busy
+each round is measured twice, alone and beside processes that loop on the same cores; a growth is the
+second median over the first. The figures go to benchmarks/results/peers-cpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -30,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +47,10 @@ from benchmarks.scaffold import FLAG, Timer, die_with_parent, parser, sampled, t
 RESULTS_FILE = RESULTS / "peers-cpu.json"
 MODULE = "benchmarks.peers_cpu"
 OURS, PEERS = ("untuned", "tuned"), ("ort", "openvino")
-PAUSE_S = 0.3  # TVM's threads wait for more work for half of that
+PAUSE_S = 0.3  # for threads that wait for more work
 
 Inputs = dict[str, np.ndarray]
+Turn = dict[str, list[float]]  # a figure of each contestant's inferences in one round
 
 
 def main() -> None:
@@ -58,6 +62,7 @@ def main() -> None:
     command.add_argument("--seconds", type=float, default=1.0, help="of each turn")
     command.add_argument("--tuned", action="append", default=[], metavar="NAME=FOLDER")
     command.add_argument("--tune", type=float, metavar="SECONDS", help="tune without --tuned")
+    command.add_argument("--busy", type=int, default=0, help="busy processes on each core")
     command.add_argument("--shape", action="append", default=[], metavar="INPUT=1,3,224,224")
     command.add_argument(FLAG, help=argparse.SUPPRESS)
     args = command.parse_args()
@@ -140,16 +145,16 @@ def measure(path: Path, args: argparse.Namespace, scratch: Path) -> dict[str, An
             cell = {"kind": kind, "path": str(path), "threads": args.threads, "folder": folder,
                     "shapes": shapes(args.shape), "scratch": str(scratch)}  # fmt: skip
             running[kind] = Contestant(cell, scratch / f"{kind}.log")
-        rounds: list[dict[str, list[float]]] = []
-        cpu: list[dict[str, list[float]]] = []
+        rounds: list[Turn] = []
+        cpu: list[Turn] = []
+        beside: list[Turn] = []
         for _ in range(args.rounds):
-            rounds.append({})
-            cpu.append({})
-            for kind, contestant in running.items():
-                time.sleep(PAUSE_S)
-                samples, cpu_s = contestant.run(args.seconds)
-                rounds[-1][kind] = samples[1:] or samples
-                cpu[-1][kind] = [cpu_s]
+            samples, seconds = one_round(running, args.seconds)
+            rounds.append(samples)
+            cpu.append(seconds)
+            if args.busy:
+                with busy(args.busy, args.threads):
+                    beside.append(one_round(running, args.seconds)[0])
     finally:
         for contestant in running.values():
             contestant.close()
@@ -159,6 +164,51 @@ def measure(path: Path, args: argparse.Namespace, scratch: Path) -> dict[str, An
         "cpu_ms": {kind: 1e3 * statistics.median(turn[kind][0] for turn in cpu) for kind in kinds},
         "cpu_ratios": ratios(cpu),
         "errors": errors(kinds, scratch),
+        **(growths(rounds, beside, kinds) if beside else {}),
+    }
+
+
+def one_round(running: Mapping[str, Contestant], seconds: float) -> tuple[Turn, Turn]:
+    """Each contestant's seconds of an inference, all but the first, and its processor seconds."""
+    samples: Turn = {}
+    cpu: Turn = {}
+    for kind, contestant in running.items():
+        time.sleep(PAUSE_S)
+        found, cpu_s = contestant.run(seconds)
+        samples[kind] = found[1:] or found
+        cpu[kind] = [cpu_s]
+    return samples, cpu
+
+
+@contextlib.contextmanager
+def busy(each: int, cores: int) -> Iterator[None]:
+    """Processes that loop on the first cores, so many on each."""
+    processes = []
+    try:
+        for core in sorted(os.sched_getaffinity(0))[:cores] * each:
+            loop = f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+            processes.append(subprocess.Popen([sys.executable, "-c", loop]))
+        time.sleep(PAUSE_S)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def growths(rounds: Sequence[Turn], beside: Sequence[Turn], kinds: Sequence[str]) -> dict[str, Any]:
+    """How much longer each contestant takes beside busy processes, by round."""
+    grown = {
+        kind: [
+            statistics.median(there[kind]) / statistics.median(alone[kind])
+            for alone, there in zip(rounds, beside, strict=True)
+        ]
+        for kind in kinds
+    }
+    return {
+        "busy_ms": {kind: summary([s for turn in beside for s in turn[kind]]) for kind in kinds},
+        "busy_ratios": ratios(beside),
+        "growth": {kind: spread(values) for kind, values in grown.items()},
     }
 
 
@@ -187,13 +237,15 @@ def ratios(rounds: Sequence[Mapping[str, list[float]]]) -> dict[str, dict[str, f
         for ours in (kind for kind in OURS if kind in medians):
             for peer, seconds in {**peers, "best": min(peers.values())}.items():
                 found.setdefault(f"{ours}/{peer}", []).append(medians[ours] / seconds)
+    return {pair: spread(values) for pair, values in found.items()}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median, and the percentiles around it."""
     return {
-        pair: {
-            "median": statistics.median(values),
-            "p10": float(np.percentile(values, 10)),
-            "p90": float(np.percentile(values, 90)),
-        }
-        for pair, values in found.items()
+        "median": statistics.median(values),
+        "p10": float(np.percentile(values, 10)),
+        "p90": float(np.percentile(values, 90)),
     }
 
 
@@ -227,6 +279,9 @@ def line(name: str, row: dict[str, Any]) -> str:
         f"{pair} {r['median']:.2f} ({r['p10']:.2f} to {r['p90']:.2f})"
         for pair, r in row["ratios"].items()
     )
+    if "growth" in row:
+        grown = ", ".join(f"{kind} {g['median']:.2f}" for kind, g in row["growth"].items())
+        factors += f"; growth beside busy processes: {grown}"
     cpu = row["cpu_ratios"]["untuned/best"]["median"]
     worst = max(row["errors"].values())
     return (

@@ -129,8 +129,8 @@ def pools_at_hand() -> ThreadPools | None:
 
 
 def adopt(library: Path | str) -> None:
-    """Let a loaded library's kernels use this process's pools, where it has some."""
-    if pools := _opened:
+    """Let a loaded library's kernels use this process's pools, where it can have some."""
+    if pools := pools_at_hand():
         pools.adopt(library)
 
 

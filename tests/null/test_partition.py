@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +53,7 @@ from gpu_aware_tune.partition import (
 from gpu_aware_tune.partition.driver import DriverError, call
 from gpu_aware_tune.partition.gpu_query import GpuFacts
 from gpu_aware_tune.partition.shares import mps_percentage
+from gpu_aware_tune.partition.thread_pool import ThreadPools, thread_pools
 from gpu_aware_tune.settings import PARTITIONS
 
 ALL = ("cores", "null", "full", "green", "mps", "mig")
@@ -87,34 +88,30 @@ class Case:
         return open_partitions(self.shares(), self.device, self.backend, disjoint=disjoint)
 
 
-class FakePool:
-    """TVM's thread pool: threads made at the first call, and a count of those in use."""
+class SeenPools(ThreadPools):
+    """The pools of this process, and what they were set to."""
 
     def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.threads: list[threading.Thread] = []
-        self.calls: list[tuple[int, int, list[str]]] = []
-        self.forced: int | None = None
+        vars(self).update(vars(thread_pools()))
+        self.calls: list[tuple[int, ...]] = []
+        self.extra: list[int] = []
 
-    def configure(self, mode: int, count: int, cpus: list[str]) -> None:
-        if not self.calls:
-            for _ in range(count - 1):
-                self.threads.append(threading.Thread(target=self.stop.wait, daemon=True))
-                self.threads[-1].start()
-        self.calls.append((mode, count, cpus))
+    def use(self, chosen: Sequence[int]) -> None:
+        super().use(chosen)
+        self.calls.append(tuple(chosen))
 
-    def size(self) -> int:
-        return self.forced or min(self.calls[-1][1], len(self.threads) + 1)
+    def threads(self) -> list[int]:
+        return super().threads() + self.extra
 
 
 @pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePool]:
-    fake = FakePool()
-    monkeypatch.setattr(cores, "_tvm_functions", lambda: (fake.configure, fake.size))
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[SeenPools]:
+    seen = SeenPools()
+    monkeypatch.setattr(cores, "thread_pools", lambda: seen)
     monkeypatch.setattr(cores, "_local", threading.local())
     before = os.sched_getaffinity(0)
-    yield fake
-    fake.stop.set()
+    yield seen
+    seen.close()
     os.sched_setaffinity(0, before)
 
 
@@ -130,11 +127,11 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield Case("null", null_device(), (30, 100), list, lambda: None)
         return
     if backend == "cores":
-        fake = request.getfixturevalue("pool")
+        seen = request.getfixturevalue("pool")
         before = os.sched_getaffinity(0)
 
         def spoil_pool() -> None:
-            fake.forced = CORES + 1
+            seen.extra = [0]
 
         def moved() -> list[str]:
             now = os.sched_getaffinity(0)
@@ -524,18 +521,16 @@ def test_cores_of_shares_nest_or_stay_apart() -> None:
 
 
 @pytest.mark.skipif(CORES < 2, reason="switching between shares needs two cores")
-def test_threads_are_bound_each_to_its_core_and_back(pool: FakePool) -> None:
+def test_threads_are_bound_each_to_its_core_and_back(pool: SeenPools) -> None:
     small, large = open_partitions([share_of(cpu(), p, "cores") for p in (50, 100)], cpu())
     before = os.sched_getaffinity(0)
-    assert small.env()["TVM_NUM_THREADS"] == large.env()["TVM_NUM_THREADS"] == str(CORES)
+    assert large.env()["TVM_NUM_THREADS"] == str(CORES)
     assert small.env()["TVM_BIND_THREADS"] == "0"
     for part in (small, large):
         part.enter_worker()
-    worker = pool.threads[0].native_id
-    assert worker is not None
     with large.timing_context():
         assert os.sched_getaffinity(0) == {large.cores[0]}
-        assert os.sched_getaffinity(worker) == {large.cores[1]}
+        assert os.sched_getaffinity(pool.threads()[1]) == {large.cores[1]}
     with small.timing_context():
         assert os.sched_getaffinity(0) == set(small.cores)
     count = len(pool.calls)
@@ -549,7 +544,7 @@ def test_threads_are_bound_each_to_its_core_and_back(pool: FakePool) -> None:
 
 
 @pytest.mark.skipif(CORES < 2, reason="a wrong binding needs a second core")
-def test_a_thread_moved_by_someone_else_is_noticed(pool: FakePool) -> None:
+def test_a_thread_moved_by_someone_else_is_noticed(pool: SeenPools) -> None:
     (part,) = open_partitions([share_of(cpu(), 50, "cores")], cpu())
     part.enter_worker()
     part.verify()
@@ -560,15 +555,7 @@ def test_a_thread_moved_by_someone_else_is_noticed(pool: FakePool) -> None:
     part.close()
 
 
-@pytest.mark.skipif(CORES < 2, reason="a pool has other threads only from two cores on")
-def test_a_pool_made_before_is_refused(pool: FakePool) -> None:
-    pool.configure(-2, CORES, [])
-    (part,) = open_partitions([share_of(cpu(), 100, "cores")], cpu())
-    with pytest.raises(SetupError, match="already made in this thread"):
-        part.enter_worker()
-
-
-def test_a_core_that_is_gone_is_refused(pool: FakePool) -> None:
+def test_a_core_that_is_gone_is_refused(pool: SeenPools) -> None:
     share = share_of(cpu(1), 100, "cores")
     part = cores.CoresPartition(share, [4095])
     with pytest.raises(SetupError, match="cannot bind a thread to one of cores"):

@@ -160,10 +160,11 @@ def test_quantised_products_are_right_to_one_step(case: str, per_column: bool) -
 
 @pytest.mark.parametrize("case", ["bias", "zero point", "plain", "per column"])
 def test_a_product_whose_activations_are_quantised_while_it_runs(case: str) -> None:
+    """Weights of 7 bits: without VNNI, ONNX Runtime's sums of larger ones saturate."""
     generator = np.random.default_rng(0)
     columns = (7,) if case == "per column" else ()
     constants: dict[str, np.ndarray] = {
-        "b": generator.integers(-100, 100, (8, 7)).astype(np.int8),
+        "b": generator.integers(-64, 64, (8, 7)).astype(np.int8),
         "s": generator.uniform(0.01, 0.02, columns).astype(np.float32),
     }
     order = "x,b,s"
@@ -185,7 +186,7 @@ def test_a_product_whose_activations_are_quantised_while_it_runs(case: str) -> N
 def test_an_integer_product_that_is_scaled(zeros: int) -> None:
     generator = np.random.default_rng(0)
     constants: dict[str, np.ndarray] = {
-        "b": generator.integers(-100, 100, (8, 7)).astype(np.int8),
+        "b": generator.integers(-64, 64, (8, 7)).astype(np.int8),
         "as": np.array(0.02, np.float32),
         "bs": np.array(0.03, np.float32),
         "az": np.array(120, np.uint8),

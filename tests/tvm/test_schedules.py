@@ -21,7 +21,7 @@ from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of
 from gpu_aware_tune.kernels.schedules.blocks import block_names, block_of, inline_elementwise
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
-from gpu_aware_tune.kernels.schedules.tile_cost import STACK_BYTES, Machine
+from gpu_aware_tune.kernels.schedules.tile_cost import AVX2, AVX512, STACK_BYTES, Machine
 from gpu_aware_tune.kernels.schedules.tiles import best_tiles
 from gpu_aware_tune.kernels.traces import apply_trace, trace_to_json
 
@@ -227,7 +227,8 @@ def test_tiles_fit_the_registers_of_the_processor(cpu: str) -> None:
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
 
     machine = machine_of(tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": 4}))
-    assert machine == Machine(*((8, 16, 4) if cpu == "haswell" else (16, 32, 4)))
+    narrow = cpu == "haswell"
+    assert machine == Machine(*((8, 16, 4, AVX2) if narrow else (16, 32, 4, AVX512)))
     (module,) = kernels(*_case("conv"))
     block = block_of(tvm.s_tir.Schedule(module), "conv2d_nchw")
     axes, operands = axes_of(block), accesses_of(block, block.reads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 
@@ -22,7 +22,7 @@ from gpu_aware_tune.kernels.schedules.elementwise import schedule_elementwise
 from gpu_aware_tune.kernels.schedules.padding import pad_product
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.kernels.schedules.reductions import Reduction, split_lanes
-from gpu_aware_tune.kernels.schedules.tile_cost import Machine
+from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile, costs_for
 
 # Times what full vectors would take; from there on partial sums in lanes are tried first.
 _PARTIAL_SUMS_RATIO = 3.0
@@ -39,28 +39,41 @@ def machine_of(target: tvm.target.Target) -> Machine:
         lanes, registers = 4, 16
     else:
         lanes, registers = max(4, bits // 32), 32
-    return Machine(lanes, registers, units=max(1, int(target.attrs.get("num-cores", 1) or 1)))
+    units = max(1, int(target.attrs.get("num-cores", 1) or 1))
+    return Machine(lanes, registers, units, costs_for(avx512=lanes == 16))
 
 
 def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator[Schedule]:
     """Schedule every block of a kernel, in up to `most` ways for its heaviest reduction."""
-    base = Schedule(module, error_render_level="fast")
-    inline_elementwise(base)
-    names = [name for name in block_names(base) if is_reduction(block_of(base, name))]
+    base, names = prepared(module, machine)
     if not names:
         yield _with_maps(base, machine)
         return
+    heaviest = names[0]
+    for schedule in islice(_reduced(base, heaviest, machine), most):
+        yield finished(schedule, names[1:], machine)
+
+
+def prepared(module: tvm.IRModule, machine: Machine) -> tuple[Schedule, list[str]]:
+    """A kernel ready for its reductions' tiles, and the names of those, the heaviest first."""
+    base = Schedule(module, error_render_level="fast")
+    inline_elementwise(base)
+    names = [name for name in block_names(base) if is_reduction(block_of(base, name))]
     for name in names:
         for change in (flatten_planes, interleave_rows):
             base = attempt(base, partial(change, name=name))
         base = pad_product(base, name, machine)
-    heaviest = max(names, key=lambda name: Reduction(base, name, machine).steps)
-    for schedule in islice(_reduced(base, heaviest, machine), most):
-        done = schedule
-        for name in names:
-            if name != heaviest:
-                done = next(_reduced(done, name, machine))
-        yield _with_maps(done, machine)
+    if names:
+        heaviest = max(names, key=lambda name: Reduction(base, name, machine).steps)
+        names = [heaviest, *(name for name in names if name != heaviest)]
+    return base, names
+
+
+def finished(schedule: Schedule, names: Sequence[str], machine: Machine) -> Schedule:
+    """Schedule a kernel's other reductions as seems best, then its elementwise blocks."""
+    for name in names:
+        schedule = next(_reduced(schedule, name, machine))
+    return _with_maps(schedule, machine)
 
 
 def _reduced(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule]:
@@ -101,12 +114,19 @@ def _in_rows(schedule: Schedule, reduction: Reduction) -> Iterator[Schedule]:
 def _tiled(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule]:
     reduction = Reduction(schedule, name, machine)
     for tile in reduction.tiles():
-        for fuse_consumer in (True, False):
-            apply = partial(reduction.apply, tile=tile, fuse_consumer=fuse_consumer)
-            tried = attempt(schedule, apply)
-            if tried is not schedule:
-                yield tried
-                break
+        tried = with_tile(schedule, reduction, tile)
+        if tried is not schedule:
+            yield tried
+
+
+def with_tile(schedule: Schedule, reduction: Reduction, tile: Tile) -> Schedule:
+    """Schedule a reduction with a tile; the schedule as it was where TVM refuses."""
+    for fuse_consumer in (True, False):
+        apply = partial(reduction.apply, tile=tile, fuse_consumer=fuse_consumer)
+        tried = attempt(schedule, apply)
+        if tried is not schedule:
+            return tried
+    return schedule
 
 
 def _with_maps(schedule: Schedule, machine: Machine) -> Schedule:

@@ -72,7 +72,7 @@ class Reduction:
         stages = self._stages(schedule, block, tile, fuse_consumer)
         self._lay_out_result(schedule, block, tile)
         loops = self._loops(schedule)
-        order = outer_order(tile, self.axes, self.operands)
+        order = outer_order(tile, self.axes, self.operands, self.machine)
         outer, inner, vector = self._split(schedule, loops, tile, order)
         reduce = [(loops[axis.position], axis.extent) for axis in self.axes if axis.reduce]
         schedule.reorder(*(loop for loop, _ in [*outer, *reduce]), *inner, vector)

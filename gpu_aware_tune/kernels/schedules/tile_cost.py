@@ -13,28 +13,68 @@ from gpu_aware_tune.kernels.schedules.access import Access, Axis
 
 STACK_BYTES = 1024  # TVM keeps smaller buffers on the stack, where LLVM turns them into registers
 
-# Cycles, fitted to the times of 750 tiles of 25 kernels on one core of an AVX-512 machine.
-_HALF = 0.55  # a half-width vector operation: they run at up to twice the rate
-_LATENCY = 2.6  # the least a step takes
-_PORT = 0.16  # what a load costs beside the arithmetic that hides it
-_UNALIGNED = 1.35  # half-vector loads for one that may straddle cache lines
-_GATHER = 3.0  # loads for each lane that lies apart
-_ALIASED = 5.0  # a load whose line others keep evicting
-_L2_LINE_CYCLES, _FAR_LINE_CYCLES = 0.7, 4.0  # a line from the second-level cache, and from beyond
-_PACK = 1.2  # an element copied into another layout
-_STORE, _LOAD = 0.9, 0.5  # a vector of results
-_PER_TILE = 4.0
-_MEMORY_BYTES_PER_CYCLE = 7.0  # bytes a cycle from the far caches
-_KEPT = 0.25  # of that, what is read again and stayed in the second-level cache, or nearly
-
-_NEAR_BYTES = 24 * 1024  # of the first-level cache
-_MIDDLE_BYTES = 384 * 1024  # of the second-level cache
-_KEPT_BYTES = 1280 * 1024  # what it keeps, if only in part, while the rest streams by
 _LINE = 64
 _ALIAS = 4096  # addresses this far apart share the first-level cache's few ways
 _WAYS = 8
 _WAY_BYTES = 65536  # of the second-level cache: what lies so far apart shares a set
 _ALIASING_ROWS = 64  # rows, from which on that matters
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the model takes things to cost on a kind of processor, in cycles if not said otherwise.
+
+    `benchmarks/tile_model.py` measures tiles, fits these, and tells how well they rank.
+
+    Args:
+        full: a multiply-add of whole vectors.
+        half: one of vectors of half the width or less.
+        latency: the least a step of the sum takes.
+        load: a load, where nothing else limits.
+        port: what a load costs beside the arithmetic that hides it.
+        unaligned: times that of a vector load, which may straddle cache lines.
+        gather: times that, for each lane that lies apart.
+        aliased: times that, of a load whose line others keep evicting.
+        l2_line, far_line: a line from the second-level cache, and from beyond.
+        pack: an element copied into another layout.
+        store, reload: a vector of results, written, and read to go on with.
+        per_tile: the loops around a tile.
+        memory: bytes a cycle from the far caches.
+        kept: of that, what is read again and stayed in the second-level cache, or nearly.
+        near_bytes, middle_bytes: what the first and the second-level cache serve without misses.
+        kept_bytes: what the second one keeps, if only in part, while the rest streams by.
+    """
+
+    full: float = 1.0
+    half: float = 0.55
+    latency: float = 2.6
+    load: float = 0.5
+    port: float = 0.16
+    unaligned: float = 1.35
+    gather: float = 3.0
+    aliased: float = 5.0
+    l2_line: float = 0.7
+    far_line: float = 4.0
+    pack: float = 1.2
+    store: float = 0.9
+    reload: float = 0.5
+    per_tile: float = 4.0
+    memory: float = 7.0
+    kept: float = 0.25
+    near_bytes: int = 24 * 1024
+    middle_bytes: int = 384 * 1024
+    kept_bytes: int = 1280 * 1024
+
+
+# Fitted to 750 tiles of 25 kernels on one core with AVX-512; that data is not kept.
+AVX512 = Costs()
+
+AVX2 = Costs(full=0.5, half=0.5, latency=4.0)
+
+
+def costs_for(avx512: bool) -> Costs:
+    """The constants for a processor with vectors of 64 bytes, or for others."""
+    return AVX512 if avx512 else AVX2
 
 
 @dataclass(frozen=True)
@@ -44,6 +84,7 @@ class Machine:
     lanes: int  # float32 values of one vector register
     registers: int
     units: int
+    costs: Costs = AVX512
 
 
 @dataclass(frozen=True)
@@ -101,28 +142,31 @@ def priced(
     weights: frozenset[int],
 ) -> Tile:
     registers = math.prod(tile.counts)
-    width = _HALF if tile.lanes <= machine.lanes // 2 else 1.0
+    costs = machine.costs
+    width = costs.half if tile.lanes <= machine.lanes // 2 else costs.full
     steps = math.prod(axis.extent for axis in axes if axis.reduce)
     spatial = math.prod(axis.extent for axis in axes if not axis.reduce)
     count = spatial // (registers * tile.lanes)
     ports, misses = 0.0, 0.0
     for number, operand in enumerate(operands):
-        ports += _loads(tile, number, axes, operand) / 2
-        misses += _misses(tile, axes, operand, number) / steps
-    step = max(registers * width, ports, _LATENCY) + _PORT * ports + misses
-    packing = sum(_copying(tile, number, operands[number]) for number in tile.copied - weights)
+        ports += _loads(tile, number, axes, operand, costs) * costs.load
+        misses += _misses(tile, axes, operand, number, costs) / steps
+    step = max(registers * width, ports, costs.latency) + costs.port * ports + misses
+    packing = sum(
+        _copying(tile, number, operands[number], costs) for number in tile.copied - weights
+    )
     contiguous = result.strides[tile.vector] == 1
-    store = registers * _STORE * (1 if contiguous else tile.lanes) + _PER_TILE
+    store = registers * costs.store * (1 if contiguous else tile.lanes) + costs.per_tile
     compute = count * (steps * step + store) + packing
-    cycles = _with_traffic(compute, tile, axes, operands) * _rounds(count, machine)
+    cycles = _with_traffic(compute, tile, axes, operands, costs) * _rounds(count, machine)
     return replace(tile, cycles=cycles)
 
 
-def _copying(tile: Tile, number: int, operand: Access) -> float:
+def _copying(tile: Tile, number: int, operand: Access, costs: Costs) -> float:
     """Cycles of a copy into another layout."""
     apart = (operand.strides[tile.vector] or 0) * operand.itemsize
     aliased = number in tile.packed and apart and apart % _ALIAS == 0
-    return _PACK * operand.elements * (_ALIASED if aliased else 1.0)
+    return costs.pack * operand.elements * (costs.aliased if aliased else 1.0)
 
 
 def held(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> list[Axis]:
@@ -136,21 +180,23 @@ def priced_in_passes(
     tile: Tile, axes: Sequence[Axis], operands: Sequence[Access], machine: Machine
 ) -> Tile:
     registers = math.prod(tile.counts)
-    width = _HALF if tile.lanes <= machine.lanes // 2 else 1.0
+    costs = machine.costs
+    width = costs.half if tile.lanes <= machine.lanes // 2 else costs.full
     passes, *terms = [axis.extent for axis in axes if axis.reduce]
     spatial = math.prod(axis.extent for axis in axes if not axis.reduce)
     count = spatial // (registers * tile.lanes)
     pieces = math.prod(axis.extent // tile.size(axis) for axis in held(tile, axes, operands))
-    ports = sum(_loads(tile, n, axes, operand) for n, operand in enumerate(operands)) / 2
-    step = max(registers * width, ports, _LATENCY) + _PORT * ports
-    again = registers * (_STORE + _LOAD) + _PER_TILE
+    loads = sum(_loads(tile, n, axes, operand, costs) for n, operand in enumerate(operands))
+    ports = loads * costs.load
+    step = max(registers * width, ports, costs.latency) + costs.port * ports
+    again = registers * (costs.store + costs.reload) + costs.per_tile
     compute = count * passes * (math.prod(terms) * step + again)
     read = sum(
         operand.elements * operand.itemsize * (1 if operand.uses(axes[tile.vector]) else pieces)
         for operand in operands
     )
-    compute += _L2_LINE_CYCLES * read / _LINE
-    cycles = _with_traffic(compute, tile, axes, operands) * _rounds(pieces, machine)
+    compute += costs.l2_line * read / _LINE
+    cycles = _with_traffic(compute, tile, axes, operands, costs) * _rounds(pieces, machine)
     return replace(tile, cycles=cycles, passes=passes)
 
 
@@ -160,14 +206,18 @@ def _rounds(pieces: int, machine: Machine) -> float:
 
 
 def _with_traffic(
-    compute: float, tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]
+    compute: float,
+    tile: Tile,
+    axes: Sequence[Axis],
+    operands: Sequence[Access],
+    costs: Costs,
 ) -> float:
     """Cycles of the arithmetic and of what comes from the far caches, which mostly overlap."""
-    moved = min(traffic(tile, axes, operands)) / _MEMORY_BYTES_PER_CYCLE
+    moved = min(traffic(tile, axes, operands, costs)) / costs.memory
     return max(compute, moved) + 0.25 * min(compute, moved)
 
 
-def _loads(tile: Tile, number: int, axes: Sequence[Axis], operand: Access) -> float:
+def _loads(tile: Tile, number: int, axes: Sequence[Axis], operand: Access, costs: Costs) -> float:
     """Load instructions of one step of the reduction."""
     vector = axes[tile.vector]
     values, ways = 1, 0
@@ -177,15 +227,15 @@ def _loads(tile: Tile, number: int, axes: Sequence[Axis], operand: Access) -> fl
             stride = operand.strides[axis.position] or 0
             if axis is not vector and number not in tile.copied:
                 ways = max(ways, count * math.gcd(stride * operand.itemsize, _ALIAS) // _ALIAS)
-    extra = _ALIASED * values if ways > _WAYS else 0.0
+    extra = costs.aliased * values if ways > _WAYS else 0.0
     if not _moves(operand, vector, tile.size(vector)):
         return values + extra
     if number not in tile.packed and operand.strides[tile.vector] != 1:
-        return values * _GATHER * tile.lanes + extra
-    return values * _UNALIGNED * max(1.0, tile.lanes * operand.itemsize / 32) + extra
+        return values * costs.gather * tile.lanes + extra
+    return values * costs.unaligned * max(1.0, tile.lanes * operand.itemsize / 32) + extra
 
 
-def _misses(tile: Tile, axes: Sequence[Axis], operand: Access, number: int) -> float:
+def _misses(tile: Tile, axes: Sequence[Axis], operand: Access, number: int, costs: Costs) -> float:
     """Cycles one tile waits for an operand that does not stay in the nearest cache."""
     copied = number in tile.copied
     sizes = {axis.position: tile.size(axis) for axis in axes if not axis.reduce}
@@ -210,11 +260,11 @@ def _misses(tile: Tile, axes: Sequence[Axis], operand: Access, number: int) -> f
     lines, line = 1.0, _LINE / operand.itemsize
     for apart, many in windows:
         lines *= max(1.0, many * apart / line) if apart < line else many
-    if lines * _LINE <= _NEAR_BYTES:
+    if lines * _LINE <= costs.near_bytes:
         return 0.0
     crowded = 1.0 if copied else _crowding(windows, operand.itemsize)
     return lines * (
-        _L2_LINE_CYCLES if lines * _LINE * crowded <= _MIDDLE_BYTES else _FAR_LINE_CYCLES
+        costs.l2_line if lines * _LINE * crowded <= costs.middle_bytes else costs.far_line
     )
 
 
@@ -233,7 +283,9 @@ def _crowding(windows: Sequence[tuple[int, int]], itemsize: int) -> float:
     return max(1.0, max(powers, default=1) / run)
 
 
-def traffic(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> tuple[float, float]:
+def traffic(
+    tile: Tile, axes: Sequence[Axis], operands: Sequence[Access], costs: Costs
+) -> tuple[float, float]:
     """Bytes read with the first operand's own axes as the outer loops, and with the second's."""
     if len(operands) < 2:
         only = float(sum(operand.elements * operand.itemsize for operand in operands))
@@ -246,6 +298,6 @@ def traffic(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> tup
         rounds[0 if first.uses(axis) else 1] *= axis.extent // tile.size(axis)
     bytes_ = [operand.elements * operand.itemsize for operand in (first, second)]
     # Operands that are not copied share sets, so that little of them is kept between the rounds.
-    kept = [_KEPT if tile.panels and size <= _KEPT_BYTES else 1.0 for size in bytes_]
+    kept = [costs.kept if tile.panels and size <= costs.kept_bytes else 1.0 for size in bytes_]
     again = [(rounds[1 - n] - 1) * kept[n] * bytes_[n] for n in range(2)]
     return sum(bytes_) + again[1], sum(bytes_) + again[0]

@@ -243,7 +243,9 @@ def _sums_in_passes(
     )
 
 
-def outer_order(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) -> list[Axis]:
+def outer_order(
+    tile: Tile, axes: Sequence[Axis], operands: Sequence[Access], machine: Machine
+) -> list[Axis]:
     """Order the loops over tiles so that little memory is read again from far."""
     spatial = [axis for axis in axes if not axis.reduce]
     if len(operands) < 2:
@@ -262,6 +264,6 @@ def outer_order(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access]) ->
         if len(rows) > 1 and vector in own[filters] and not tile.copied:
             # All filters over one row: it stays in the nearest caches, and units share the rows out.
             return shared + rows[:1] + own[filters] + [a for a in own[image] if a is not rows[0]]
-    first_outer, second_outer = traffic(tile, axes, operands)
+    first_outer, second_outer = traffic(tile, axes, operands, machine.costs)
     ordered = own[0] + own[1] if first_outer <= second_outer else own[1] + own[0]
     return shared + ordered
