@@ -29,9 +29,13 @@ class Costs:
     Args:
         full: a multiply-add of whole vectors.
         half: one of vectors of half the width or less.
+        odd: times that, of vectors whose lanes are no power of two, without masks.
+        spill: for each register that a tile lacks, in each step; 0 where a multiply-add takes one
+            value for all lanes from memory, so that those values need none.
         latency: the least a step of the sum takes.
         load: a load, where nothing else limits.
         port: what a load costs beside the arithmetic that hides it.
+        broadcast: times that, of one value for all lanes.
         unaligned: times that of a vector load, which may straddle cache lines.
         gather: times that, for each lane that lies apart.
         aliased: times that, of a load whose line others keep evicting.
@@ -47,9 +51,12 @@ class Costs:
 
     full: float = 1.0
     half: float = 0.55
+    odd: float = 1.0
+    spill: float = 0.0
     latency: float = 2.6
     load: float = 0.5
     port: float = 0.16
+    broadcast: float = 1.0
     unaligned: float = 1.35
     gather: float = 3.0
     aliased: float = 5.0
@@ -69,7 +76,7 @@ class Costs:
 # Fitted to 750 tiles of 25 kernels on one core with AVX-512; that data is not kept.
 AVX512 = Costs()
 
-AVX2 = Costs(full=0.5, half=0.5, latency=4.0)
+AVX2 = Costs(full=0.5, half=0.5, odd=2.0, spill=1.0, latency=4.0)
 
 
 def costs_for(avx512: bool) -> Costs:
@@ -143,7 +150,7 @@ def priced(
 ) -> Tile:
     registers = math.prod(tile.counts)
     costs = machine.costs
-    width = costs.half if tile.lanes <= machine.lanes // 2 else costs.full
+    width = _width(tile, machine)
     steps = math.prod(axis.extent for axis in axes if axis.reduce)
     spatial = math.prod(axis.extent for axis in axes if not axis.reduce)
     count = spatial // (registers * tile.lanes)
@@ -152,6 +159,7 @@ def priced(
         ports += _loads(tile, number, axes, operand, costs) * costs.load
         misses += _misses(tile, axes, operand, number, costs) / steps
     step = max(registers * width, ports, costs.latency) + costs.port * ports + misses
+    step += costs.spill * _lacking(tile, axes, operands, machine)
     packing = sum(
         _copying(tile, number, operands[number], costs) for number in tile.copied - weights
     )
@@ -160,6 +168,21 @@ def priced(
     compute = count * (steps * step + store) + packing
     cycles = _with_traffic(compute, tile, axes, operands, costs) * _rounds(count, machine)
     return replace(tile, cycles=cycles)
+
+
+def _width(tile: Tile, machine: Machine) -> float:
+    """Cycles of a multiply-add of a tile's vectors."""
+    costs = machine.costs
+    whole = costs.half if tile.lanes <= machine.lanes // 2 else costs.full
+    return whole * (costs.odd if tile.lanes & (tile.lanes - 1) else 1.0)
+
+
+def _lacking(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access], machine: Machine) -> int:
+    """Registers that a step needs beyond those there are: LLVM loads its broadcasts first."""
+    vector = axes[tile.vector]
+    alone = [o for o in operands if not _moves(o, vector, tile.size(vector))]
+    broadcasts = sum(_values(tile, axes, operand) for operand in alone)
+    return max(0, math.prod(tile.counts) + broadcasts + 1 - machine.registers)
 
 
 def _copying(tile: Tile, number: int, operand: Access, costs: Costs) -> float:
@@ -181,7 +204,7 @@ def priced_in_passes(
 ) -> Tile:
     registers = math.prod(tile.counts)
     costs = machine.costs
-    width = costs.half if tile.lanes <= machine.lanes // 2 else costs.full
+    width = _width(tile, machine)
     passes, *terms = [axis.extent for axis in axes if axis.reduce]
     spatial = math.prod(axis.extent for axis in axes if not axis.reduce)
     count = spatial // (registers * tile.lanes)
@@ -189,6 +212,7 @@ def priced_in_passes(
     loads = sum(_loads(tile, n, axes, operand, costs) for n, operand in enumerate(operands))
     ports = loads * costs.load
     step = max(registers * width, ports, costs.latency) + costs.port * ports
+    step += costs.spill * _lacking(tile, axes, operands, machine)
     again = registers * (costs.store + costs.reload) + costs.per_tile
     compute = count * passes * (math.prod(terms) * step + again)
     read = sum(
@@ -220,19 +244,29 @@ def _with_traffic(
 def _loads(tile: Tile, number: int, axes: Sequence[Axis], operand: Access, costs: Costs) -> float:
     """Load instructions of one step of the reduction."""
     vector = axes[tile.vector]
-    values, ways = 1, 0
+    values, ways = _values(tile, axes, operand), 0
+    for axis, count in zip(axes, tile.counts, strict=True):
+        apart = count > 1 and axis is not vector and number not in tile.copied
+        if apart and _moves(operand, axis, tile.size(axis)):
+            stride = operand.strides[axis.position] or 0
+            ways = max(ways, count * math.gcd(stride * operand.itemsize, _ALIAS) // _ALIAS)
+    extra = costs.aliased * values if ways > _WAYS else 0.0
+    if not _moves(operand, vector, tile.size(vector)):
+        return values * costs.broadcast + extra
+    if number not in tile.packed and operand.strides[tile.vector] != 1:
+        return values * costs.gather * tile.lanes + extra
+    whole = max(1.0, tile.lanes * operand.itemsize / 32)
+    odd = costs.odd if tile.lanes & (tile.lanes - 1) else 1.0
+    return values * costs.unaligned * odd * whole + extra
+
+
+def _values(tile: Tile, axes: Sequence[Axis], operand: Access) -> int:
+    """Vectors or single values of an operand that one step reads."""
+    values = 1
     for axis, count in zip(axes, tile.counts, strict=True):
         if count > 1 and _moves(operand, axis, tile.size(axis)):
             values *= count
-            stride = operand.strides[axis.position] or 0
-            if axis is not vector and number not in tile.copied:
-                ways = max(ways, count * math.gcd(stride * operand.itemsize, _ALIAS) // _ALIAS)
-    extra = costs.aliased * values if ways > _WAYS else 0.0
-    if not _moves(operand, vector, tile.size(vector)):
-        return values + extra
-    if number not in tile.packed and operand.strides[tile.vector] != 1:
-        return values * costs.gather * tile.lanes + extra
-    return values * costs.unaligned * max(1.0, tile.lanes * operand.itemsize / 32) + extra
+    return values
 
 
 def _misses(tile: Tile, axes: Sequence[Axis], operand: Access, number: int, costs: Costs) -> float:
