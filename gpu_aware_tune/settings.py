@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ class RunSettings:
     generations: int = 0
     measure_s: float = 0.0
     top_k: int = 3
+    import_timeout_s: float = 600.0
     build_timeout_s: float = 30.0
     run_timeout_s: float = 10.0
     memory_limit_mb: int = 4096
@@ -149,6 +151,7 @@ class RunSettings:
             ("generations", self.generations, 1),
             ("measure_s", self.measure_s, 0.001),
             ("top_k", self.top_k, 1),
+            ("--import-timeout", self.import_timeout_s, 1.0),
             ("build_timeout_s", self.build_timeout_s, 0.1),
             ("run_timeout_s", self.run_timeout_s, 0.1),
             ("memory_limit_mb", self.memory_limit_mb, 256),
@@ -200,6 +203,12 @@ class Settings(RunSettings):
             check_shape(name, shape)
 
 
+_SHORT_NAMES = {
+    "time": "time_s", "import_timeout": "import_timeout_s",
+    "inputs": "input_shapes", "batch": "batches",
+}  # fmt: skip
+
+
 def make_settings(**options: Any) -> Settings:
     """Builds settings from forms that people write: `gpu_pct=30`, `gpu_pct="30,50"`, `time="10m"`.
 
@@ -208,25 +217,21 @@ def make_settings(**options: Any) -> Settings:
     Raises:
         UserError: An unknown option, or a value out of its range.
     """
-    known = {item.name for item in dataclasses.fields(Settings)} | {"time", "inputs", "batch"}
+    known = {item.name for item in dataclasses.fields(Settings)} | set(_SHORT_NAMES)
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise UserError(f"unknown option {name!r}: {hint}")
-    if "time" in given:
-        given["time_s"] = given.pop("time")
+    given = {_SHORT_NAMES.get(name, name): value for name, value in given.items()}
     if given.get("gpu_pct") == "auto":
         del given["gpu_pct"]
         given["share"] = ShareRule.KNEE
-    if "inputs" in given:
-        given["input_shapes"] = given.pop("inputs")
-    if "batch" in given:
-        given["batches"] = given.pop("batch")
     convert: dict[str, Callable[[Any], Any]] = {
         "gpu_pct": _percents,
-        "time_s": _seconds,
+        "time_s": parse_duration,
+        "import_timeout_s": partial(parse_duration, flag="--import-timeout"),
         "input_shapes": _input_shapes,
         "batches": _batches,
         "output": Path,
@@ -275,8 +280,10 @@ def check_percent(percent: int | float) -> int:
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def parse_duration(text: str, flag: str = "--time") -> float:
-    """Reads "90", "90s", "10m", "1.5h" or "1h30m", given as `flag`, as seconds."""
+def parse_duration(text: str | float, flag: str = "--time") -> float:
+    """Reads 90, "90s", "10m", "1.5h" or "1h30m", given as `flag`, as seconds."""
+    if not isinstance(text, str):
+        return float(text)
     compact = text.replace(" ", "").lower()
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", compact):
         return float(compact)
@@ -355,10 +362,6 @@ def _percents(value: Any) -> tuple[int, ...]:
     if isinstance(value, int | float):
         return (check_percent(value),)  # a float is refused there
     return tuple(value)
-
-
-def _seconds(value: float | str) -> float:
-    return parse_duration(value) if isinstance(value, str) else float(value)
 
 
 def _input_shapes(value: Mapping[str, Iterable[int]] | Iterable[str]) -> dict[str, tuple[int, ...]]:

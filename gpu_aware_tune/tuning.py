@@ -45,6 +45,7 @@ def tune(
     partition: str = "auto",
     trials: int | None = None,
     time: str | float | None = None,
+    import_timeout: str | float | None = None,
     effort: str = "default",
     patience: int | None = None,
     output: str | Path | None = None,
@@ -75,6 +76,7 @@ def tune(
         partition: how the share is made real: "green", "mps", "mig", "cores", "full" or "auto".
         trials: candidates to build and measure; by default the effort's.
         time: the time that the whole run may take, in seconds or as "10m".
+        import_timeout: the time that the import of one model may take; 10 minutes by default.
         effort: preset of trials and search size: "quick", "default" or "full".
         patience: stop after so many trials without a gain; 0 never stops early.
         output: the folder to write; by default `MODEL.tuned` in the current folder.

@@ -94,6 +94,11 @@ NOISE_SHOWN = 4000  # bytes
 @click.option("--trials", type=int, help="Candidates to build and measure [default: the effort's].")
 @click.option("--time", metavar="DURATION", help="Time that the whole run may take: 90s, 10m, 2h.")
 @click.option(
+    "--import-timeout",
+    metavar="DURATION",
+    help="Time that the import of one model may take [default: 10m].",
+)
+@click.option(
     "--effort",
     metavar="|".join(EFFORTS),
     default="default",

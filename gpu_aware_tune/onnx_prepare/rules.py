@@ -43,6 +43,7 @@ from gpu_aware_tune.onnx_prepare.resize import resize
 from gpu_aware_tune.onnx_prepare.rewriter import Rewriter, Rule
 from gpu_aware_tune.onnx_prepare.sequences import SEQUENCES
 from gpu_aware_tune.onnx_prepare.signal import SIGNAL
+from gpu_aware_tune.onnx_prepare.transposed import conv_transpose
 
 STRICT = "/strict"  # ends the name of a NonMaxSuppression whose threshold has been moved
 
@@ -112,32 +113,6 @@ def _split(node: NodeProto, to: Rewriter) -> list[str] | None:
         to.op("Slice", node.input[0], to.constant([end - size]), to.constant([end]), axis)
         for size, end in zip(sizes, ends, strict=True)
     ]
-
-
-def _conv_transpose(node: NodeProto, to: Rewriter) -> list[str] | None:
-    values = attributes(node)
-    data, kernel = to.shape(node.input[0]), to.shape(node.input[1])
-    if "output_shape" not in values or data is None or kernel is None:
-        return None
-    rank = len(data) - 2
-    strides = values.get("strides", [1] * rank)
-    dilations = values.get("dilations", [1] * rank)
-    extra = values.get("output_padding", [0] * rank)
-    begin, end, more = [], [], []
-    for axis, wanted in enumerate(values["output_shape"][-rank:]):
-        reach = (kernel[2 + axis] - 1) * dilations[axis] + 1
-        total = strides[axis] * (data[2 + axis] - 1) + extra[axis] + reach - wanted
-        more.append(extra[axis] + max(0, -total))  # larger than the strides give: pad the output
-        total = max(total, 0)
-        small, large = total // 2, total - total // 2
-        upper = values.get("auto_pad", b"NOTSET") == b"SAME_UPPER"
-        begin.append(small if upper else large)
-        end.append(large if upper else small)
-    if any(padding >= max(s, d) for padding, s, d in zip(more, strides, dilations, strict=True)):
-        return None
-    kept = {k: v for k, v in values.items() if k not in ("output_shape", "auto_pad", "pads")}
-    kept["output_padding"] = more
-    return [to.op("ConvTranspose", *node.input, pads=begin + end, **kept)]
 
 
 def _non_max_suppression(node: NodeProto, to: Rewriter) -> list[str] | None:
@@ -223,7 +198,7 @@ SPECIAL: dict[str, Rule] = {
     **SEQUENCES,
     **SIGNAL,
     "BatchNormalization": training_batch_norm,
-    "ConvTranspose": _conv_transpose,
+    "ConvTranspose": conv_transpose,
     "Det": det,
     "Dropout": _dropout,
     "Equal": _equal,

@@ -11,6 +11,7 @@ from gpu_aware_tune.events import Event, Level, Note, Planned, Stage, StageName,
 from gpu_aware_tune.partition import Device, Share, share_of
 from gpu_aware_tune.records.store import RecordKey, damaged_text
 from gpu_aware_tune.records.task_records import TaskRecords
+from gpu_aware_tune.run.import_child import import_apart
 from gpu_aware_tune.run.jobs import ModelGoal
 from gpu_aware_tune.run.session import Session
 from gpu_aware_tune.search.allocation import Goal
@@ -70,7 +71,7 @@ def import_models(
     models = []
     for goal in goals:
         yield Stage(StageName.MODEL, f"importing {goal.path.name}")
-        model = _import(goal, session.device)
+        model = _import(goal, session)
         for note in model.model.notes:
             yield Note(f"{model.name}: {note}")
         models.append(model)
@@ -94,15 +95,14 @@ def with_shares(model: ImportedModel, percents: Sequence[int], session: Session)
     return dataclasses.replace(model, shares=tuple(unique.values()))
 
 
-def _import(goal: ModelGoal, device: Device) -> ImportedModel:
+def _import(goal: ModelGoal, session: Session) -> ImportedModel:
     import tvm
 
-    from gpu_aware_tune.model.importer import load_model
     from gpu_aware_tune.model.tasks import extract
 
-    target = tvm.target.Target(device.target(device.units_total))
-    model = load_model(goal.path, target, goal.input_shapes, goal.dtype)
-    return ImportedModel(goal, model, tuple(extract(model, target)))
+    target = session.device.target(session.device.units_total)
+    model = import_apart(session, goal.path, target, goal.input_shapes, goal.dtype)
+    return ImportedModel(goal, model, tuple(extract(model, tvm.target.Target(dict(target)))))
 
 
 def target_of(models: Sequence[ImportedModel], device: Device) -> Mapping[str, Any]:
