@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from tiny_library import write_library
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.library import Library, load, loaded
+from gpu_aware_tune.library.manifest import read_manifest, write_manifest
 from gpu_aware_tune.model.importer import random_inputs
 
 CYCLES = int(os.environ.get("LIBRARY_CYCLES", "200"))
@@ -372,3 +375,54 @@ def test_tensors_are_taken_through_dlpack(library: Library) -> None:
 def test_units_may_be_numpys(library: Any) -> None:
     assert library.use(np.int64(1)).units == 1
     assert library.benchmark(repeat=np.int32(2)).n == 2
+
+
+# -- the pool of threads ---------------------------------------------------------------------------
+
+POOL = """
+    import os, sys
+    from pathlib import Path
+    from gpu_aware_tune.library import load
+    from gpu_aware_tune.model.importer import random_inputs
+    with load(sys.argv[1], units=2) as library:
+        library(random_inputs(library.inputs, 0))
+        tasks = Path("/proc/self/task").iterdir()
+        print(sorted((task / "comm").read_text().strip() for task in tasks).count("tune-pool"))
+"""
+
+
+UNSET = ("CC", "CXX", "GPU_AWARE_TUNE_THREADS")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core needs no pool")
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_machine_without_a_compiler_uses_the_pool_of_the_folder(
+    folder: Path, tmp_path: Path, whole: bool
+) -> None:
+    """A folder of an older version has none: then TVM's own pool serves."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy.tuned"))
+    if not whole:
+        manifest = dataclasses.replace(read_manifest(copy), threads=None)
+        (copy / "threads.so").unlink()
+        write_manifest(copy, manifest)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(POOL), str(copy)],
+        env={**{k: v for k, v in os.environ.items() if k not in UNSET}, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) == int(whole)
+
+
+def test_a_pool_that_is_damaged_is_not_loaded(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy.tuned"))
+    file = copy / "threads.so"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match=r"threads.so is damaged \(its content has changed\)"):
+        load(copy)
+    file.unlink()
+    with pytest.raises(UserError, match=r"is incomplete \(threads.so is missing\): tune again"):
+        load(copy)
