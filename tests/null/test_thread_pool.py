@@ -51,9 +51,11 @@ class Pool:
 
 @pytest.fixture
 def pool(file: Path) -> Iterator[Pool]:
+    before = os.sched_getaffinity(0)
     made = Pool(file, 3)
     yield made
     made.pools.close()
+    os.sched_setaffinity(0, before)
 
 
 @pytest.mark.parametrize("tasks", [0, 1, 2, 3, 4, 7])
