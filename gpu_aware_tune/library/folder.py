@@ -27,7 +27,7 @@ from gpu_aware_tune.library.manifest import (
 )
 from gpu_aware_tune.library.recovery import OLD, PARTIAL, beside, remove_stale
 from gpu_aware_tune.partition.linking import find_compiler
-from gpu_aware_tune.partition.thread_pool import FILE, compile_pools
+from gpu_aware_tune.partition.thread_pool import FILE, pools_code
 from gpu_aware_tune.settings import check_replaceable
 
 if TYPE_CHECKING:
@@ -88,8 +88,9 @@ def export(
         save_weights(model.weights, fresh / WEIGHTS)
         manifest = _manifest(model, parts, fresh / WEIGHTS, facts, entry)
         if manifest.on_cpu:
-            compile_pools(fresh / FILE)
-            manifest = dataclasses.replace(manifest, threads=_entry(fresh / FILE))
+            with contextlib.suppress(SetupError):  # then TVM's own threads serve
+                (fresh / FILE).write_bytes(pools_code())
+                manifest = dataclasses.replace(manifest, threads=_entry(fresh / FILE))
         write_manifest(fresh, manifest)
     return folder
 

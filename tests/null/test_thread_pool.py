@@ -15,7 +15,7 @@ import pytest
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition import thread_pool
-from gpu_aware_tune.partition.thread_pool import ThreadPools, compile_pools
+from gpu_aware_tune.partition.thread_pool import ThreadPools, pools_code
 
 CORE = min(os.sched_getaffinity(0))
 
@@ -30,7 +30,7 @@ LAMBDA = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(Group), cty
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pool") / "threads.so"
-    compile_pools(path)
+    path.write_bytes(pools_code())
     return path
 
 
@@ -188,6 +188,7 @@ def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(thread_pool, "pools_code", pools_code.__wrapped__)
     with pytest.raises(SetupError, match="no C compiler"):
         thread_pool.thread_pools()
     assert thread_pool.pools_at_hand() is None
@@ -213,5 +214,5 @@ def test_a_file_that_was_opened_serves_children_too(
     thread_pool.open_pools(folder / "threads.so")
     assert os.environ["GPU_AWARE_TUNE_THREADS"] == str(folder / "threads.so")
     monkeypatch.setattr(thread_pool, "_opened", None)
-    monkeypatch.setattr(thread_pool, "compile_pools", None)  # not called
+    monkeypatch.setattr(thread_pool, "pools_code", None)  # not called
     assert thread_pool.thread_pools() is thread_pool.pools_at_hand()
