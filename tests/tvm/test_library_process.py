@@ -26,7 +26,7 @@ from gpu_aware_tune.library import Library, load, loaded
 from gpu_aware_tune.library.manifest import read_manifest, write_manifest
 from gpu_aware_tune.model.importer import random_inputs
 
-CYCLES = int(os.environ.get("LIBRARY_CYCLES", "200"))
+CYCLES = int(os.environ.get("LIBRARY_CYCLES", "100"))
 
 
 @pytest.fixture(scope="module")
