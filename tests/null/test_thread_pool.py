@@ -95,8 +95,10 @@ def test_the_threads_share_the_work_and_sleep_between(pool: Pool) -> None:
 
 
 def test_the_caller_does_what_no_thread_has_begun(pool: Pool) -> None:
-    """The threads are bound to the caller's core, which the first task keeps while it spins."""
+    """The threads are on the caller's core, and come after it there."""
     me, mine = threading.get_native_id(), 0
+    for thread in pool.pools.threads()[1:]:
+        os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
     def spin(_task: int, _count: int) -> int:
         nonlocal mine
