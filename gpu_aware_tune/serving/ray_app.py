@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 APPLICATION = "gpu-aware-tune"
 _DEPLOYMENT = "engine"
 _READY_S = 120.0
+_DEPLOY_S = 240
 _STOP_S = 35.0
 
 
@@ -259,7 +260,10 @@ class RayApplication:
         }
         schema = ServeDeploySchema(applications=[application])
         try:
-            _get_global_client().deploy_apps(schema, _blocking=True)
+            client = _get_global_client()
+            client.deploy_apps(schema)
+            # Its own way to wait gives a busy machine 60 s, and does not tell why a deployment failed.
+            client._wait_for_application_running(APPLICATION, timeout_s=_DEPLOY_S)
         except (RuntimeError, TimeoutError) as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise SetupError(f"Ray Serve did not start it: {lines[-1][:200]}") from error
