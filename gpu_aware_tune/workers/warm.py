@@ -57,8 +57,9 @@ def _without_torch() -> Iterator[None]:
 
 @functools.cache
 def load_tvm() -> None:
-    """Import what search, build and measurement need of TVM; neither torch nor CUDA is started."""
+    """Import what import, search, build and measurement need; neither torch nor CUDA is started."""
     with cheap_stack(), _without_torch():
+        import onnx  # noqa: F401
         import tvm
         import tvm.relax
         import tvm.s_tir.meta_schedule
