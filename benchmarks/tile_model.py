@@ -65,9 +65,10 @@ def main() -> None:
     elif args.command == "judge":
         for path in sorted(DATA.glob("tiles-*.json")):
             print(f"{path.name}:")
-            show(judged(load(path)["kernels"], costs_of(path.stem.removeprefix("tiles-"))))
+            rows = load(path)["kernels"]
+            show(judged(rows, costs_of(rows)))
     else:
-        fit(load(DATA / f"tiles-{args.machine}.json")["kernels"], args.machine, args.rounds)
+        fit(load(DATA / f"tiles-{args.machine}.json")["kernels"], args.rounds)
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -227,11 +228,12 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def costs_of(cpu: str) -> Any:
-    """The constants that the baseline schedules use on a processor."""
+def costs_of(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The constants that the baseline schedules use on the machine of measured kernels."""
     from gpu_aware_tune.kernels.schedules.tile_cost import costs_for
 
-    return costs_for(avx512="avx512" in cpu or cpu in ("skylake-avx512", "znver4", "znver5"))
+    lanes, _, _ = rows[0]["machine"]
+    return costs_for(lanes)
 
 
 class Kernel:
@@ -310,9 +312,9 @@ def show(rows: Sequence[tuple[str, float, float]]) -> None:
 # -- fitting ---------------------------------------------------------------------------------------
 
 
-def fit(rows: Sequence[Mapping[str, Any]], machine: str, rounds: int) -> None:
+def fit(rows: Sequence[Mapping[str, Any]], rounds: int) -> None:
     """Print constants for all kernels, and how such constants do on models left out of the fit."""
-    start = costs_of(machine)
+    start = costs_of(rows)
     kernels = [Kernel(row) for row in rows]
     print("as it is:")
     show(judged(rows, start))

@@ -51,12 +51,13 @@ def check_weights(path: Path, manifest: Manifest) -> None:
     _check_file(path, manifest.weights)
 
 
-def open_threads(path: Path, manifest: Manifest) -> None:
-    """Let this process run kernels on the threads that a folder has the code of.
+def open_shared(path: Path, manifest: Manifest) -> None:
+    """Check what all libraries of a folder share, and take its code of the threads for this process.
 
     Raises:
-        UserError: the file is missing, or has changed.
+        UserError: a file is missing, or has changed.
     """
+    check_weights(path, manifest)
     if manifest.threads is not None:
         _check_file(path, manifest.threads)
         open_pools(path / manifest.threads.file)

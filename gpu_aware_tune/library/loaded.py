@@ -19,9 +19,8 @@ from gpu_aware_tune.library.arguments import check_effort, check_inputs, check_u
 from gpu_aware_tune.library.checks import (
     check_library,
     check_versions,
-    check_weights,
     nearest,
-    open_threads,
+    open_shared,
     visible_units,
 )
 from gpu_aware_tune.library.latency import LatencyStats
@@ -112,8 +111,7 @@ class Library:
         # At the end of the process the threads end otherwise: see `threads`.
         if self._owns_places:
             weakref.finalize(self, self._places.stop).atexit = False
-        check_weights(path, manifest)
-        open_threads(path, manifest)
+        open_shared(path, manifest)
         try:
             self._lane = self._open_for(units)
         except BaseException:

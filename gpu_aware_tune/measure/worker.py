@@ -189,7 +189,7 @@ class MeasurementSession:
         """Measure one artifact; whatever it does short of killing the process is its failure."""
         try:
             buffers = self._inputs.of(job)
-            module = _loaded(job.path)
+            module = self._loaded(job.path)
         except Exception as error:  # whatever a bad artifact makes TVM raise
             return self._failed(FailureKind.LOAD, error)
         try:
@@ -208,7 +208,7 @@ class MeasurementSession:
             buffers = self._inputs.of(comparison)
             with contextlib.ExitStack() as stack:
                 for path in comparison.paths:
-                    module = _loaded(path)
+                    module = self._loaded(path)
                     timer, kind = stack.enter_context(
                         self._timer(module, buffers, comparison.timing)
                     )
@@ -221,6 +221,16 @@ class MeasurementSession:
             return Reply(failed.measurements * len(comparison.paths), failed.ends)
         pairs = zip(results, told, strict=True)
         return Reply(tuple(dataclasses.replace(result, how=how) for result, how in pairs))
+
+    def _loaded(self, path: str) -> Any:
+        import tvm
+
+        from gpu_aware_tune.partition.thread_pool import adopt
+
+        module = tvm.runtime.load_module(path)
+        if self._partition.tvm_device != "cuda":
+            adopt(path)
+        return module
 
     def _failed(self, kind: FailureKind, error: Exception) -> Reply:
         text = f"{type(error).__name__}: {error}"
@@ -289,16 +299,6 @@ class _Inputs:
             self.device.sync()  # copies go through the default stream, launches do not
             self._task = job.task
         return self._buffers
-
-
-def _loaded(path: str) -> Any:
-    import tvm
-
-    from gpu_aware_tune.partition.thread_pool import adopt
-
-    module = tvm.runtime.load_module(path)
-    adopt(path)
-    return module
 
 
 def call(

@@ -5,6 +5,7 @@
 // nothing but its help. Threads spin for a while without giving their core away, then sleep.
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -24,8 +25,8 @@ typedef int (*Lambda)(int task, Group *group, void *data);
 typedef int (*Launch)(Lambda lambda, void *data, int tasks);
 
 // Of a thread's place. The caller: IDLE or DONE -> GIVEN, GIVEN -> IDLE (does it itself),
-// TAKEN -> AWAITED (sleeps). The thread: GIVEN -> TAKEN, TAKEN or AWAITED -> DONE.
-enum { IDLE, GIVEN, TAKEN, AWAITED, DONE };
+// TAKEN -> AWAITED (sleeps), at the end -> ENDED. The thread: GIVEN -> TAKEN, TAKEN or AWAITED -> DONE.
+enum { IDLE, GIVEN, TAKEN, AWAITED, DONE, ENDED };
 
 typedef struct Pool Pool;
 
@@ -166,7 +167,7 @@ static void end_pool(void *argument) {
   atomic_store(&pool->ending, 1);
   for (int index = 1; index < pool->made; ++index) {
     Place *place = pool->places[index];
-    atomic_store(&place->state, IDLE + DONE + 1);  // no state that a thread sleeps on
+    atomic_store(&place->state, ENDED);  // no state that a thread sleeps on
     wake(&place->state);
     pthread_join(place->thread, NULL);
     free(place);
@@ -200,7 +201,7 @@ static int bind(pthread_t thread, int core) {
 
 static int add_thread(Pool *pool) {
   Place *place = aligned_alloc(LINE, (sizeof(Place) + LINE - 1) / LINE * LINE);
-  if (!place) return 12;  // ENOMEM
+  if (!place) return ENOMEM;
   atomic_init(&place->state, IDLE);
   atomic_init(&place->sleeping, 0);
   atomic_init(&place->native_id, 0);
@@ -227,11 +228,11 @@ EXPORT void tune_pool_close(void) {
 // Lets what this thread launches run on so many cores, a thread each, itself on the first.
 // Returns 0 or an errno; then the pool is as before but for what threads are bound to.
 EXPORT int tune_pool_use(int count, const int *cores) {
-  if (count < 1 || count > CPU_SETSIZE) return 22;  // EINVAL
+  if (count < 1 || count > CPU_SETSIZE) return EINVAL;
   pthread_once(&once, prepare);
   if (!mine) {
     Pool *pool = calloc(1, sizeof(Pool));
-    if (!pool) return 12;
+    if (!pool) return ENOMEM;
     pool->made = pool->active = 1;
     mine = pool;
     pthread_setspecific(at_exit, pool);

@@ -2,7 +2,7 @@
 
 TVM's threads wait by giving their core away (`sched_yield`) until there is work. Beside a busy
 process on the same core each of these costs the rest of that process's turn, milliseconds: on two
-cores with a busy loop each, SqueezeNet took 28 times as long as alone, ONNX Runtime's 4 times. And
+cores with a busy loop each, SqueezeNet took 29 times as long as alone, ONNX Runtime's 4 times. And
 what one of TVM's threads was given nobody else does, so a launch lasts until that thread gets its core.
 
 The pool of `thread_pool.c` spins without giving its core away, sleeps soon, and lets the launching
@@ -34,6 +34,7 @@ FILE = "threads.so"  # beside exported libraries
 _SOURCE = Path(__file__).with_name("thread_pool.c")
 _OPTIONS = ("-x", "c", "-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 _COMPILE_S = 60.0
+_MOST_THREADS = 1024  # CPU_SETSIZE, as in the source
 _FILE_VARIABLE = "GPU_AWARE_TUNE_THREADS"  # where workers find a file that their parent has opened
 
 _opening = threading.Lock()
@@ -77,9 +78,8 @@ class ThreadPools:
 
     def threads(self) -> list[int]:
         """Native ids of the threads that a launch of this thread uses; empty without a pool."""
-        most = len(os.sched_getaffinity(0)) + 1024
-        ids = (ctypes.c_int * most)()
-        return list(ids[: self._threads(ids, most)])
+        ids = (ctypes.c_int * _MOST_THREADS)()
+        return list(ids[: self._threads(ids, _MOST_THREADS)])
 
     def adopt(self, library: Path | str) -> None:
         """Let the kernels of a loaded shared object launch on the pool of the thread they run in."""

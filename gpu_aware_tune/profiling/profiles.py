@@ -202,8 +202,7 @@ def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[Tun
     from gpu_aware_tune.library.checks import (
         check_units,
         check_versions,
-        check_weights,
-        open_threads,
+        open_shared,
     )
 
     folders: list[TunedFolder] = []
@@ -212,8 +211,7 @@ def open_folders(paths: Sequence[Path], tuned_at: int | None = None) -> list[Tun
         check_versions(path, manifest)
         if tuned_at is not None:
             check_units(path, manifest, tuned_at)
-        check_weights(path, manifest)
-        open_threads(path, manifest)
+        open_shared(path, manifest)
         folders.append(TunedFolder(path, manifest, tuned_at))
     batches: dict[int, Path] = {}
     for folder in folders:

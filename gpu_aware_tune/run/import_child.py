@@ -5,11 +5,14 @@ The child hands the module over as JSON, and the weights through memory that bot
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 import os
+import pickle
 import select
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -93,8 +96,10 @@ def _answer(worker: Worker, path: Path, limit_s: float) -> Any:
 
 def _most_bytes(path: Path) -> int:
     """What an import may take: by the size of the file and of what lies beside it, its data perhaps."""
-    files = [each for each in path.absolute().parent.iterdir() if each.is_file()]
-    return max(_LEAST_BYTES, _TIMES_THE_FILE * sum(each.stat().st_size for each in files))
+    total = 0
+    with contextlib.suppress(OSError):  # a folder that cannot be listed
+        total = sum(e.stat().st_size for e in path.absolute().parent.iterdir() if e.is_file())
+    return max(_LEAST_BYTES, _TIMES_THE_FILE * total)
 
 
 def _rebuilt(model: Model, module: str, arrays: Mapping[str, _Array], memory: str) -> Model:
@@ -143,9 +148,6 @@ def serve_import(
 
 def _as_told(error: Exception) -> Exception:
     """An exception that can be sent, with its traceback for `--debug`."""
-    import pickle
-    import traceback
-
     told = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))

@@ -16,8 +16,7 @@ from gpu_aware_tune.library.batches import batch_folders, batch_size, is_batched
 from gpu_aware_tune.library.checks import (
     check_library,
     check_versions,
-    check_weights,
-    open_threads,
+    open_shared,
 )
 from gpu_aware_tune.library.manifest import Manifest, read_manifest
 from gpu_aware_tune.library.program import Program, Weights, open_vm
@@ -165,8 +164,7 @@ def _open_variant(path: Path) -> Variant:
         raise UserError(
             f"{path} is for {manifest.device}: serving runs on CPU cores so far; use load() on a GPU"
         )
-    check_weights(path, manifest)
-    open_threads(path, manifest)
+    open_shared(path, manifest)
     if any(-1 in spec.shape for spec in manifest.inputs):
         raise UserError(f"{path} has an input of unknown shape: tune it with --input NAME:SHAPE")
     return Variant(batch_size(manifest), path, manifest, Weights(path / manifest.weights.file))

@@ -57,7 +57,7 @@ def _without_torch() -> Iterator[None]:
 
 @functools.cache
 def load_tvm() -> None:
-    """Import what import, search, build and measurement need; neither torch nor CUDA is started."""
+    """Import what every worker needs, `onnx` and parts of TVM; neither torch nor CUDA is started."""
     with cheap_stack(), _without_torch():
         import onnx  # noqa: F401
         import tvm

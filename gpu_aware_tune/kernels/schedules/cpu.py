@@ -40,7 +40,7 @@ def machine_of(target: tvm.target.Target) -> Machine:
     else:
         lanes, registers = max(4, bits // 32), 32
     units = max(1, int(target.attrs.get("num-cores", 1) or 1))
-    return Machine(lanes, registers, units, costs_for(avx512=lanes == 16))
+    return Machine(lanes, registers, units, costs_for(lanes))
 
 
 def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator[Schedule]:

@@ -79,9 +79,9 @@ AVX512 = Costs()
 AVX2 = Costs(full=0.5, half=0.5, odd=2.0, spill=1.0, latency=4.0)
 
 
-def costs_for(avx512: bool) -> Costs:
-    """The constants for a processor with vectors of 64 bytes, or for others."""
-    return AVX512 if avx512 else AVX2
+def costs_for(lanes: int) -> Costs:
+    """The constants for a processor whose vectors have so many lanes."""
+    return AVX512 if lanes == 16 else AVX2
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,6 @@ def priced(
 ) -> Tile:
     registers = math.prod(tile.counts)
     costs = machine.costs
-    width = _width(tile, machine)
     steps = math.prod(axis.extent for axis in axes if axis.reduce)
     spatial = math.prod(axis.extent for axis in axes if not axis.reduce)
     count = spatial // (registers * tile.lanes)
@@ -158,8 +157,7 @@ def priced(
     for number, operand in enumerate(operands):
         ports += _loads(tile, number, axes, operand, costs) * costs.load
         misses += _misses(tile, axes, operand, number, costs) / steps
-    step = max(registers * width, ports, costs.latency) + costs.port * ports + misses
-    step += costs.spill * _lacking(tile, axes, operands, machine)
+    step = _step(tile, axes, operands, machine, ports) + misses
     packing = sum(
         _copying(tile, number, operands[number], costs) for number in tile.copied - weights
     )
@@ -170,11 +168,20 @@ def priced(
     return replace(tile, cycles=cycles)
 
 
-def _width(tile: Tile, machine: Machine) -> float:
-    """Cycles of a multiply-add of a tile's vectors."""
+def _step(
+    tile: Tile, axes: Sequence[Axis], operands: Sequence[Access], machine: Machine, ports: float
+) -> float:
+    """Cycles of one term of all of a tile's sums, whose loads take `ports` cycles by themselves."""
     costs = machine.costs
     whole = costs.half if tile.lanes <= machine.lanes // 2 else costs.full
-    return whole * (costs.odd if tile.lanes & (tile.lanes - 1) else 1.0)
+    arithmetic = math.prod(tile.counts) * whole * _oddness(tile, costs)
+    spilled = costs.spill * _lacking(tile, axes, operands, machine)
+    return max(arithmetic, ports, costs.latency) + costs.port * ports + spilled
+
+
+def _oddness(tile: Tile, costs: Costs) -> float:
+    """How much more a vector of a tile costs, where its lanes are no power of two."""
+    return costs.odd if tile.lanes & (tile.lanes - 1) else 1.0
 
 
 def _lacking(tile: Tile, axes: Sequence[Axis], operands: Sequence[Access], machine: Machine) -> int:
@@ -204,15 +211,13 @@ def priced_in_passes(
 ) -> Tile:
     registers = math.prod(tile.counts)
     costs = machine.costs
-    width = _width(tile, machine)
     passes, *terms = [axis.extent for axis in axes if axis.reduce]
     spatial = math.prod(axis.extent for axis in axes if not axis.reduce)
     count = spatial // (registers * tile.lanes)
     pieces = math.prod(axis.extent // tile.size(axis) for axis in held(tile, axes, operands))
     loads = sum(_loads(tile, n, axes, operand, costs) for n, operand in enumerate(operands))
     ports = loads * costs.load
-    step = max(registers * width, ports, costs.latency) + costs.port * ports
-    step += costs.spill * _lacking(tile, axes, operands, machine)
+    step = _step(tile, axes, operands, machine, ports)
     again = registers * (costs.store + costs.reload) + costs.per_tile
     compute = count * passes * (math.prod(terms) * step + again)
     read = sum(
@@ -256,8 +261,7 @@ def _loads(tile: Tile, number: int, axes: Sequence[Axis], operand: Access, costs
     if number not in tile.packed and operand.strides[tile.vector] != 1:
         return values * costs.gather * tile.lanes + extra
     whole = max(1.0, tile.lanes * operand.itemsize / 32)
-    odd = costs.odd if tile.lanes & (tile.lanes - 1) else 1.0
-    return values * costs.unaligned * odd * whole + extra
+    return values * costs.unaligned * _oddness(tile, costs) * whole + extra
 
 
 def _values(tile: Tile, axes: Sequence[Axis], operand: Access) -> int:
