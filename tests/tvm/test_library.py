@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -454,7 +455,7 @@ def test_each_library_runs_on_cores_of_its_own_number(tiny: tuple[Model, Path]) 
         assert run(lambda: os.sched_getaffinity(0)) == {cores[0]}
         assert _bound(loaded) == list(cores[: loaded.units])
         # A parallel loop has as many parts as there are threads at work.
-        assert run(_parts) == loaded.units
+        assert run(partial(_parts, loaded.units)) == loaded.units
     assert os.sched_getaffinity(0) == before
 
 
@@ -464,8 +465,8 @@ def _bound(library: Library) -> list[int]:
     return [core for thread in ids for core in os.sched_getaffinity(thread)]
 
 
-def _parts() -> int:
-    """How many threads take part in parallel loops."""
+def _parts(wanted: int) -> int:
+    """How many threads take part in parallel loops, of which so many are expected."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "loops.so"
         tvm.tirx.build(_counting(), target=target()).export_library(str(path))
@@ -473,9 +474,13 @@ def _parts() -> int:
         thread_pools().adopt(path)
     counts = tvm.runtime.tensor(np.zeros(64, "int32"))
     seen: set[int] = set()
-    for _ in range(500):  # a part that its thread has not begun is done by the caller
+    # A part that its thread has not begun is done by the caller, on a busy machine for a while.
+    end = time.monotonic() + 60.0
+    runs = 0
+    while runs < 500 or (len(seen) < wanted and time.monotonic() < end):
         loops["main"](counts)
         seen |= set(counts.numpy().tolist())
+        runs += 1
     return len(seen)
 
 
