@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gpu_aware_tune.kernels.tf32 import is_marked, tensor_core_rule
+from gpu_aware_tune.workers.warm import load_intrinsics
 
 if TYPE_CHECKING:
     import tvm
@@ -36,6 +37,7 @@ def make_space(module: tvm.IRModule, target: tvm.target.Target, units: int = 0) 
     """
     from tvm.s_tir import meta_schedule as ms
 
+    load_intrinsics(target.kind.name)
     on_cpu = target.kind.name == "llvm"
     may_round = is_marked(module["main"])
     if not on_cpu and not units and not may_round:

@@ -26,7 +26,7 @@ from tvm.s_tir import SBlock, Schedule
 from tvm.tirx import Add, BufferStore, Mul, PrimFunc
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.workers.warm import cheap_stack
+from gpu_aware_tune.workers.warm import cheap_stack, load_intrinsics
 
 MARK = "gpu_aware_tune.kernels.tf32"
 LEAST_ARCH = 80  # compute capability 8.0
@@ -128,6 +128,7 @@ def tensor_core_rule() -> Any:
 @functools.cache
 def register_intrinsics() -> None:
     """Make the intrinsics known that schedules for TF32 name."""
+    load_intrinsics("cuda")
     from tvm.s_tir import TensorIntrin
     from tvm.s_tir.tensor_intrin import cuda
 

@@ -13,8 +13,8 @@ from tvm.tirx import FloatImm, IndexMap, IntImm
 from tvm_ffi.serialization import from_json_graph_str
 
 from gpu_aware_tune.errors import TuneError, last_line
-from gpu_aware_tune.kernels.tf32 import TF32_INTRINSICS, register_intrinsics
-from gpu_aware_tune.workers.warm import load_tvm
+from gpu_aware_tune.kernels import dot_products, tf32
+from gpu_aware_tune.workers.warm import load_intrinsics
 
 # Trace.as_json() leaves IntImm and FloatImm inside, and Trace.apply_json_to_schedule() converts
 # nested Python lists element by element. TVM's functions below it take and give TVM's own
@@ -82,15 +82,23 @@ def apply_trace(trace_json: str, module: tvm.IRModule) -> Schedule:
         TraceError: the text is no trace, or an instruction cannot be applied to this module.
     """
     if '"Tensorize"' in trace_json:
-        load_tvm()  # intrinsics are looked up by name during the replay
-        if TF32_INTRINSICS in trace_json:
-            register_intrinsics()
+        _register_intrinsics(trace_json)
     schedule = Schedule(module, error_render_level="fast")
     try:
         _apply_json(_parse_json(trace_json), schedule)
     except Exception as error:  # TVM raises a dozen kinds, ScheduleError and ValueError among them
         raise TraceError(f"a trace does not fit its module: {_said(error)}") from error
     return schedule
+
+
+def _register_intrinsics(trace_json: str) -> None:
+    """Make known the intrinsics that a trace names: they are looked up during the replay."""
+    if dot_products.INTRINSICS in trace_json:
+        dot_products.register_intrinsics()
+        return
+    load_intrinsics("cuda")
+    if tf32.TF32_INTRINSICS in trace_json:
+        tf32.register_intrinsics()
 
 
 def module_to_json(module: tvm.IRModule) -> str:

@@ -11,7 +11,7 @@ from gpu_aware_tune.run.session import Session
 _SPARE_S = 1.0  # workers end, the folder is written
 _RETIME_PART = 0.15  # of what is left, for measuring the best again
 _SEEDED_RETIME_S = 3.0  # without a limit, for a batch size that starts from another one's kernels
-_FEWEST_ROUNDS = 2
+_QUICK_ROUNDS, _FEWEST_ROUNDS = 4, 2
 _LEAST_SEARCH_S = 1.0
 
 
@@ -47,11 +47,11 @@ def divide_time(
         The budget, and what to say beforehand where the time is too short.
     """
     left = session.left_s()
+    rounds = _QUICK_ROUNDS if session.settings.effort == "quick" else ROUNDS
     if left is None:
-        return TimeBudget(None, _SEEDED_RETIME_S if seeded else None, ROUNDS), []
+        return TimeBudget(None, _SEEDED_RETIME_S if seeded else None, rounds), []
     end_s = check_s * (shares + (shares > 1)) + _SPARE_S
-    timing_s = ROUNDS * ROUND_S * shares
-    rounds = ROUNDS
+    timing_s = rounds * ROUND_S * shares
     if left < 4 * (end_s + timing_s):
         rounds = _FEWEST_ROUNDS
         timing_s = rounds * ROUND_S * shares

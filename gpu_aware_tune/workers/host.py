@@ -96,7 +96,7 @@ def main(fd: int, scratch: str) -> None:
     alive: set[int] = set()
     try:
         from gpu_aware_tune.partition.thread_pool import pools_at_hand
-        from gpu_aware_tune.workers.warm import load_tvm
+        from gpu_aware_tune.workers.warm import load_intrinsics, load_tvm
 
         load_tvm()
         pools_at_hand()  # compiled once, for all that are forked; what lacks is told where it is needed
@@ -111,7 +111,11 @@ def main(fd: int, scratch: str) -> None:
                 data, fds, _, _ = socket.recv_fds(sock, 1 << 20, 1)
                 if not data:
                     return
-                pid = _fork(sock, fds[0], pickle.loads(data))
+                job = pickle.loads(data)
+                if "intrinsics" in job:
+                    load_intrinsics(job["intrinsics"])
+                    continue
+                pid = _fork(sock, fds[0], job)
                 alive.add(pid)
                 sock.send(pickle.dumps(("forked", pid, 0)))
     except (BrokenPipeError, ConnectionResetError):

@@ -220,6 +220,15 @@ class WorkerHost:
         pid = int(self._next("forked")[1])
         return Worker(self, pid, Connection(mine.detach()), log)
 
+    def load_intrinsics(self, kind: str) -> None:
+        """Have workers that are forked from now on know the tensor intrinsics of a kind of target.
+
+        Returns at once; the next `spawn` waits for it.
+        """
+        self._wait_ready()
+        with contextlib.suppress(OSError):  # the next `spawn` tells why
+            self._socket.send(pickle.dumps({"intrinsics": kind}))
+
     def exit_code(self, pid: int, timeout_s: float = 5.0) -> int | None:
         """The exit code of a worker that ended; None when the host did not say so in time."""
         end = time.monotonic() + timeout_s

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import os
+import platform
 import sys
+import types
 from collections.abc import Iterator
+from pathlib import Path
+
+_INTRINSICS = "tvm.s_tir.tensor_intrin"
+_CPU_INTRINSICS = {"x86_64": "x86", "aarch64": "arm_cpu"}  # by what the kernel calls the machine
 
 
 def _frames(context: int = 1) -> list[inspect.FrameInfo]:
@@ -62,5 +69,35 @@ def load_tvm() -> None:
         import onnx  # noqa: F401
         import tvm
         import tvm.relax
-        import tvm.s_tir.meta_schedule
-        import tvm.s_tir.tensor_intrin  # noqa: F401
+        import tvm.s_tir.meta_schedule  # noqa: F401
+
+
+@functools.cache
+def load_intrinsics(kind: str) -> None:
+    """Register TVM's tensor intrinsics, which search spaces name, for a kind of target.
+
+    A CPU's own take 0.2 s. The package imports those of every GPU as well, which takes 3 s.
+
+    Args:
+        kind: of the target, "llvm" or "cuda".
+    """
+    load_tvm()
+    own = _CPU_INTRINSICS.get(platform.machine())
+    with cheap_stack():
+        if kind == "llvm" and own:
+            if _INTRINSICS not in sys.modules:
+                sys.modules[_INTRINSICS] = _stand_in(_INTRINSICS)
+            importlib.import_module(f"{_INTRINSICS}.{own}")
+            return
+        found = sys.modules.get(_INTRINSICS)
+        if found is not None and found.__spec__ is None:
+            del sys.modules[_INTRINSICS]  # a stand-in; what it has imported stays
+        importlib.import_module(_INTRINSICS)
+
+
+def _stand_in(package: str) -> types.ModuleType:
+    """A package of the same modules that imports none of them by itself; TVM imports it everywhere."""
+    above, _, last = package.rpartition(".")
+    made = types.ModuleType(package)
+    made.__path__ = [str(Path(folder, last)) for folder in sys.modules[above].__path__]
+    return made
