@@ -40,10 +40,29 @@ def _elementwise(function: Callable[..., Array]) -> Callable[[Any, Sequence[Arra
     return lambda call, arrays: function(*arrays)
 
 
+def _dequantized(call: Any, arrays: Sequence[Array]) -> Array:
+    """Integers to floats as ONNX defines it, the difference in integers."""
+    values, scale, zero = arrays
+    if values.dtype.name not in ("int8", "uint8", "int32") or scale.dtype != np.float32:
+        raise TypeError(f"dequantize of {values.dtype} with a scale of {scale.dtype}")
+    along = [1] * values.ndim
+    axis = int(call.attrs.axis)
+
+    def spread(parameter: Array) -> Array:
+        shape = list(along)
+        if parameter.size > 1:
+            shape[axis] = parameter.size
+        return parameter.reshape(shape)
+
+    moved = values.astype(np.int64) - spread(zero).astype(np.int64)
+    return moved.astype(np.float32) * spread(scale)
+
+
 _FOLDS: dict[str, Callable[[Any, Sequence[Array]], Array]] = {
     "relax.reshape": _reshaped,
     "relax.expand_dims": _reshaped,
     "relax.squeeze": _reshaped,
+    "relax.dequantize": _dequantized,
     "relax.flatten": _reshaped,
     "relax.permute_dims": _permuted,
     "relax.broadcast_to": _broadcast,

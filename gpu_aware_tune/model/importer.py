@@ -129,7 +129,7 @@ def import_prepared(
     names = [value.name for value in proto.graph.output]
     inputs = tuple(_input_spec(value) for value in proto.graph.input)
     with _quiet():
-        module = _imported(proto)
+        module = _imported(proto, target)
         del proto  # its weights take as much memory as the file
         module = _fused(_plainly_named(module), target)
     module, weights = _hoist_constants(module)
@@ -179,13 +179,14 @@ def supported_operators() -> frozenset[tuple[str, str]]:
     return frozenset(standard | {("com.microsoft", name) for name in contributed} | {("", "If")})
 
 
-def _imported(proto: onnx.ModelProto) -> tvm.IRModule:
+def _imported(proto: onnx.ModelProto, target: tvm.target.Target) -> tvm.IRModule:
     from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
-    from gpu_aware_tune.model.operators import CONVERTERS
+    from gpu_aware_tune.model.operators import converters_for
     from gpu_aware_tune.onnx_prepare.facts import opset_of
 
     opset = opset_of(proto)
+    converters = converters_for(target)
 
     class Importer(ONNXGraphImporter):
         """TVM's importer, with converters of our own and errors that name the node."""
@@ -194,10 +195,10 @@ def _imported(proto: onnx.ModelProto) -> tvm.IRModule:
             self, op_name: str, inputs: list[Any], attrs: dict[str, Any], opset: int
         ) -> Any:
             try:
-                own = CONVERTERS.get(op_name)
-                made = own(self.bb, inputs, attrs) if own else None
-                if made is not None:
-                    return self.bb.normalize(made)
+                for convert in converters.get(op_name, ()):
+                    made = convert(self.bb, inputs, attrs)
+                    if made is not None:
+                        return self.bb.normalize(made)
                 return super()._convert_operator(op_name, inputs, attrs, opset)
             except Exception as error:
                 node = attrs["tvm_custom"]["name"]
@@ -296,6 +297,7 @@ def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
         [
             relax.transform.DecomposeOpsForInference(),
             relax.transform.CanonicalizeBindings(),
+            relax.transform.DeadCodeElimination(["main"]),
             fold,
             # The zero pipeline legalizes sorts and scans for one thread of a CPU otherwise.
             relax.backend.DispatchSampling(),

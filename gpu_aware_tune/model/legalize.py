@@ -17,6 +17,8 @@ import numpy as np
 import tvm
 from tvm import te, tirx, topi
 
+from gpu_aware_tune.model.legalize_quantised import dequantize, quantize
+
 Legalizer = Callable[[Any, Any], Any]
 
 
@@ -115,8 +117,10 @@ def _binary(name: str, plain: Any, choose: Callable[[Any, Any], Any]) -> Legaliz
 
 LEGALIZERS: dict[str, Legalizer] = {
     "relax.clip": _clip,
+    "relax.dequantize": dequantize,
     "relax.maximum": _binary("maximum", topi.maximum, _larger),
     "relax.minimum": _binary("minimum", topi.minimum, _smaller),
     "relax.nn.relu": _relu,
+    "relax.quantize": quantize,
     "relax.sign": _sign,
 }

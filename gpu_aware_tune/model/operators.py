@@ -7,7 +7,10 @@ of a node, and returns a relax expression, or None to leave the node to TVM's im
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tvm
 
 HALF = ("float16", "bfloat16")
 Converter = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
@@ -172,3 +175,16 @@ CONVERTERS: dict[str, Converter] = {
     "Min": _chained("minimum"),
     "Sum": _chained("add"),
 }
+
+
+def converters_for(target: tvm.target.Target) -> dict[str, list[Converter]]:
+    """The converters of each operator for a target, in the order in which they are asked."""
+    from gpu_aware_tune.kernels.schedules.cpu import machine_of
+
+    found = {name: [convert] for name, convert in CONVERTERS.items()}
+    if target.kind.name == "llvm" and (machine := machine_of(target)).dots:
+        from gpu_aware_tune.model.integer_products import integer_converters
+
+        for name, convert in integer_converters(machine.lanes).items():
+            found[name] = [convert, *found.get(name, ())]
+    return found

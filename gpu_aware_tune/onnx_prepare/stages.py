@@ -23,6 +23,7 @@ from gpu_aware_tune.onnx_prepare.limits import check_sizes
 from gpu_aware_tune.onnx_prepare.random_values import NOTE, freeze_random
 from gpu_aware_tune.onnx_prepare.refuse import refuse_unsupported
 from gpu_aware_tune.onnx_prepare.shapes import drop_weight_inputs, fix_inputs
+from gpu_aware_tune.onnx_prepare.unsigned import to_unsigned
 from gpu_aware_tune.onnx_prepare.upgrade import upgrade
 from gpu_aware_tune.settings import DTYPES, TF32
 
@@ -74,7 +75,7 @@ def prepare(
     model, weights = detach_weights(model)
     model = expand(fold(model), supported)
     refuse_unsupported(model, supported)
-    model = attach_weights(model, weights)
+    model = to_unsigned(attach_weights(model, weights))
     _tidy(model)
     return model
 

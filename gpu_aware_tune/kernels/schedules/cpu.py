@@ -10,6 +10,7 @@ import tvm
 from tvm.s_tir import Schedule
 from tvm.target import codegen
 
+from gpu_aware_tune.kernels.dot_products import has_dot_products
 from gpu_aware_tune.kernels.schedules.blocks import (
     attempt,
     block_names,
@@ -18,10 +19,16 @@ from gpu_aware_tune.kernels.schedules.blocks import (
     is_reduction,
     loops_of_axes,
 )
+from gpu_aware_tune.kernels.schedules.dots import (
+    DotProduct,
+    reduction_of,
+    use_instructions,
+)
 from gpu_aware_tune.kernels.schedules.elementwise import schedule_elementwise
 from gpu_aware_tune.kernels.schedules.padding import pad_product
+from gpu_aware_tune.kernels.schedules.partial_sums import split_lanes
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
-from gpu_aware_tune.kernels.schedules.reductions import Reduction, split_lanes
+from gpu_aware_tune.kernels.schedules.reductions import Reduction
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile, costs_for
 
 # Times what full vectors would take; from there on partial sums in lanes are tried first.
@@ -40,7 +47,7 @@ def machine_of(target: tvm.target.Target) -> Machine:
     else:
         lanes, registers = max(4, bits // 32), 32
     units = max(1, int(target.attrs.get("num-cores", 1) or 1))
-    return Machine(lanes, registers, units, costs_for(lanes))
+    return Machine(lanes, registers, units, costs_for(lanes), has_dot_products(target, lanes))
 
 
 def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator[Schedule]:
@@ -73,7 +80,9 @@ def finished(schedule: Schedule, names: Sequence[str], machine: Machine) -> Sche
     """Schedule a kernel's other reductions as seems best, then its elementwise blocks."""
     for name in names:
         schedule = next(_reduced(schedule, name, machine))
-    return _with_maps(schedule, machine)
+    schedule = _with_maps(schedule, machine)
+    use_instructions(schedule)
+    return schedule
 
 
 def _reduced(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule]:
@@ -81,22 +90,30 @@ def _reduced(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedu
 
     The last one is the schedule as it was, where nothing was accepted.
     """
-    reduction = Reduction(schedule, name, machine)
+    reduction = reduction_of(schedule, name, machine)
     tiles = reduction.tiles()
-    ideal = reduction.steps / machine.lanes / machine.units
     found = False
+    if isinstance(reduction, DotProduct):
+        for tiled in _tiled(schedule, reduction):
+            found = True
+            yield tiled
+        if found:
+            return
+        reduction = Reduction(schedule, name, machine)
+        tiles = reduction.tiles()
+    ideal = reduction.steps / machine.lanes / machine.units
     if not tiles or tiles[0].cycles > _PARTIAL_SUMS_RATIO * ideal:
         split = attempt(schedule, partial(split_lanes, name=name, machine=machine))
         if split is not schedule:
             for part in (f"{name}_rf", name):
-                split = next(_tiled(split, part, machine), split)
+                split = next(_tiled(split, Reduction(split, part, machine)), split)
             found = True
             yield split
     rows = list(_in_rows(schedule, reduction))
     if rows and (not tiles or reduction.row_cycles() < tiles[0].cycles):
         found = True
         yield rows.pop()
-    for tiled in _tiled(schedule, name, machine):
+    for tiled in _tiled(schedule, reduction):
         found = True
         yield tiled
     if not found:
@@ -111,8 +128,7 @@ def _in_rows(schedule: Schedule, reduction: Reduction) -> Iterator[Schedule]:
             return
 
 
-def _tiled(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule]:
-    reduction = Reduction(schedule, name, machine)
+def _tiled(schedule: Schedule, reduction: Reduction) -> Iterator[Schedule]:
     for tile in reduction.tiles():
         tried = with_tile(schedule, reduction, tile)
         if tried is not schedule:

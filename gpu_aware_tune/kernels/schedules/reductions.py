@@ -64,29 +64,46 @@ class Reduction:
         if tile.passes > 1:
             self._apply_in_passes(schedule, tile, fuse_consumer)
             return
-        for number in tile.packed:
-            self._pack(schedule, tile, number)
-        for number, position in tile.panels:
-            self._store_in_panels(schedule, tile, number, self.axes[position])
+        self._store_operands(schedule, tile)
         block = schedule.get_sblock(self.name)
         stages = self._stages(schedule, block, tile, fuse_consumer)
         self._lay_out_result(schedule, block, tile)
         loops = self._loops(schedule)
         order = outer_order(tile, self.axes, self.operands, self.machine)
         outer, inner, vector = self._split(schedule, loops, tile, order)
-        reduce = [(loops[axis.position], axis.extent) for axis in self.axes if axis.reduce]
-        schedule.reorder(*(loop for loop, _ in [*outer, *reduce]), *inner, vector)
+        reduce, within = self._terms(schedule, loops)
+        schedule.reorder(*(loop for loop, _ in [*outer, *reduce]), *inner, vector, *within)
         at, depth = self._parallel(schedule, outer, _PARALLEL_TERMS)
         for stage, unrolled in stages:
             schedule.reverse_compute_at(stage, at)
             self._finish(schedule, stage, depth, tile, unrolled)
-        schedule.vectorize(vector)
+        if not within:
+            schedule.vectorize(vector)
         for loop in inner:
             schedule.unroll(loop)
         self._unroll(schedule, reduce, math.prod(tile.counts))
         self._pad_nearby(schedule, block)
         init = schedule.decompose_reduction(block, reduce[0][0])
         self._finish(schedule, init, depth, tile, unrolled=True)
+        if within:
+            self._step(schedule, vector)
+
+    def _store_operands(self, schedule: Schedule, tile: Tile) -> None:
+        """Copy the operands that the tile wants in another layout."""
+        for number in tile.packed:
+            self._pack(schedule, tile, number)
+        for number, position in tile.panels:
+            self._store_in_panels(schedule, tile, number, self.axes[position])
+
+    def _terms(
+        self, schedule: Schedule, loops: list[Any]
+    ) -> tuple[list[tuple[Any, int]], list[Any]]:
+        """The loops over terms, with their extents, and those of terms that one step sums up."""
+        return [(loops[axis.position], axis.extent) for axis in self.axes if axis.reduce], []
+
+    def _step(self, schedule: Schedule, vector: Any) -> None:
+        """Replace the loops over lanes and over the terms of one step by an instruction."""
+        raise NotImplementedError
 
     def _pad_nearby(self, schedule: Schedule, block: Any) -> None:
         """Pad an image piece by piece, right before a piece is read, where it is read only once.
@@ -354,40 +371,3 @@ class Reduction:
             if body > most:
                 return
             schedule.unroll(loop)
-
-
-def split_lanes(schedule: Schedule, name: str, machine: Machine) -> None:
-    """Turn a reduction along contiguous elements into one partial result a lane, then their sum.
-
-    For reductions whose results lie far apart in memory but whose terms lie side by side (means
-    over an image, rows of a softmax, a matrix times one vector).
-
-    Raises:
-        ValueError: the block is not of that kind.
-    """
-    reduction = Reduction(schedule, name, machine)
-    loops = loops_of_axes(schedule, name)
-    if loops is None or reduction.result is None:
-        raise ValueError(f"{name} has no loop for each axis, or several results")
-    run = _contiguous(reduction)
-    terms = math.prod(axis.extent for axis in run)
-    lanes = divisors(terms, machine.lanes)[0]
-    if lanes < machine.lanes // 4 or terms < 2 * lanes:
-        raise ValueError(f"the terms of {name} lie apart")
-    chosen = [loops[axis.position] for axis in run if axis.extent > 1]
-    fused = schedule.fuse(*chosen) if len(chosen) > 1 else chosen[0]
-    lane = schedule.split(fused, [None, lanes])[1]
-    schedule.rfactor(lane, len(reduction.result.buffer.shape))
-
-
-def _contiguous(reduction: Reduction) -> list[Axis]:
-    """The last reduction axes that every operand walks like one contiguous axis, or not at all."""
-    run: list[Axis] = []
-    span = 1
-    for axis in reversed([axis for axis in reduction.axes if axis.reduce]):
-        steps = {operand.strides[axis.position] for operand in reduction.operands} - {0}
-        if axis.extent > 1 and steps != {span}:
-            break
-        run.insert(0, axis)
-        span *= axis.extent
-    return run

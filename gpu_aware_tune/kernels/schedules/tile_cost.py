@@ -92,6 +92,7 @@ class Machine:
     registers: int
     units: int
     costs: Costs = AVX512
+    dots: bool = False  # whether an instruction sums four products of bytes in each lane
 
 
 @dataclass(frozen=True)

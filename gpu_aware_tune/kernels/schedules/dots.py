@@ -1,0 +1,152 @@
+"""Baseline schedule of a sum of products of bytes: four terms a step, by one instruction.
+
+The tiles are those of any reduction whose weights are packed, with the terms in fours: each lane holds
+one result, a step adds four products to it. For that the weights lie in fours side by side, for all lanes of
+a vector; and so do the four neighbours of the image that all lanes share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.s_tir import Schedule
+
+from gpu_aware_tune.kernels.dot_products import TERMS, dot_product
+from gpu_aware_tune.kernels.schedules.access import Access, Axis
+from gpu_aware_tune.kernels.schedules.blocks import block_names
+from gpu_aware_tune.kernels.schedules.reductions import Reduction
+from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile
+
+_MARK = "gpu_aware_tune.instruction"
+_TYPES = ("uint8", "int8")  # of the instruction's two operands, in this order
+
+
+class DotProduct(Reduction):
+    """A reduction whose terms are products of bytes.
+
+    Raises:
+        ValueError: the block is not of that kind, or its terms do not come in fours.
+    """
+
+    def __init__(self, schedule: Schedule, name: str, machine: Machine) -> None:
+        super().__init__(schedule, name, machine)
+        types = [str(operand.buffer.dtype) for operand in self.operands]
+        if not machine.dots or self.result is None or sorted(types) != sorted(_TYPES):
+            raise ValueError(f"{name} sums no products of bytes")
+        self.image, self.filter = (types.index(dtype) for dtype in _TYPES)
+        if str(self.result.buffer.dtype) != "int32" or self.filter not in self.weights:
+            raise ValueError(f"{name} sums no products with weights")
+        self.terms = self._in_fours()
+        self.vector = self._in_lanes()
+
+    def tiles(self) -> list[Tile]:
+        """The tiles that the instruction can fill, best first."""
+        found: dict[tuple[int, ...], Tile] = {}
+        for tile in super().tiles():
+            whole = tile.lanes == self.machine.lanes and tile.vector == self.vector.position
+            alone = all(number == self.filter for number, _ in tile.panels)
+            if whole and tile.passes == 1 and alone:
+                found.setdefault(tile.counts, tile)
+        return list(found.values())
+
+    def _in_fours(self) -> Axis:
+        """The axis whose terms are summed by fours: where they lie side by side, if anywhere."""
+        image, weights = self.operands[self.image], self.operands[self.filter]
+        fitting = [
+            axis
+            for axis in self.axes
+            if axis.reduce
+            and axis.extent % TERMS == 0
+            and all(operand.dims[axis.position] >= 0 for operand in (image, weights))
+        ]
+        if not fitting:
+            raise ValueError(f"the terms of {self.name} do not come in fours")
+        return min(fitting, key=lambda axis: image.strides[axis.position] != 1)
+
+    def _in_lanes(self) -> Axis:
+        """The axis whose results fill vectors: where they lie side by side, if anywhere."""
+        image, weights = self.operands[self.image], self.operands[self.filter]
+        result = self.result
+        assert result is not None
+        fitting = [
+            axis
+            for axis in self.axes
+            if not axis.reduce
+            and axis.extent % self.machine.lanes == 0
+            and weights.dims[axis.position] >= 0
+            and not image.uses(axis)
+        ]
+        if not fitting:
+            raise ValueError(f"the results of {self.name} fill no vectors")
+        return min(fitting, key=lambda axis: result.strides[axis.position] != 1)
+
+    def _store_operands(self, schedule: Schedule, tile: Tile) -> None:
+        image, weights = self.operands[self.image], self.operands[self.filter]
+        writer, at_load = self._writer(schedule, self.filter)
+        if at_load is not None:
+            dim = weights.dims[self.vector.position]
+            self._schedule_packing(schedule, writer, dim, self.machine.lanes, at_load)
+        schedule.transform_layout(writer, ("write", 0), self._in_vectors(weights))
+        if image.strides[self.terms.position] != 1:
+            writer, _ = self._writer(schedule, self.image)
+            schedule.transform_layout(writer, ("write", 0), self._side_by_side(image))
+
+    def _in_vectors(self, weights: Access) -> Any:
+        """The map of a filter's indices that puts what one step reads side by side."""
+        lane, term = weights.dims[self.vector.position], weights.dims[self.terms.position]
+        lanes = self.machine.lanes
+
+        def vectors(*index: Any) -> list[Any]:
+            rest = [value for dim, value in enumerate(index) if dim not in (lane, term)]
+            blocks = [index[lane] // lanes, *rest, index[term] // TERMS]
+            return [*blocks, index[lane] % lanes, index[term] % TERMS]
+
+        return vectors
+
+    def _side_by_side(self, image: Access) -> Any:
+        """The map of an image's indices that puts four terms last."""
+        term = image.dims[self.terms.position]
+
+        def fours(*index: Any) -> list[Any]:
+            outer = [value // TERMS if dim == term else value for dim, value in enumerate(index)]
+            return [*outer, index[term] % TERMS]
+
+        return fours
+
+    def _terms(
+        self, schedule: Schedule, loops: list[Any]
+    ) -> tuple[list[tuple[Any, int]], list[Any]]:
+        reduce = []
+        within = []
+        for axis in self.axes:
+            if axis.position == self.terms.position:
+                steps, four = schedule.split(loops[axis.position], [None, TERMS])
+                reduce.append((steps, axis.extent // TERMS))
+                within.append(four)
+            elif axis.reduce:
+                reduce.append((loops[axis.position], axis.extent))
+        return reduce, within
+
+    def _step(self, schedule: Schedule, vector: Any) -> None:
+        """Mark the loop over lanes for `use_instructions`, if that will be able to replace it."""
+        schedule.annotate(vector, _MARK, dot_product(self.machine.lanes))
+        use_instructions(schedule.copy())
+
+
+def use_instructions(schedule: Schedule) -> None:
+    """Replace the marked loops by instructions: the last step, as TVM cannot copy a schedule after it."""
+    for name in block_names(schedule):
+        for loop in schedule.get_loops(schedule.get_sblock(name)):
+            intrinsic = schedule.get(loop).annotations.get(_MARK)
+            if intrinsic is not None:
+                schedule.unannotate(loop, _MARK)
+                schedule.tensorize(loop, str(intrinsic))
+                break
+
+
+def reduction_of(schedule: Schedule, name: str, machine: Machine) -> Reduction:
+    """A reduction block, as a sum of products of bytes where it is one."""
+    try:
+        return DotProduct(schedule, name, machine)
+    except ValueError:
+        return Reduction(schedule, name, machine)

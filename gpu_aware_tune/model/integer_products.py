@@ -1,0 +1,302 @@
+"""Importer converters for quantised products: convolutions and matrix products as sums of bytes.
+
+A model in QDQ form converts bytes to floats, multiplies, and converts back. With x = s (a - z) and weights
+w = t b, the sum of x w is s t (sum a b - z sum b): a sum of products of bytes, and one number for each
+output that is known beforehand. Where the processor has an instruction for such sums (see
+`kernels.dot_products`), that is several times as fast. The sums are exact, so that only the rounding of
+the scaled results differs from what floats give.
+
+Source: Jacob et al., arXiv 1712.05877, section 2; ONNX Runtime fuses the same operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, te, tirx, topi
+
+from gpu_aware_tune.kernels.dot_products import TERMS
+
+_BYTES = ("uint8", "int8")
+_SIGNED = 128  # a signed byte is an unsigned one less this
+_MOST = np.iinfo(np.int32).max
+Converter = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class _Image:
+    """Activations that were dequantised: `scale * (values - zero)`."""
+
+    values: Any
+    scale: float
+    zero: int
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Weights that were dequantised: signed bytes, and a scale for all or for each output."""
+
+    values: np.ndarray
+    scale: np.ndarray
+
+
+def integer_converters(lanes: int) -> dict[str, Converter]:
+    """The converters by ONNX operator, for vectors of so many lanes.
+
+    Each gives None where operands are of another kind, or no whole vectors of outputs come of them: that
+    is left to floats.
+    """
+
+    def conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+        return _conv(builder, inputs, attributes, lanes)
+
+    def matmul(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+        return _product(builder, inputs, {}, lanes)
+
+    def gemm(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+        return _product(builder, inputs, attributes, lanes)
+
+    def matmul_integer(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+        return _matmul_integer(builder, inputs, lanes)
+
+    return {"Conv": conv, "Gemm": gemm, "MatMul": matmul, "MatMulInteger": matmul_integer}
+
+
+def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
+    image, weights = _image(builder, inputs[0]), _weights(builder, inputs[1], axis=0)
+    if image is None or weights is None or weights.values.ndim != 4:
+        return None
+    outputs, channels = weights.values.shape[:2]
+    if attributes.get("group", 1) != 1 or outputs % lanes or channels % lanes:
+        return None
+    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b""):
+        return None
+    pads = [int(pad) for pad in attributes.get("pads", [0] * 4)]
+    strides = [int(step) for step in attributes.get("strides", [1, 1])]
+    dilations = [int(step) for step in attributes.get("dilations", [1, 1])]
+    zero = image.zero + (_SIGNED if _dtype(image.values) == "int8" else 0)
+    offsets = _offsets(weights.values.reshape(outputs, -1).T, zero)
+    if offsets is None:
+        return None
+    sums = builder.emit_te(
+        _convolved, image.values, relax.const(weights.values), pads, strides, dilations, zero,
+        primfunc_name_hint="conv2d_bytes",
+    )  # fmt: skip
+    along = [1, outputs, 1, 1]
+    bias = inputs[2] if len(inputs) > 2 else None
+    if bias is not None:
+        bias = builder.normalize(relax.op.reshape(bias, along))
+    scale = image.scale * weights.scale
+    return _scaled(builder, sums, offsets.reshape(along), scale.reshape(_along(scale, along)), bias)
+
+
+def _along(scale: np.ndarray, shape: Sequence[int]) -> Sequence[int]:
+    return shape if scale.size > 1 else [1] * len(shape)
+
+
+def _product(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
+    if attributes.get("transA", 0):
+        return None
+    transposed = bool(attributes.get("transB", 0))
+    image = _image(builder, inputs[0])
+    weights = _weights(builder, inputs[1], axis=0 if transposed else 1)
+    if image is None or weights is None or weights.values.ndim != 2:
+        return None
+    matrix = weights.values.T if transposed else weights.values
+    zero = image.zero + (_SIGNED if _dtype(image.values) == "int8" else 0)
+    offsets = _offsets(matrix, zero)
+    sums = _summed(builder, image.values, matrix, lanes)
+    if offsets is None or sums is None:
+        return None
+    bias = inputs[2] if len(inputs) > 2 else None
+    alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+    if bias is not None and beta != 1.0:
+        bias = builder.normalize(relax.op.multiply(bias, relax.const(beta, "float32")))
+    return _scaled(builder, sums, offsets, image.scale * weights.scale * alpha, bias)
+
+
+def _matmul_integer(builder: Any, inputs: Sequence[Any], lanes: int) -> Any:
+    """MatMulInteger with constant weights: `sum a b - z sum b`, z as it is computed, for all rows."""
+    values = inputs[0]
+    zeros = [inputs[place] if place < len(inputs) else None for place in (2, 3)]
+    matrix = _signed(_constant(builder, inputs[1]), _constant(builder, zeros[1]), zeros[1])
+    if matrix is None or matrix.ndim != 2 or _dtype(values) not in _BYTES:
+        return None
+    if zeros[0] is not None and _elements(zeros[0]) != 1:
+        return None
+    columns = _offsets(matrix, -1)
+    sums = _summed(builder, values, matrix, lanes)
+    if columns is None or sums is None:
+        return None
+    zero = relax.const(_SIGNED if _dtype(values) == "int8" else 0, "int32")
+    if zeros[0] is not None:
+        given = relax.op.astype(relax.op.reshape(zeros[0], []), "int32")
+        zero = relax.op.add(builder.normalize(given), zero)
+    moved = builder.normalize(relax.op.multiply(relax.const(columns), builder.normalize(zero)))
+    return relax.op.subtract(sums, moved)
+
+
+def _summed(builder: Any, values: Any, matrix: np.ndarray, lanes: int) -> Any:
+    """Emit the sums of products of bytes (..., K) and (K, N), int32; None where they are not wanted."""
+    shape = values.ty.shape
+    terms, columns = matrix.shape
+    if terms % TERMS or shape is None or len(shape) < 2 or columns < lanes:
+        return None
+    more = -columns % lanes
+    padded = np.ascontiguousarray(np.pad(matrix, ((0, 0), (0, more))))
+    sums = builder.emit_te(
+        _multiplied, values, relax.const(padded), primfunc_name_hint="matmul_bytes"
+    )
+    if more:
+        axis = len(shape) - 1
+        sums = builder.normalize(relax.op.strided_slice(sums, [axis], [0], [columns]))
+    return sums
+
+
+def _scaled(builder: Any, sums: Any, offsets: np.ndarray, scale: np.ndarray, bias: Any) -> Any:
+    """Emit `(sums + offsets) * scale + bias` in float32."""
+    if np.any(offsets):
+        sums = builder.normalize(relax.op.add(sums, relax.const(offsets)))
+    floats = builder.normalize(relax.op.astype(sums, "float32"))
+    result = relax.op.multiply(floats, relax.const(scale.astype(np.float32)))
+    if bias is None:
+        return result
+    return relax.op.add(builder.normalize(result), bias)
+
+
+def _offsets(matrix: np.ndarray, zero: int) -> np.ndarray | None:
+    """What the zero point of the activations takes from each sum; None beyond 32 bits."""
+    terms = matrix.shape[0]
+    if terms * 255 * _SIGNED > _MOST:
+        return None
+    return (-zero * matrix.sum(axis=0, dtype=np.int64)).astype(np.int32)
+
+
+def _convolved(
+    data: te.Tensor,
+    weights: te.Tensor,
+    pads: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    zero: int,
+) -> te.Tensor:
+    """Sums of (N, C, H, W) bytes and (O, C, h, w) signed ones, what is outside the image being `zero`."""
+    image = _unsigned(data)
+    if any(pads):
+        top, left, bottom, right = pads
+        image = topi.nn.pad(
+            image, [0, 0, top, left], [0, 0, bottom, right], tirx.const(zero, "uint8")
+        )
+    outputs, channels, rows, columns = (int(extent) for extent in weights.shape)
+    reach = [(size - 1) * step + 1 for size, step in zip((rows, columns), dilations, strict=True)]
+    height, width = (
+        (image.shape[2 + axis] - reach[axis]) // strides[axis] + 1 for axis in range(2)
+    )
+    rc, ry, rx = (
+        te.reduce_axis((0, extent), name)
+        for extent, name in ((channels, "rc"), (rows, "ry"), (columns, "rx"))
+    )
+
+    def element(n: Any, o: Any, y: Any, x: Any) -> Any:
+        row, column = y * strides[0] + ry * dilations[0], x * strides[1] + rx * dilations[1]
+        value = image[n, rc, row, column].astype("int32")
+        return te.sum(value * weights[o, rc, ry, rx].astype("int32"), axis=[rc, ry, rx])
+
+    return te.compute((image.shape[0], outputs, height, width), element, name="conv2d_bytes")
+
+
+def _multiplied(data: te.Tensor, weights: te.Tensor) -> te.Tensor:
+    """Sums of (..., K) bytes and (K, N) signed ones."""
+    values = _unsigned(data)
+    terms, columns = weights.shape
+    k = te.reduce_axis((0, terms), "k")
+
+    def element(*index: Any) -> Any:
+        value = values(*index[:-1], k).astype("int32")
+        return te.sum(value * weights[k, index[-1]].astype("int32"), axis=[k])
+
+    return te.compute((*data.shape[:-1], columns), element, name="matmul_bytes")
+
+
+def _unsigned(data: te.Tensor) -> te.Tensor:
+    if data.dtype == "uint8":
+        return data
+    return te.compute(
+        data.shape,
+        lambda *index: (data(*index).astype("int32") + _SIGNED).astype("uint8"),
+        name="unsigned",
+    )
+
+
+def _image(builder: Any, value: Any) -> _Image | None:
+    """The bytes that activations were dequantised from, with one scale and zero point for all."""
+    call = _dequantised(builder, value)
+    if call is None or _dtype(call.args[0]) not in _BYTES:
+        return None
+    scale, zero = (_constant(builder, argument) for argument in call.args[1:3])
+    if scale is None or zero is None or scale.size != 1 or zero.size != 1:
+        return None
+    return _Image(call.args[0], float(scale.reshape(())), int(zero.reshape(())))
+
+
+def _weights(builder: Any, value: Any, axis: int) -> _Weights | None:
+    """Constant weights as signed bytes, where their scale is one for all or for each place of an axis."""
+    call = _dequantised(builder, value)
+    if call is None:
+        return None
+    scale = _constant(builder, call.args[1])
+    values = _signed(
+        _constant(builder, call.args[0]), _constant(builder, call.args[2]), call.args[2]
+    )
+    if values is None or scale is None:
+        return None
+    if scale.size > 1 and (scale.ndim != 1 or int(call.attrs.axis) % values.ndim != axis):
+        return None
+    return _Weights(values, scale.reshape(-1).astype(np.float64))
+
+
+def _signed(values: np.ndarray | None, zeros: np.ndarray | None, given: Any) -> np.ndarray | None:
+    """Weights less their zero points as signed bytes; None where they do not fit."""
+    if values is None or values.dtype.name not in _BYTES or (given is not None and zeros is None):
+        return None
+    shift = 0 if zeros is None else zeros.astype(np.int16)
+    if np.size(shift) > 1 and np.any(shift != np.ravel(shift)[0]):
+        return None
+    moved = values.astype(np.int16) - np.ravel(shift)[0]
+    if moved.size and (moved.min() < -_SIGNED or moved.max() >= _SIGNED):
+        return None
+    return moved.astype(np.int8)
+
+
+def _dequantised(builder: Any, value: Any) -> Any:
+    """The call of `dequantize` that made a value, None for anything else."""
+    made = _made(builder, value)
+    is_call = isinstance(made, tvm.ir.Call) and isinstance(made.op, tvm.ir.Op)
+    return made if is_call and str(made.op.name) == "relax.dequantize" else None
+
+
+def _made(builder: Any, value: Any) -> Any:
+    while isinstance(value, relax.Var):
+        bound = builder.lookup_binding(value)
+        if bound is None:
+            return value
+        value = bound
+    return value
+
+
+def _constant(builder: Any, value: Any) -> np.ndarray | None:
+    made = None if value is None else _made(builder, value)
+    return np.asarray(made.value.numpy()) if isinstance(made, tvm.ir.GenericConst) else None
+
+
+def _dtype(value: Any) -> str:
+    return str(value.ty.dtype) if hasattr(value.ty, "dtype") else ""
+
+
+def _elements(value: Any) -> int:
+    shape = value.ty.shape
+    return -1 if shape is None else int(np.prod([int(extent) for extent in shape]))

@@ -1,0 +1,299 @@
+"""Sums of products of bytes: exact, in whole vectors, and as far from ONNX Runtime as its own rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+import tvm_ffi
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx_check import LLVM, imported
+from onnx_graphs import run_onnxruntime
+from tvm import relax
+
+from gpu_aware_tune.codegen.compile import compile_module
+from gpu_aware_tune.kernels.dot_products import INTRINSICS
+from gpu_aware_tune.kernels.packing import packed
+from gpu_aware_tune.kernels.schedules import baseline_schedules
+from gpu_aware_tune.kernels.traces import apply_trace, trace_to_json
+from gpu_aware_tune.model.importer import Model
+from gpu_aware_tune.model.tasks import extract
+from gpu_aware_tune.onnx_prepare.facts import infer_shapes
+from gpu_aware_tune.onnx_prepare.unsigned import to_unsigned
+
+SIXTEEN = tvm.target.Target({"kind": "llvm", "mcpu": "cascadelake", "num-cores": 2})
+EIGHT = tvm.target.Target({"kind": "llvm", "mcpu": "alderlake", "num-cores": 2})
+
+
+NAMES = {"avx512_vnni": SIXTEEN, "avx_vnni": EIGHT}  # by the processor's flag
+
+
+def here(target: tvm.target.Target) -> bool:
+    """Whether this processor runs what is compiled for a target."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return any(made.same_as(target) and flag in flags for flag, made in NAMES.items())
+
+
+@pytest.fixture(params=[SIXTEEN, EIGHT], ids=["16 lanes", "8 lanes"])
+def target(request: pytest.FixtureRequest) -> tvm.target.Target:
+    return request.param
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def quantised(
+    operators: list[Any], shape: tuple[int, ...], constants: dict[str, np.ndarray], x_type: type
+) -> ModelProto:
+    """Bytes x in, dequantised with scale `xs` and zero point `xz`; what the operators make of it out."""
+    graph = helper.make_graph(
+        [helper.make_node("DequantizeLinear", ["x", "xs", "xz"], ["xf"]), *operators],
+        "quantised",
+        [
+            helper.make_tensor_value_info(
+                "x", helper.np_dtype_to_tensor_dtype(np.dtype(x_type)), shape
+            )
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def run(model: Model, target: tvm.target.Target, x: np.ndarray) -> tuple[np.ndarray | None, str]:
+    """The result of a library with its baseline schedules, if it runs here, and its kernels' traces."""
+    traces = {
+        task.hash: trace_to_json(baseline_schedules(task.module, target, 1)[0].trace)
+        for task in extract(model, target)
+    }
+    executable = compile_module(model.module, target, traces)
+    text = "".join(traces.values())
+    if not here(target):
+        return None, text
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    weights = [tvm.runtime.tensor(np.array(a, order="C")) for a in model.weights.values()]
+    result = machine["main"](tvm.runtime.tensor(x), *packed(machine, weights))
+    return result.numpy(), text
+
+
+def convolved(c: dict[str, np.ndarray], x: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+    """The convolution in float64, which holds all sums exactly before they are scaled."""
+    top, left, bottom, right = options.get("pads", [0] * 4)
+    strides, dilations = options.get("strides", [1, 1]), options.get("dilations", [1, 1])
+    image = np.pad(
+        x.astype("float64") - float(c["xz"]), ((0, 0), (0, 0), (top, bottom), (left, right))
+    )
+    weights = c["w"].astype("float64") - c["wz"].astype("float64").reshape(-1, 1, 1, 1)
+    height, width = weights.shape[2:]
+    reach = [(height - 1) * dilations[0] + 1, (width - 1) * dilations[1] + 1]
+    windows = np.lib.stride_tricks.sliding_window_view(image, reach, (2, 3))
+    windows = windows[:, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]]
+    sums = np.einsum("nchwij,ocij->nohw", windows, weights)
+    scale = float(c["xs"]) * c["ws"].astype("float64").reshape(-1, 1, 1)
+    return sums * scale + c["b"].astype("float64").reshape(-1, 1, 1)
+
+
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "3x3": {"pads": [1] * 4},
+    "1x1": {"kernel": 1},
+    "strided": {"pads": [1] * 4, "strides": [2, 2]},
+    "padded on one side": {"pads": [0, 1, 2, 0]},
+    "dilated": {"pads": [2] * 4, "dilations": [2, 2]},
+    "blocks as many as lanes": {"kernel": 1, "outputs": 256, "size": 4},
+    "one scale for all": {"pads": [1] * 4, "per_channel": False},
+    "unsigned weights around 128": {"w_type": np.uint8, "w_zero": 128, "per_channel": False},
+    "the largest zero point": {"pads": [1] * 4, "zero": 127},
+}
+
+
+@pytest.mark.parametrize("x_type", [np.uint8, np.int8])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions(target: tvm.target.Target, case: str, x_type: type) -> None:
+    options = dict(CONVOLUTIONS[case])
+    channels, outputs = 32, options.pop("outputs", 48)
+    size, kernel = options.pop("size", 9), options.pop("kernel", 3)
+    w_type, w_zero = options.pop("w_type", np.int8), options.pop("w_zero", 0)
+    zero, per_channel = options.pop("zero", 3), options.pop("per_channel", True)
+    generator, w_info, x_info = rng(), np.iinfo(w_type), np.iinfo(x_type)
+    scales = (outputs,) if per_channel else ()
+    shape = outputs, channels, kernel, kernel
+    constants = {
+        "xs": np.array(0.05, "float32"),
+        "xz": np.array(zero, x_type),
+        "w": generator.integers(w_info.min, w_info.max + 1, shape).astype(w_type),
+        "ws": np.asarray(generator.random(scales) * 0.01 + 0.001, "float32"),
+        "wz": np.full(scales, w_zero, w_type),
+        "b": generator.standard_normal(outputs).astype("float32"),
+    }
+    images = 1, channels, size, size
+    x: np.ndarray = generator.integers(x_info.min, x_info.max + 1, images).astype(x_type)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wf"], axis=0),
+        helper.make_node("Conv", ["xf", "wf", "b"], ["y"], **options),
+    ]
+    made = imported(quantised(nodes, x.shape, constants, x_type), target=target)
+    got, traces = run(made, target, x)
+    assert INTRINSICS in traces, "the convolution does not use the instruction"
+    if got is not None:
+        wanted = convolved(constants, x, options)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+PRODUCTS: dict[str, dict[str, Any]] = {
+    "matrix": {},
+    "three axes": {"rows": (2, 7)},
+    "outputs that fill no vectors": {"columns": 50},
+    "one row": {"rows": (1,)},
+    "rows of a transformer": {"rows": (197,), "columns": 64},
+    "transposed": {"gemm": {"transB": 1}},
+    "scaled": {"gemm": {"alpha": 0.5, "beta": 2.0}},
+}
+
+
+@pytest.mark.parametrize("x_type", [np.uint8, np.int8])
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products(target: tvm.target.Target, case: str, x_type: type) -> None:
+    options = PRODUCTS[case]
+    gemm = options.get("gemm")
+    rows, columns, terms = options.get("rows", (12,)), options.get("columns", 32), 64
+    generator, info = rng(), np.iinfo(x_type)
+    transposed = bool(gemm and gemm.get("transB"))
+    matrix = generator.integers(-128, 128, (terms, columns)).astype("int8")
+    constants = {
+        "xs": np.array(0.05, "float32"),
+        "xz": np.array(7, x_type),
+        "w": np.ascontiguousarray(matrix.T) if transposed else matrix,
+        "ws": (generator.random(columns) * 0.01 + 0.001).astype("float32"),
+        "wz": np.zeros(columns, "int8"),
+    }
+    x: np.ndarray = generator.integers(info.min, info.max + 1, (*rows, terms)).astype(x_type)
+    axis = 0 if transposed else 1
+    nodes = [helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wf"], axis=axis)]
+    sums = (x.astype("float64") - 7.0) @ matrix.astype("float64")
+    wanted = sums * float(constants["xs"]) * constants["ws"].astype("float64")
+    if gemm is None:
+        nodes.append(helper.make_node("MatMul", ["xf", "wf"], ["y"]))
+    else:
+        constants["b"] = generator.standard_normal(columns).astype("float32")
+        nodes.append(helper.make_node("Gemm", ["xf", "wf", "b"], ["y"], **gemm))
+        wanted = gemm.get("alpha", 1.0) * wanted + gemm.get("beta", 1.0) * constants["b"]
+    made = imported(quantised(nodes, x.shape, constants, x_type), target=target)
+    got, traces = run(made, target, x)
+    assert INTRINSICS in traces, "the product does not use the instruction"
+    if got is not None:
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def integer_product(x: np.ndarray, zeros: dict[str, np.ndarray], matrix: np.ndarray) -> ModelProto:
+    order = ["x", "w", *(name if name in zeros else "" for name in ("xz", "wz"))]
+    while not order[-1]:
+        order.pop()
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", order, ["y"])],
+        "integers",
+        [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, None)],
+        [numpy_helper.from_array(a, name) for name, a in {"w": matrix, **zeros}.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+@pytest.mark.parametrize(
+    "zeros",
+    [
+        {},
+        {"xz": np.array(131, "uint8")},
+        {"xz": np.array(200, "uint8"), "wz": np.array(0, "int8")},
+        {"xz": np.array(131, "uint8"), "wz": np.zeros(48, "int8")},
+    ],
+)
+def test_integer_products_are_exact(
+    target: tvm.target.Target, zeros: dict[str, np.ndarray]
+) -> None:
+    x = rng().integers(0, 256, (10, 64)).astype("uint8")
+    matrix = rng().integers(-128, 128, (64, 48)).astype("int8")
+    made = imported(integer_product(x, zeros, matrix), target=target)
+    got, traces = run(made, target, x)
+    assert INTRINSICS in traces
+    if got is not None:
+        wanted = (x.astype("int64") - int(zeros.get("xz", np.array(0)))) @ matrix.astype("int64")
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("why", ["zero points apart", "terms", "weights at run time"])
+def test_what_does_not_fit_is_left_to_floats(why: str) -> None:
+    """And is right all the same."""
+    terms = 62 if why == "terms" else 64
+    x = rng().integers(0, 256, (10, terms)).astype("uint8")
+    matrix = rng().integers(-128, 128, (terms, 48)).astype("int8")
+    zeros = {"xz": np.array(3, "uint8"), "wz": np.zeros(48, "int8")}
+    if why == "zero points apart":
+        zeros["wz"][5] = 100
+    model = integer_product(x, zeros, matrix)
+    feeds = {"x": x}
+    if why == "weights at run time":
+        (weights,) = (t for t in model.graph.initializer if t.name == "w")
+        model.graph.initializer.remove(weights)
+        model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.INT8, matrix.shape))
+        feeds["w"] = matrix
+    made = imported(model, target=SIXTEEN)
+    assert not any("bytes" in variable.name_hint for variable in made.module.get_global_vars())
+    executable = compile_module(made.module, LLVM, {})
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    arrays = [feeds[spec.name] for spec in made.inputs] + list(made.weights.values())
+    got = machine["main"](*(tvm.runtime.tensor(np.array(a, order="C")) for a in arrays))
+    (wanted,) = run_onnxruntime(model, feeds)
+    np.testing.assert_array_equal(got.numpy(), wanted)
+
+
+def test_schedules_replay(target: tvm.target.Target) -> None:
+    """Records hold traces: each alternative gives the same kernel again in another process."""
+    x = rng().integers(0, 256, (24, 64)).astype("uint8")
+    matrix = rng().integers(-128, 128, (64, 96)).astype("int8")
+    made = imported(integer_product(x, {}, matrix), target=target)
+    (task,) = (task for task in extract(made, target) if "bytes" in task.name)
+    found = baseline_schedules(task.module, target)
+    assert len(found) == 3
+    for schedule in found:
+        again = apply_trace(trace_to_json(schedule.trace), task.module)
+        assert tvm_ffi.structural_equal(again.mod, schedule.mod)
+
+
+def test_signed_activations_become_unsigned() -> None:
+    """A rounded value that is only converted back needs no sign; one that leaves the model keeps it."""
+    shape = (1, 16, 5, 5)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["kept"]),
+        helper.make_node("DequantizeLinear", ["kept", "s", "z"], ["unused"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "signs",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info("kept", TensorProto.INT8, shape),
+        ],
+        [
+            numpy_helper.from_array(np.array(0.1, "float32"), "s"),
+            numpy_helper.from_array(np.array(-5, "int8"), "z"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = (20 * rng().standard_normal(shape)).astype("float32")
+    wanted = run_onnxruntime(model, {"x": x})
+    changed = to_unsigned(model)
+    types = {v.name: v.type.tensor_type.elem_type for v in infer_shapes(changed).graph.value_info}
+    assert types["q"] == TensorProto.UINT8
+    got = run_onnxruntime(changed, {"x": x})
+    assert got[1].dtype == np.int8
+    for left, right in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(left, right)
