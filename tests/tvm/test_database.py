@@ -29,9 +29,9 @@ from gpu_aware_tune.kernels.traces import (
 )
 from gpu_aware_tune.records import tvm_database
 from gpu_aware_tune.records.store import Record, RecordKey, Store
-from gpu_aware_tune.workers.warm import load_tvm
+from gpu_aware_tune.workers.warm import load_intrinsics
 
-load_tvm()
+load_intrinsics("llvm")
 ms = tvm.s_tir.meta_schedule
 
 TARGET = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64", "num-cores": 2})
