@@ -71,8 +71,12 @@ def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
     if image is None or weights is None or weights.values.ndim != 4:
         return None
     outputs, channels = weights.values.shape[:2]
-    if attributes.get("group", 1) != 1 or outputs % lanes or channels % lanes:
-        return None
+    if (
+        attributes.get("group", 1) != 1
+        or outputs % lanes
+        or (channels % lanes and channels > lanes)
+    ):
+        return None  # few channels are copied to lie in fours, whole blocks of them do
     if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b""):
         return None
     pads = [int(pad) for pad in attributes.get("pads", [0] * 4)]
@@ -82,8 +86,10 @@ def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
     offsets = _offsets(weights.values.reshape(outputs, -1).T, zero)
     if offsets is None:
         return None
+    more = -channels % TERMS
+    fours = np.ascontiguousarray(np.pad(weights.values, [(0, 0), (0, more), (0, 0), (0, 0)]))
     sums = builder.emit_te(
-        _convolved, image.values, relax.const(weights.values), pads, strides, dilations, zero,
+        _convolved, image.values, relax.const(fours), pads, strides, dilations, zero,
         primfunc_name_hint="conv2d_bytes",
     )  # fmt: skip
     along = [1, outputs, 1, 1]
@@ -184,12 +190,16 @@ def _convolved(
     dilations: Sequence[int],
     zero: int,
 ) -> te.Tensor:
-    """Sums of (N, C, H, W) bytes and (O, C, h, w) signed ones, what is outside the image being `zero`."""
+    """Sums of (N, C, H, W) bytes and (O, C, h, w) signed ones, what is outside the image being `zero`.
+
+    The weights may have more channels than the image, for which they are 0.
+    """
     image = _unsigned(data)
-    if any(pads):
+    more = int(weights.shape[1]) - int(data.shape[1])
+    if any(pads) or more:
         top, left, bottom, right = pads
         image = topi.nn.pad(
-            image, [0, 0, top, left], [0, 0, bottom, right], tirx.const(zero, "uint8")
+            image, [0, 0, top, left], [0, more, bottom, right], tirx.const(zero, "uint8")
         )
     outputs, channels, rows, columns = (int(extent) for extent in weights.shape)
     reach = [(size - 1) * step + 1 for size, step in zip((rows, columns), dilations, strict=True)]

@@ -107,6 +107,9 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "blocks as many as lanes": {"kernel": 1, "outputs": 256, "size": 4},
     "one scale for all": {"pads": [1] * 4, "per_channel": False},
     "unsigned weights around 128": {"w_type": np.uint8, "w_zero": 128, "per_channel": False},
+    "an image of three channels": {"pads": [1] * 4, "channels": 3, "strides": [2, 2]},
+    "patches of three channels": {"channels": 3, "kernel": 4, "strides": [4, 4], "size": 16},
+    "an image of eight channels": {"pads": [1] * 4, "channels": 8},
     "the largest zero point": {"pads": [1] * 4, "zero": 127},
 }
 
@@ -115,7 +118,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolutions(target: tvm.target.Target, case: str, x_type: type) -> None:
     options = dict(CONVOLUTIONS[case])
-    channels, outputs = 32, options.pop("outputs", 48)
+    channels, outputs = options.pop("channels", 32), options.pop("outputs", 48)
     size, kernel = options.pop("size", 9), options.pop("kernel", 3)
     w_type, w_zero = options.pop("w_type", np.int8), options.pop("w_zero", 0)
     zero, per_channel = options.pop("zero", 3), options.pop("per_channel", True)
