@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _QUANTISING = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
                "QLinearAdd", "QLinearMul", "ConvInteger", "MatMulInteger",
                "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}  # fmt: skip
-HOISTED_BYTES = 1024  # larger constants become parameters of main
+HOISTED_ELEMENTS = 256  # larger constants become parameters of main
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def _hoist_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, np.n
             if not isinstance(op.ty, relax.TensorType):
                 return op
             array = _in_place(op.value)
-            if array.nbytes <= HOISTED_BYTES:
+            if array.size <= HOISTED_ELEMENTS:
                 return op
             if op.value not in variables:
                 name = f"weight_{len(parameters):04d}"

@@ -71,12 +71,8 @@ def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
     if image is None or weights is None or weights.values.ndim != 4:
         return None
     outputs, channels = weights.values.shape[:2]
-    if (
-        attributes.get("group", 1) != 1
-        or outputs % lanes
-        or (channels % lanes and channels > lanes)
-    ):
-        return None  # few channels are copied to lie in fours, whole blocks of them do
+    if attributes.get("group", 1) != 1 or outputs < lanes:
+        return None
     if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b""):
         return None
     pads = [int(pad) for pad in attributes.get("pads", [0] * 4)]
@@ -86,12 +82,15 @@ def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
     offsets = _offsets(weights.values.reshape(outputs, -1).T, zero)
     if offsets is None:
         return None
-    more = -channels % TERMS
-    fours = np.ascontiguousarray(np.pad(weights.values, [(0, 0), (0, more), (0, 0), (0, 0)]))
+    # Filters of zeros fill the last vector; their results are left out again.
+    more = ((0, -outputs % lanes), (0, -channels % TERMS), (0, 0), (0, 0))
+    fours = np.ascontiguousarray(np.pad(weights.values, more))
     sums = builder.emit_te(
         _convolved, image.values, relax.const(fours), pads, strides, dilations, zero,
         primfunc_name_hint="conv2d_bytes",
     )  # fmt: skip
+    if outputs % lanes:
+        sums = builder.normalize(relax.op.strided_slice(sums, [1], [0], [outputs]))
     along = [1, outputs, 1, 1]
     bias = inputs[2] if len(inputs) > 2 else None
     if bias is not None:

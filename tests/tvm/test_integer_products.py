@@ -10,6 +10,7 @@ import pytest
 import tvm
 import tvm_ffi
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from onnx_check import LLVM, imported
 from onnx_graphs import run_onnxruntime
 from tvm import relax
@@ -18,6 +19,7 @@ from gpu_aware_tune.codegen.compile import compile_module
 from gpu_aware_tune.kernels.dot_products import INTRINSICS
 from gpu_aware_tune.kernels.packing import packed
 from gpu_aware_tune.kernels.schedules import baseline_schedules
+from gpu_aware_tune.kernels.schedules.cpu import machine_of
 from gpu_aware_tune.kernels.traces import apply_trace, trace_to_json
 from gpu_aware_tune.model.importer import Model
 from gpu_aware_tune.model.tasks import extract
@@ -110,6 +112,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "an image of three channels": {"pads": [1] * 4, "channels": 3, "strides": [2, 2]},
     "patches of three channels": {"channels": 3, "kernel": 4, "strides": [4, 4], "size": 16},
     "an image of eight channels": {"pads": [1] * 4, "channels": 8},
+    "channels and outputs of no whole vectors": {"channels": 20, "outputs": 24},
     "the largest zero point": {"pads": [1] * 4, "zero": 127},
 }
 
@@ -266,6 +269,71 @@ def test_schedules_replay(target: tvm.target.Target) -> None:
     for schedule in found:
         again = apply_trace(trace_to_json(schedule.trace), task.module)
         assert tvm_ffi.structural_equal(again.mod, schedule.mod)
+
+
+@pytest.mark.parametrize("outputs", [32, 24])
+def test_images_between_convolutions_are_in_blocks(target: tvm.target.Target, outputs: int) -> None:
+    """Of 24 channels they are not, and the second convolution sums bytes in blocks all the same."""
+    generator = rng()
+    constants = {"xs": np.array(0.05, "float32"), "xz": np.array(9, "uint8")}
+    nodes = []
+    for number, (channels, filters) in enumerate([(16, 32), (32, outputs), (outputs, 16)]):
+        constants |= {
+            f"w{number}": generator.integers(-128, 128, (filters, channels, 3, 3)).astype("int8"),
+            f"ws{number}": np.array(0.002, "float32"),
+            f"wz{number}": np.array(0, "int8"),
+            f"ys{number}": np.array(0.1, "float32"),
+            f"yz{number}": np.array(100, "uint8"),
+        }
+        read = "xf" if number == 0 else f"d{number - 1}"
+        parameters = [f"ys{number}", f"yz{number}"]
+        names = [f"w{number}", f"ws{number}", f"wz{number}"]
+        nodes += [
+            helper.make_node("DequantizeLinear", names, [f"wf{number}"]),
+            helper.make_node("Conv", [read, f"wf{number}"], [f"c{number}"], pads=[1] * 4),
+            helper.make_node("QuantizeLinear", [f"c{number}", *parameters], [f"q{number}"]),
+            helper.make_node("DequantizeLinear", [f"q{number}", *parameters], [f"d{number}"]),
+        ]
+    nodes[-1].output[0] = "y"
+    x: np.ndarray = generator.integers(0, 256, (1, 16, 9, 9)).astype("uint8")
+    model = quantised(nodes, x.shape, constants, np.uint8)
+    made = imported(model, target=target)
+    names = [variable.name_hint for variable in made.module.get_global_vars()]
+    assert any(f"nchw{machine_of(target).lanes}c" in name for name in names)
+    got, traces = run(made, target, x)
+    assert traces.count('"Tensorize"') == 3
+    if got is not None:
+        (wanted,) = ReferenceEvaluator(model).run(None, {"x": x})
+        steps = np.abs(got - wanted) / 0.1
+        assert steps.max() < 1.01 and np.mean(steps > 0.01) < 0.01, "but for ties"
+
+
+def test_what_is_only_chosen_by_order_becomes_unsigned_too() -> None:
+    """As ONNX Runtime's quantiser writes it: a maximum of bytes between two conversions."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("MaxPool", ["q"], ["m"], kernel_shape=[2, 2], pads=[1, 1, 0, 0]),
+        helper.make_node("Transpose", ["m"], ["t"], perm=[0, 2, 3, 1]),
+        helper.make_node("DequantizeLinear", ["t", "s", "z"], ["y"]),
+    ]
+    shape = (1, 3, 5, 5)
+    graph = helper.make_graph(
+        nodes,
+        "maxima",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(np.array(0.1, "float32"), "s"),
+            numpy_helper.from_array(np.array(-5, "int8"), "z"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = (3 * rng().standard_normal(shape)).astype("float32")
+    wanted = run_onnxruntime(model, {"x": x})
+    changed = to_unsigned(model)
+    types = {v.name: v.type.tensor_type.elem_type for v in infer_shapes(changed).graph.value_info}
+    assert types["t"] == types["m"] == TensorProto.UINT8
+    np.testing.assert_array_equal(run_onnxruntime(changed, {"x": x})[0], wanted[0])
 
 
 def test_signed_activations_become_unsigned() -> None:

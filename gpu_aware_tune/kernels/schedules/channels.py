@@ -90,9 +90,12 @@ class Kernel:
         if self.filter is None:
             return ()
         split = {side.axes.get(self.filter.block) for side in sides}
+        inputs = self.filter.inputs in split - {None}
         if self.filter.outputs not in split:
-            return ()
-        return (1, 0) if self.filter.inputs in split - {None} else (0,)
+            # Sums of bytes need the axis of four terms to be a dimension of the filter.
+            of_bytes = str(self.function.params[self.filter.parameter].dtype) == "int8"
+            return (1,) if inputs and of_bytes else ()
+        return (1, 0) if inputs else (0,)
 
     def _image(self, *index: Any) -> list[Any]:
         batch, channel, *rest = index
