@@ -63,8 +63,8 @@ def quantised(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    opsets = [helper.make_opsetid("", 17)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    opsets = [helper.make_opsetid("", 19)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
 def run(model: Model, target: tvm.target.Target, x: np.ndarray) -> tuple[np.ndarray | None, str]:
