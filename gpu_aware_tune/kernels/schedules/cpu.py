@@ -19,11 +19,7 @@ from gpu_aware_tune.kernels.schedules.blocks import (
     is_reduction,
     loops_of_axes,
 )
-from gpu_aware_tune.kernels.schedules.dots import (
-    DotProduct,
-    reduction_of,
-    use_instructions,
-)
+from gpu_aware_tune.kernels.schedules.dots import dot_product_of, use_instructions
 from gpu_aware_tune.kernels.schedules.elementwise import schedule_elementwise
 from gpu_aware_tune.kernels.schedules.padding import pad_product
 from gpu_aware_tune.kernels.schedules.partial_sums import split_lanes
@@ -90,17 +86,14 @@ def _reduced(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedu
 
     The last one is the schedule as it was, where nothing was accepted.
     """
-    reduction = reduction_of(schedule, name, machine)
-    tiles = reduction.tiles()
     found = False
-    if isinstance(reduction, DotProduct):
-        for tiled in _tiled(schedule, reduction):
-            found = True
-            yield tiled
-        if found:
-            return
-        reduction = Reduction(schedule, name, machine)
-        tiles = reduction.tiles()
+    for summed in _summed_in_fours(schedule, name, machine):
+        found = True
+        yield summed
+    if found:
+        return
+    reduction = Reduction(schedule, name, machine)
+    tiles = reduction.tiles()
     ideal = reduction.steps / machine.lanes / machine.units
     if not tiles or tiles[0].cycles > _PARTIAL_SUMS_RATIO * ideal:
         split = attempt(schedule, partial(split_lanes, name=name, machine=machine))
@@ -118,6 +111,12 @@ def _reduced(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedu
         yield tiled
     if not found:
         yield schedule
+
+
+def _summed_in_fours(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule]:
+    reduction = dot_product_of(schedule, name, machine)
+    if reduction is not None:
+        yield from _tiled(schedule, reduction)
 
 
 def _in_rows(schedule: Schedule, reduction: Reduction) -> Iterator[Schedule]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm.s_tir import Schedule
+import tvm_ffi
+from tvm.s_tir import SBlock, Schedule
+from tvm.tirx import For
 
 from gpu_aware_tune.kernels.dot_products import TERMS, dot_product
 from gpu_aware_tune.kernels.schedules.access import Access, Axis
-from gpu_aware_tune.kernels.schedules.blocks import block_names
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile
 
@@ -135,7 +136,7 @@ class DotProduct(Reduction):
 
 def use_instructions(schedule: Schedule) -> None:
     """Replace the marked loops by instructions: the last step, as TVM cannot copy a schedule after it."""
-    for name in block_names(schedule):
+    for name in _marked(schedule):
         for loop in schedule.get_loops(schedule.get_sblock(name)):
             intrinsic = schedule.get(loop).annotations.get(_MARK)
             if intrinsic is not None:
@@ -144,9 +145,23 @@ def use_instructions(schedule: Schedule) -> None:
                 break
 
 
-def reduction_of(schedule: Schedule, name: str, machine: Machine) -> Reduction:
-    """A reduction block, as a sum of products of bytes where it is one."""
+def _marked(schedule: Schedule) -> list[str]:
+    """The names of the blocks in marked loops."""
+    found: list[str] = []
+
+    def visit(loop: For) -> None:
+        if _MARK in loop.annotations:
+            tvm_ffi.structural_walk(
+                loop.body, (SBlock, lambda block: found.append(str(block.name_hint)))
+            )
+
+    tvm_ffi.structural_walk(schedule.mod["main"].body, (For, visit))
+    return found
+
+
+def dot_product_of(schedule: Schedule, name: str, machine: Machine) -> DotProduct | None:
+    """A reduction block as a sum of products of bytes; None where it is none."""
     try:
         return DotProduct(schedule, name, machine)
     except ValueError:
-        return Reduction(schedule, name, machine)
+        return None
