@@ -66,7 +66,7 @@ def import_apart(
     worker = session.host.spawn(
         serve_import, path.absolute(), dict(target), dict(input_shapes), dtype
     )
-    # Meanwhile: what the search's workers, which are forked later, have in common.
+    # Meanwhile: what the search's workers, which are forked later, will need.
     session.host.load_intrinsics(str(target["kind"]))
     try:
         found = _answer(worker, path, session.settings.import_timeout_s)

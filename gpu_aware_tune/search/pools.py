@@ -96,6 +96,7 @@ class Pools:
         cores = available_cores()
         searchers, builders = worker_counts(cores)
         target = dict(settings.target)
+        self._host.load_intrinsics(str(target["kind"]))
         self.builders = BuildPool(
             self._host,
             target,
