@@ -282,10 +282,12 @@ def _signed(values: np.ndarray | None, zeros: np.ndarray | None, given: Any) -> 
 
 
 def _dequantised(builder: Any, value: Any) -> Any:
-    """The call of `dequantize` that made a value, None for anything else."""
+    """The call of `dequantize` that made a value of float32, None for anything else."""
     made = _made(builder, value)
     is_call = isinstance(made, tvm.ir.Call) and isinstance(made.op, tvm.ir.Op)
-    return made if is_call and str(made.op.name) == "relax.dequantize" else None
+    if not is_call or str(made.op.name) != "relax.dequantize":
+        return None
+    return made if str(made.attrs.out_dtype) == "float32" else None
 
 
 def _made(builder: Any, value: Any) -> Any:

@@ -51,7 +51,7 @@ def to_unsigned(model: ModelProto) -> ModelProto:
         for each, point in zip(group, points, strict=True):
             moved = int(point or 0) + _SIGNED
             if moved not in zeros:
-                zeros[moved] = f"{node.output[0]}/unsigned_zero"
+                zeros[moved] = f"{node.output[0]}/unsigned_zero_{moved}"
                 tensor = numpy_helper.from_array(np.array(moved, np.uint8), zeros[moved])
                 graph.initializer.append(tensor)
             each.input[_PLACE_OF_ZERO] = zeros[moved]

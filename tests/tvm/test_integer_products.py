@@ -258,6 +258,24 @@ def test_what_does_not_fit_is_left_to_floats(why: str) -> None:
     np.testing.assert_array_equal(got.numpy(), wanted)
 
 
+def test_half_precision_is_left_to_floats() -> None:
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wf"]),
+        helper.make_node("MatMul", ["xf", "wf"], ["h"]),
+        helper.make_node("Cast", ["h"], ["y"], to=TensorProto.FLOAT),
+    ]
+    constants = {
+        "xs": np.array(0.05, "float16"),
+        "xz": np.array(3, "uint8"),
+        "w": rng().integers(-128, 128, (64, 32)).astype("int8"),
+        "ws": np.array(0.01, "float16"),
+        "wz": np.array(0, "int8"),
+    }
+    model = quantised(nodes, (4, 64), constants, np.uint8)
+    made = imported(model, target=SIXTEEN)
+    assert not any("bytes" in variable.name_hint for variable in made.module.get_global_vars())
+
+
 def test_schedules_replay(target: tvm.target.Target) -> None:
     """Records hold traces: each alternative gives the same kernel again in another process."""
     x = rng().integers(0, 256, (24, 64)).astype("uint8")
