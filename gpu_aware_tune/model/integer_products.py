@@ -11,8 +11,9 @@ Source: Jacob et al., arXiv 1712.05877, section 2; ONNX Runtime fuses the same o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,16 @@ import tvm
 from tvm import relax, te, tirx, topi
 
 from gpu_aware_tune.kernels.dot_products import TERMS
+from gpu_aware_tune.model.operators import Converter, dtype_of
 
 _BYTES = ("uint8", "int8")
 _SIGNED = 128  # a signed byte is an unsigned one less this
 _MOST = np.iinfo(np.int32).max
-Converter = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class _Image:
-    """Activations that were dequantised: `scale * (values - zero)`."""
+    """Activations that were dequantised: `scale * (unsigned values - zero)`; see `_unsigned`."""
 
     values: Any
     scale: float
@@ -51,19 +52,13 @@ def integer_converters(lanes: int) -> dict[str, Converter]:
     is left to floats.
     """
 
-    def conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-        return _conv(builder, inputs, attributes, lanes)
-
-    def matmul(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-        return _product(builder, inputs, {}, lanes)
-
-    def gemm(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-        return _product(builder, inputs, attributes, lanes)
-
-    def matmul_integer(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-        return _matmul_integer(builder, inputs, lanes)
-
-    return {"Conv": conv, "Gemm": gemm, "MatMul": matmul, "MatMulInteger": matmul_integer}
+    kinds = {
+        "Conv": _conv,
+        "Gemm": _product,
+        "MatMul": _product,
+        "MatMulInteger": _matmul_integer,
+    }
+    return {name: partial(convert, lanes=lanes) for name, convert in kinds.items()}
 
 
 def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
@@ -78,15 +73,14 @@ def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
     pads = [int(pad) for pad in attributes.get("pads", [0] * 4)]
     strides = [int(step) for step in attributes.get("strides", [1, 1])]
     dilations = [int(step) for step in attributes.get("dilations", [1, 1])]
-    zero = image.zero + (_SIGNED if _dtype(image.values) == "int8" else 0)
-    offsets = _offsets(weights.values.reshape(outputs, -1).T, zero)
+    offsets = _offsets(weights.values.reshape(outputs, -1).T, image.zero)
     if offsets is None:
         return None
     # Filters of zeros fill the last vector; their results are left out again.
     more = ((0, -outputs % lanes), (0, -channels % TERMS), (0, 0), (0, 0))
     fours = np.ascontiguousarray(np.pad(weights.values, more))
     sums = builder.emit_te(
-        _convolved, image.values, relax.const(fours), pads, strides, dilations, zero,
+        _convolved, image.values, relax.const(fours), pads, strides, dilations, image.zero,
         primfunc_name_hint="conv2d_bytes",
     )  # fmt: skip
     if outputs % lanes:
@@ -112,8 +106,7 @@ def _product(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any],
     if image is None or weights is None or weights.values.ndim != 2:
         return None
     matrix = weights.values.T if transposed else weights.values
-    zero = image.zero + (_SIGNED if _dtype(image.values) == "int8" else 0)
-    offsets = _offsets(matrix, zero)
+    offsets = _offsets(matrix, image.zero)
     sums = _summed(builder, image.values, matrix, lanes)
     if offsets is None or sums is None:
         return None
@@ -124,12 +117,14 @@ def _product(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any],
     return _scaled(builder, sums, offsets, image.scale * weights.scale * alpha, bias)
 
 
-def _matmul_integer(builder: Any, inputs: Sequence[Any], lanes: int) -> Any:
+def _matmul_integer(
+    builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int
+) -> Any:
     """MatMulInteger with constant weights: `sum a b - z sum b`, z as it is computed, for all rows."""
     values = inputs[0]
     zeros = [inputs[place] if place < len(inputs) else None for place in (2, 3)]
     matrix = _signed(_constant(builder, inputs[1]), _constant(builder, zeros[1]), zeros[1])
-    if matrix is None or matrix.ndim != 2 or _dtype(values) not in _BYTES:
+    if matrix is None or matrix.ndim != 2 or dtype_of(values) not in _BYTES:
         return None
     if zeros[0] is not None and _elements(zeros[0]) != 1:
         return None
@@ -137,7 +132,7 @@ def _matmul_integer(builder: Any, inputs: Sequence[Any], lanes: int) -> Any:
     sums = _summed(builder, values, matrix, lanes)
     if columns is None or sums is None:
         return None
-    zero = relax.const(_SIGNED if _dtype(values) == "int8" else 0, "int32")
+    zero = relax.const(_shift(values), "int32")
     if zeros[0] is not None:
         given = relax.op.astype(relax.op.reshape(zeros[0], []), "int32")
         zero = relax.op.add(builder.normalize(given), zero)
@@ -244,12 +239,18 @@ def _unsigned(data: te.Tensor) -> te.Tensor:
 def _image(builder: Any, value: Any) -> _Image | None:
     """The bytes that activations were dequantised from, with one scale and zero point for all."""
     call = _dequantised(builder, value)
-    if call is None or _dtype(call.args[0]) not in _BYTES:
+    if call is None or dtype_of(call.args[0]) not in _BYTES:
         return None
     scale, zero = (_constant(builder, argument) for argument in call.args[1:3])
     if scale is None or zero is None or scale.size != 1 or zero.size != 1:
         return None
-    return _Image(call.args[0], float(scale.reshape(())), int(zero.reshape(())))
+    values = call.args[0]
+    return _Image(values, float(scale.reshape(())), int(zero.reshape(())) + _shift(values))
+
+
+def _shift(values: Any) -> int:
+    """What `_unsigned` adds to bytes."""
+    return _SIGNED if dtype_of(values) == "int8" else 0
 
 
 def _weights(builder: Any, value: Any, axis: int) -> _Weights | None:
@@ -302,10 +303,6 @@ def _made(builder: Any, value: Any) -> Any:
 def _constant(builder: Any, value: Any) -> np.ndarray | None:
     made = None if value is None else _made(builder, value)
     return np.asarray(made.value.numpy()) if isinstance(made, tvm.ir.GenericConst) else None
-
-
-def _dtype(value: Any) -> str:
-    return str(value.ty.dtype) if hasattr(value.ty, "dtype") else ""
 
 
 def _elements(value: Any) -> int:

@@ -16,7 +16,8 @@ HALF = ("float16", "bfloat16")
 Converter = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
 
 
-def _dtype(value: Any) -> str:
+def dtype_of(value: Any) -> str:
+    """The type of a relax expression's elements, "" for what is no tensor."""
     return str(value.ty.dtype) if hasattr(value.ty, "dtype") else ""
 
 
@@ -24,7 +25,7 @@ def _matmul(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) 
     """Half-precision MatMul with float32 accumulators, which tensor cores have too."""
     from tvm import relax
 
-    dtype = _dtype(inputs[0])
+    dtype = dtype_of(inputs[0])
     if dtype not in HALF:
         return None
     product = builder.normalize(relax.op.matmul(inputs[0], inputs[1], out_dtype="float32"))
@@ -35,7 +36,7 @@ def _gemm(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) ->
     """Half-precision Gemm; scaled and added to in float32 as well."""
     from tvm import relax
 
-    dtype = _dtype(inputs[0])
+    dtype = dtype_of(inputs[0])
     if dtype not in HALF:
         return None
     a, b = (
@@ -85,7 +86,7 @@ def _convolved(
     """Half-precision convolutions with float32 accumulators, the bias added in float32."""
     from tvm import relax
 
-    dtype = _dtype(inputs[0])
+    dtype = dtype_of(inputs[0])
     rank = len(inputs[1].ty.shape) - 2
     if dtype not in HALF or rank not in operators:
         return None

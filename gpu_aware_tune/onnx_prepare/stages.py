@@ -75,7 +75,7 @@ def prepare(
     model, weights = detach_weights(model)
     model = expand(fold(model), supported)
     refuse_unsupported(model, supported)
-    model = to_unsigned(attach_weights(model, weights))
+    model = attach_weights(to_unsigned(model), weights)
     _tidy(model)
     return model
 

@@ -38,9 +38,11 @@ def test_a_share_is_verified_and_measured(
     try:
         measurer.open()
         assert 0 < measurer.evidence["sms_seen"] <= share.units
-        result = measurer.measure(job(artifacts["good"]))
-        assert result.failure is None, result.failure
-        assert result.seconds is not None and 0 < result.seconds < 1.0
+        # The best of three: the mock GPU computes on cores that other tests use as well.
+        results = [measurer.measure(job(artifacts["good"])) for _ in range(3)]
+        assert [each.failure for each in results] == [None] * 3
+        result = min(results, key=lambda each: each.seconds or 0.0)
+        assert result.seconds is not None and 0 < result.seconds < 1e-2
         assert result.how[0] in ("graph", "events")
         assert result.sentinel_ratio is not None
     finally:

@@ -327,6 +327,32 @@ def test_images_between_convolutions_are_in_blocks(target: tvm.target.Target, ou
         assert steps.max() < 1.01 and np.mean(steps > 0.01) < 0.01
 
 
+def rounded(nodes: list[Any], shape: tuple[int, ...], **outputs: int) -> ModelProto:
+    """Floats x in, and scale `s` and zero point `z` of signed bytes; outputs of these types."""
+    graph = helper.make_graph(
+        nodes,
+        "rounded",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
+        [
+            numpy_helper.from_array(np.array(0.1, "float32"), "s"),
+            numpy_helper.from_array(np.array(-5, "int8"), "z"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def made_unsigned(model: ModelProto, x: np.ndarray) -> tuple[dict[str, int], list[np.ndarray]]:
+    """The types between the nodes and the results afterwards, which are those of before."""
+    wanted = run_onnxruntime(model, {"x": x})
+    changed = to_unsigned(model)
+    types = {v.name: v.type.tensor_type.elem_type for v in infer_shapes(changed).graph.value_info}
+    got = run_onnxruntime(changed, {"x": x})
+    for left, right in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(left, right)
+    return types, got
+
+
 def test_what_is_only_chosen_by_order_becomes_unsigned_too() -> None:
     """As ONNX Runtime's quantiser writes it: a maximum of bytes between two conversions."""
     nodes = [
@@ -335,55 +361,21 @@ def test_what_is_only_chosen_by_order_becomes_unsigned_too() -> None:
         helper.make_node("Transpose", ["m"], ["t"], perm=[0, 2, 3, 1]),
         helper.make_node("DequantizeLinear", ["t", "s", "z"], ["y"]),
     ]
-    shape = (1, 3, 5, 5)
-    graph = helper.make_graph(
-        nodes,
-        "maxima",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [
-            numpy_helper.from_array(np.array(0.1, "float32"), "s"),
-            numpy_helper.from_array(np.array(-5, "int8"), "z"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    x = (3 * rng().standard_normal(shape)).astype("float32")
-    wanted = run_onnxruntime(model, {"x": x})
-    changed = to_unsigned(model)
-    types = {v.name: v.type.tensor_type.elem_type for v in infer_shapes(changed).graph.value_info}
+    x = (3 * rng().standard_normal((1, 3, 5, 5))).astype("float32")
+    types, _ = made_unsigned(rounded(nodes, x.shape, y=TensorProto.FLOAT), x)
     assert types["t"] == types["m"] == TensorProto.UINT8
-    np.testing.assert_array_equal(run_onnxruntime(changed, {"x": x})[0], wanted[0])
 
 
 def test_signed_activations_become_unsigned() -> None:
     """A rounded value that is only converted back needs no sign; one that leaves the model keeps it."""
-    shape = (1, 16, 5, 5)
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["kept"]),
         helper.make_node("DequantizeLinear", ["kept", "s", "z"], ["unused"]),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "signs",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [
-            helper.make_tensor_value_info("y", TensorProto.FLOAT, shape),
-            helper.make_tensor_value_info("kept", TensorProto.INT8, shape),
-        ],
-        [
-            numpy_helper.from_array(np.array(0.1, "float32"), "s"),
-            numpy_helper.from_array(np.array(-5, "int8"), "z"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    x = (20 * rng().standard_normal(shape)).astype("float32")
-    wanted = run_onnxruntime(model, {"x": x})
-    changed = to_unsigned(model)
-    types = {v.name: v.type.tensor_type.elem_type for v in infer_shapes(changed).graph.value_info}
+    x = (20 * rng().standard_normal((1, 16, 5, 5))).astype("float32")
+    model = rounded(nodes, x.shape, y=TensorProto.FLOAT, kept=TensorProto.INT8)
+    types, got = made_unsigned(model, x)
     assert types["q"] == TensorProto.UINT8
-    got = run_onnxruntime(changed, {"x": x})
     assert got[1].dtype == np.int8
-    for left, right in zip(got, wanted, strict=True):
-        np.testing.assert_array_equal(left, right)

@@ -20,6 +20,7 @@ import tvm  # noqa: E402
 from tf32_kernels import (  # noqa: E402
     ARCH,
     CUDA,
+    FUNCTIONS,
     matmul,
     module_of,
     on_tensor_cores,
@@ -66,7 +67,7 @@ def source_of(schedule: Schedule) -> str:
     return source
 
 
-@pytest.mark.parametrize("name", ["convolution", "shapes that tiles do not divide"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_kernels_compute_in_tf32(name: str, mock_gpu: Mapping[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("tf32_kernels.py"), name, "5"],

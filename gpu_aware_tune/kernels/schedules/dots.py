@@ -128,7 +128,7 @@ class DotProduct(Reduction):
                 reduce.append((loops[axis.position], axis.extent))
         return reduce, within
 
-    def _step(self, schedule: Schedule, vector: Any) -> None:
+    def _use_instruction(self, schedule: Schedule, vector: Any) -> None:
         """Mark the loop over lanes for `use_instructions`, if that will be able to replace it."""
         schedule.annotate(vector, _MARK, dot_product(self.machine.lanes))
         use_instructions(schedule.copy())

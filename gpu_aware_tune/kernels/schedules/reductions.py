@@ -85,8 +85,7 @@ class Reduction:
         self._pad_nearby(schedule, block)
         init = schedule.decompose_reduction(block, reduce[0][0])
         self._finish(schedule, init, depth, tile, unrolled=True)
-        if within:
-            self._step(schedule, vector)
+        self._use_instruction(schedule, vector)
 
     def _store_operands(self, schedule: Schedule, tile: Tile) -> None:
         """Copy the operands that the tile wants in another layout."""
@@ -101,9 +100,8 @@ class Reduction:
         """The loops over terms, with their extents, and those of terms that one step sums up."""
         return [(loops[axis.position], axis.extent) for axis in self.axes if axis.reduce], []
 
-    def _step(self, schedule: Schedule, vector: Any) -> None:
-        """Replace the loops over lanes and over the terms of one step by an instruction."""
-        raise NotImplementedError
+    def _use_instruction(self, schedule: Schedule, vector: Any) -> None:
+        """Let an instruction take the place of a step's loops, where there is one: of floats, none."""
 
     def _pad_nearby(self, schedule: Schedule, block: Any) -> None:
         """Pad an image piece by piece, right before a piece is read, where it is read only once.
