@@ -93,7 +93,7 @@ def apply_trace(trace_json: str, module: tvm.IRModule) -> Schedule:
 
 def _register_intrinsics(trace_json: str) -> None:
     """Make known the intrinsics that a trace names: they are looked up during the replay."""
-    if dot_products.INTRINSICS in trace_json:
+    if dot_products.names_dot_product(trace_json):
         dot_products.register_intrinsics()
         return
     load_intrinsics("cuda")

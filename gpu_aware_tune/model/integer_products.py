@@ -1,9 +1,9 @@
-"""Importer converters for quantised products: convolutions and matrix products as sums of bytes.
+"""Importer converters for quantised products: convolutions and matrix products as sums of integers.
 
 A model in QDQ form converts bytes to floats, multiplies, and converts back. With x = s (a - z) and weights
 w = t b, the sum of x w is s t (sum a b - z sum b): a sum of products of bytes, and one number for each
 output that is known beforehand. Where the processor has an instruction for such sums (see
-`kernels.dot_products`), that is several times as fast. The sums are exact, so that only the rounding of
+`kernels.dot_products`), that is up to several times as fast. The sums are exact, so that only the rounding of
 the scaled results differs from what floats give.
 
 Source: Jacob et al., arXiv 1712.05877, section 2; ONNX Runtime fuses the same operators.
@@ -20,7 +20,7 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx, topi
 
-from gpu_aware_tune.kernels.dot_products import TERMS
+from gpu_aware_tune.kernels.dot_products import DotProduct
 from gpu_aware_tune.model.operators import Converter, dtype_of
 
 _BYTES = ("uint8", "int8")
@@ -30,7 +30,7 @@ _MOST = np.iinfo(np.int32).max
 
 @dataclass(frozen=True)
 class _Image:
-    """Activations that were dequantised: `scale * (unsigned values - zero)`; see `_unsigned`."""
+    """Activations that were dequantised: `scale * (values - zero)`, the values as `_operand` gives them."""
 
     values: Any
     scale: float
@@ -39,14 +39,14 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Weights that were dequantised: signed bytes, and a scale for all or for each output."""
+    """Weights that were dequantised, less their zero point, and a scale for all or for each output."""
 
     values: np.ndarray
     scale: np.ndarray
 
 
-def integer_converters(lanes: int) -> dict[str, Converter]:
-    """The converters by ONNX operator, for vectors of so many lanes.
+def integer_converters(instruction: DotProduct) -> dict[str, Converter]:
+    """The converters by ONNX operator, for an instruction of the processor.
 
     Each gives None where operands are of another kind, or no whole vectors of outputs come of them: that
     is left to floats.
@@ -58,11 +58,15 @@ def integer_converters(lanes: int) -> dict[str, Converter]:
         "MatMul": _product,
         "MatMulInteger": _matmul_integer,
     }
-    return {name: partial(convert, lanes=lanes) for name, convert in kinds.items()}
+    return {name: partial(convert, instruction=instruction) for name, convert in kinds.items()}
 
 
-def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
-    image, weights = _image(builder, inputs[0]), _weights(builder, inputs[1], axis=0)
+def _conv(
+    builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], instruction: DotProduct
+) -> Any:
+    lanes = instruction.lanes
+    image = _image(builder, inputs[0], instruction)
+    weights = _weights(builder, inputs[1], 0, instruction)
     if image is None or weights is None or weights.values.ndim != 4:
         return None
     outputs, channels = weights.values.shape[:2]
@@ -77,10 +81,10 @@ def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
     if offsets is None:
         return None
     # Filters of zeros fill the last vector; their results are left out again.
-    more = ((0, -outputs % lanes), (0, -channels % TERMS), (0, 0), (0, 0))
-    fours = np.ascontiguousarray(np.pad(weights.values, more))
+    more = ((0, -outputs % lanes), (0, -channels % instruction.terms), (0, 0), (0, 0))
+    groups = np.pad(weights.values, more).astype(instruction.types[1], order="C")
     sums = builder.emit_te(
-        _convolved, image.values, relax.const(fours), pads, strides, dilations, image.zero,
+        _convolved, image.values, relax.const(groups), pads, strides, dilations, image.zero,
         primfunc_name_hint="conv2d_bytes",
     )  # fmt: skip
     if outputs % lanes:
@@ -97,17 +101,19 @@ def _along(scale: np.ndarray, shape: Sequence[int]) -> Sequence[int]:
     return shape if scale.size > 1 else [1] * len(shape)
 
 
-def _product(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
+def _product(
+    builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], instruction: DotProduct
+) -> Any:
     if attributes.get("transA", 0):
         return None
     transposed = bool(attributes.get("transB", 0))
-    image = _image(builder, inputs[0])
-    weights = _weights(builder, inputs[1], axis=0 if transposed else 1)
+    image = _image(builder, inputs[0], instruction)
+    weights = _weights(builder, inputs[1], 0 if transposed else 1, instruction)
     if image is None or weights is None or weights.values.ndim != 2:
         return None
     matrix = weights.values.T if transposed else weights.values
     offsets = _offsets(matrix, image.zero)
-    sums = _summed(builder, image.values, matrix, lanes)
+    sums = _summed(builder, image.values, matrix, instruction)
     if offsets is None or sums is None:
         return None
     bias = inputs[2] if len(inputs) > 2 else None
@@ -118,21 +124,21 @@ def _product(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any],
 
 
 def _matmul_integer(
-    builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int
+    builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], instruction: DotProduct
 ) -> Any:
     """MatMulInteger with constant weights: `sum a b - z sum b`, z as it is computed, for all rows."""
     values = inputs[0]
     zeros = [inputs[place] if place < len(inputs) else None for place in (2, 3)]
-    matrix = _signed(_constant(builder, inputs[1]), _constant(builder, zeros[1]), zeros[1])
+    matrix = _moved(builder, inputs[1], zeros[1], instruction)
     if matrix is None or matrix.ndim != 2 or dtype_of(values) not in _BYTES:
         return None
     if zeros[0] is not None and _elements(zeros[0]) != 1:
         return None
     columns = _offsets(matrix, -1)
-    sums = _summed(builder, values, matrix, lanes)
+    sums = _summed(builder, values, matrix, instruction)
     if columns is None or sums is None:
         return None
-    zero = relax.const(_shift(values), "int32")
+    zero = relax.const(_shift(values, instruction), "int32")
     if zeros[0] is not None:
         given = relax.op.astype(relax.op.reshape(zeros[0], []), "int32")
         zero = relax.op.add(builder.normalize(given), zero)
@@ -140,14 +146,15 @@ def _matmul_integer(
     return relax.op.subtract(sums, moved)
 
 
-def _summed(builder: Any, values: Any, matrix: np.ndarray, lanes: int) -> Any:
+def _summed(builder: Any, values: Any, matrix: np.ndarray, instruction: DotProduct) -> Any:
     """Emit the sums of products of bytes (..., K) and (K, N), int32; None where they are not wanted."""
+    lanes = instruction.lanes
     shape = values.ty.shape
     terms, columns = matrix.shape
-    if terms % TERMS or shape is None or len(shape) < 2 or columns < lanes:
+    if terms % instruction.terms or shape is None or len(shape) < 2 or columns < lanes:
         return None
     more = -columns % lanes
-    padded = np.ascontiguousarray(np.pad(matrix, ((0, 0), (0, more))))
+    padded = np.pad(matrix, ((0, 0), (0, more))).astype(instruction.types[1], order="C")
     sums = builder.emit_te(
         _multiplied, values, relax.const(padded), primfunc_name_hint="matmul_bytes"
     )
@@ -170,8 +177,7 @@ def _scaled(builder: Any, sums: Any, offsets: np.ndarray, scale: np.ndarray, bia
 
 def _offsets(matrix: np.ndarray, zero: int) -> np.ndarray | None:
     """What the zero point of the activations takes from each sum; None beyond 32 bits."""
-    terms = matrix.shape[0]
-    if terms * 255 * _SIGNED > _MOST:
+    if np.abs(matrix).sum(axis=0, dtype=np.int64).max(initial=0) * 255 > _MOST:
         return None
     return (-zero * matrix.sum(axis=0, dtype=np.int64)).astype(np.int32)
 
@@ -184,16 +190,16 @@ def _convolved(
     dilations: Sequence[int],
     zero: int,
 ) -> te.Tensor:
-    """Sums of (N, C, H, W) bytes and (O, C, h, w) signed ones, what is outside the image being `zero`.
+    """Sums of (N, C, H, W) bytes and (O, C, h, w) weights, what is outside the image being `zero`.
 
     The weights may have more channels than the image, for which they are 0.
     """
-    image = _unsigned(data)
+    image = _operand(data, weights)
     more = int(weights.shape[1]) - int(data.shape[1])
     if any(pads) or more:
         top, left, bottom, right = pads
         image = topi.nn.pad(
-            image, [0, 0, top, left], [0, more, bottom, right], tirx.const(zero, "uint8")
+            image, [0, 0, top, left], [0, more, bottom, right], tirx.const(zero, image.dtype)
         )
     outputs, channels, rows, columns = (int(extent) for extent in weights.shape)
     reach = [(size - 1) * step + 1 for size, step in zip((rows, columns), dilations, strict=True)]
@@ -214,8 +220,8 @@ def _convolved(
 
 
 def _multiplied(data: te.Tensor, weights: te.Tensor) -> te.Tensor:
-    """Sums of (..., K) bytes and (K, N) signed ones."""
-    values = _unsigned(data)
+    """Sums of (..., K) bytes and (K, N) weights."""
+    values = _operand(data, weights)
     terms, columns = weights.shape
     k = te.reduce_axis((0, terms), "k")
 
@@ -226,7 +232,10 @@ def _multiplied(data: te.Tensor, weights: te.Tensor) -> te.Tensor:
     return te.compute((*data.shape[:-1], columns), element, name="matmul_bytes")
 
 
-def _unsigned(data: te.Tensor) -> te.Tensor:
+def _operand(data: te.Tensor, weights: te.Tensor) -> te.Tensor:
+    """Bytes as what is multiplied with the weights: unsigned ones with bytes, else 16 bits of any."""
+    if weights.dtype != "int8":
+        return te.compute(data.shape, lambda *i: data(*i).astype(weights.dtype), name="widened")
     if data.dtype == "uint8":
         return data
     return te.compute(
@@ -236,7 +245,7 @@ def _unsigned(data: te.Tensor) -> te.Tensor:
     )
 
 
-def _image(builder: Any, value: Any) -> _Image | None:
+def _image(builder: Any, value: Any, instruction: DotProduct) -> _Image | None:
     """The bytes that activations were dequantised from, with one scale and zero point for all."""
     call = _dequantised(builder, value)
     if call is None or dtype_of(call.args[0]) not in _BYTES:
@@ -245,23 +254,24 @@ def _image(builder: Any, value: Any) -> _Image | None:
     if scale is None or zero is None or scale.size != 1 or zero.size != 1:
         return None
     values = call.args[0]
-    return _Image(values, float(scale.reshape(())), int(zero.reshape(())) + _shift(values))
+    return _Image(
+        values, float(scale.reshape(())), int(zero.reshape(())) + _shift(values, instruction)
+    )
 
 
-def _shift(values: Any) -> int:
-    """What `_unsigned` adds to bytes."""
-    return _SIGNED if dtype_of(values) == "int8" else 0
+def _shift(values: Any, instruction: DotProduct) -> int:
+    """What `_operand` adds to bytes."""
+    signed = dtype_of(values) == "int8" and instruction.types[0] == "uint8"
+    return _SIGNED if signed else 0
 
 
-def _weights(builder: Any, value: Any, axis: int) -> _Weights | None:
-    """Constant weights as signed bytes, where their scale is one for all or for each place of an axis."""
+def _weights(builder: Any, value: Any, axis: int, instruction: DotProduct) -> _Weights | None:
+    """Dequantised constant weights, if their scale is one for all or for each place of an axis."""
     call = _dequantised(builder, value)
     if call is None:
         return None
     scale = _constant(builder, call.args[1])
-    values = _signed(
-        _constant(builder, call.args[0]), _constant(builder, call.args[2]), call.args[2]
-    )
+    values = _moved(builder, call.args[0], call.args[2], instruction)
     if values is None or scale is None:
         return None
     if scale.size > 1 and (scale.ndim != 1 or int(call.attrs.axis) % values.ndim != axis):
@@ -269,17 +279,18 @@ def _weights(builder: Any, value: Any, axis: int) -> _Weights | None:
     return _Weights(values, scale.reshape(-1).astype(np.float64))
 
 
-def _signed(values: np.ndarray | None, zeros: np.ndarray | None, given: Any) -> np.ndarray | None:
-    """Weights less their zero points as signed bytes; None where they do not fit."""
-    if values is None or values.dtype.name not in _BYTES or (given is not None and zeros is None):
+def _moved(builder: Any, value: Any, zero: Any, instruction: DotProduct) -> np.ndarray | None:
+    """Weights less their zero point; None where they are no bytes, or the instruction has no room."""
+    values, zeros = _constant(builder, value), _constant(builder, zero)
+    if values is None or values.dtype.name not in _BYTES or (zero is not None and zeros is None):
         return None
-    shift = 0 if zeros is None else zeros.astype(np.int16)
-    if np.size(shift) > 1 and np.any(shift != np.ravel(shift)[0]):
+    shift = np.zeros(1, np.int16) if zeros is None else zeros.ravel().astype(np.int16)
+    if np.any(shift != shift[0]):
         return None
-    moved = values.astype(np.int16) - np.ravel(shift)[0]
-    if moved.size and (moved.min() < -_SIGNED or moved.max() >= _SIGNED):
-        return None
-    return moved.astype(np.int8)
+    moved: np.ndarray = values.astype(np.int16) - shift[0]
+    limits = np.iinfo(instruction.types[1])
+    fits = not moved.size or (limits.min <= moved.min() and moved.max() <= limits.max)
+    return moved if fits else None
 
 
 def _dequantised(builder: Any, value: Any) -> Any:

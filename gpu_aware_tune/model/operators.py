@@ -183,9 +183,9 @@ def converters_for(target: tvm.target.Target) -> dict[str, list[Converter]]:
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
 
     found = {name: [convert] for name, convert in CONVERTERS.items()}
-    if target.kind.name == "llvm" and (machine := machine_of(target)).dots:
+    if target.kind.name == "llvm" and (instruction := machine_of(target).dots) is not None:
         from gpu_aware_tune.model.integer_products import integer_converters
 
-        for name, convert in integer_converters(machine.lanes).items():
+        for name, convert in integer_converters(instruction).items():
             found[name] = [convert, *found.get(name, ())]
     return found

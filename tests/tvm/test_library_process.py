@@ -380,14 +380,19 @@ def test_units_may_be_numpys(library: Any) -> None:
 # -- the pool of threads ---------------------------------------------------------------------------
 
 POOL = """
-    import os, sys
+    import os, sys, time
     from pathlib import Path
     from gpu_aware_tune.library import load
     from gpu_aware_tune.model.importer import random_inputs
     with load(sys.argv[1], units=2) as library:
         library(random_inputs(library.inputs, 0))
-        tasks = Path("/proc/self/task").iterdir()
-        print(sorted((task / "comm").read_text().strip() for task in tasks).count("tune-pool"))
+        for _ in range(30):  # a thread that was not needed for the call may not have its name yet
+            tasks = list(Path("/proc/self/task").iterdir())
+            found = [(task / "comm").read_text().strip() for task in tasks].count("tune-pool")
+            if found:
+                break
+            time.sleep(0.1)
+        print(found)
 """
 
 

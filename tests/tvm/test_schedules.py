@@ -229,7 +229,9 @@ def test_tiles_fit_the_registers_of_the_processor(cpu: str) -> None:
     machine = machine_of(tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": 4}))
     narrow = cpu == "haswell"
     sizes = (8, 16, 4, AVX2) if narrow else (16, 32, 4, AVX512)
-    assert machine == Machine(*sizes, dots=cpu == "znver4")
+    assert machine == Machine(*sizes, dots=machine.dots)
+    instructions = {"haswell": "vpmaddwd_8x2", "skylake-avx512": "vpmaddwd_16x2"}
+    assert machine.dots and machine.dots.name == instructions.get(cpu, "vpdpbusd_16x4")
     (module,) = kernels(*_case("conv"))
     block = block_of(tvm.s_tir.Schedule(module), "conv2d_nchw")
     axes, operands = axes_of(block), accesses_of(block, block.reads)

@@ -92,9 +92,12 @@ class Kernel:
         split = {side.axes.get(self.filter.block) for side in sides}
         inputs = self.filter.inputs in split - {None}
         if self.filter.outputs not in split:
-            # Sums of bytes need the axis of four terms to be a dimension of the filter.
-            of_bytes = str(self.function.params[self.filter.parameter].dtype) == "int8"
-            return (1,) if inputs and of_bytes else ()
+            # Sums of integers need the axis of a group of terms to be a dimension of the filter.
+            of_integers = str(self.function.params[self.filter.parameter].dtype) in (
+                "int8",
+                "int16",
+            )
+            return (1,) if inputs and of_integers else ()
         return (1, 0) if inputs else (0,)
 
     def _image(self, *index: Any) -> list[Any]:

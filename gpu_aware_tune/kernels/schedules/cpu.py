@@ -10,7 +10,7 @@ import tvm
 from tvm.s_tir import Schedule
 from tvm.target import codegen
 
-from gpu_aware_tune.kernels.dot_products import has_dot_products
+from gpu_aware_tune.kernels.dot_products import dot_product_for
 from gpu_aware_tune.kernels.schedules.blocks import (
     attempt,
     block_names,
@@ -19,7 +19,7 @@ from gpu_aware_tune.kernels.schedules.blocks import (
     is_reduction,
     loops_of_axes,
 )
-from gpu_aware_tune.kernels.schedules.dots import dot_product_of, use_instructions
+from gpu_aware_tune.kernels.schedules.dots import integer_reduction, use_instructions
 from gpu_aware_tune.kernels.schedules.elementwise import schedule_elementwise
 from gpu_aware_tune.kernels.schedules.padding import pad_product
 from gpu_aware_tune.kernels.schedules.partial_sums import split_lanes
@@ -43,7 +43,7 @@ def machine_of(target: tvm.target.Target) -> Machine:
     else:
         lanes, registers = max(4, bits // 32), 32
     units = max(1, int(target.attrs.get("num-cores", 1) or 1))
-    return Machine(lanes, registers, units, costs_for(lanes), has_dot_products(target, lanes))
+    return Machine(lanes, registers, units, costs_for(lanes), dot_product_for(target, lanes))
 
 
 def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator[Schedule]:
@@ -87,7 +87,7 @@ def _reduced(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedu
     The last one is the schedule as it was, where nothing was accepted.
     """
     found = False
-    for summed in _summed_in_fours(schedule, name, machine):
+    for summed in _summed_together(schedule, name, machine):
         found = True
         yield summed
     if found:
@@ -113,8 +113,8 @@ def _reduced(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedu
         yield schedule
 
 
-def _summed_in_fours(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule]:
-    reduction = dot_product_of(schedule, name, machine)
+def _summed_together(schedule: Schedule, name: str, machine: Machine) -> Iterator[Schedule]:
+    reduction = integer_reduction(schedule, name, machine)
     if reduction is not None:
         yield from _tiled(schedule, reduction)
 

@@ -1,8 +1,8 @@
-"""Baseline schedule of a sum of products of bytes: four terms a step, by one instruction.
+"""Baseline schedule of a sum of products of integers: several terms a step, by one instruction.
 
-The tiles are those of any reduction whose weights are packed, with the terms in fours: each lane holds
-one result, a step adds four products to it. For that the weights lie in fours side by side, for all lanes of
-a vector; and so do the four neighbours of the image that all lanes share.
+The tiles are those of any reduction whose weights are packed, with the terms in groups of two or four: each
+lane holds one result, a step adds the products of a group to it. For that the weights of a group lie side by
+side, for all lanes of a vector; and so do the neighbours of the image that all lanes share.
 """
 
 from __future__ import annotations
@@ -13,31 +13,36 @@ import tvm_ffi
 from tvm.s_tir import SBlock, Schedule
 from tvm.tirx import For
 
-from gpu_aware_tune.kernels.dot_products import TERMS, dot_product
+from gpu_aware_tune.kernels.dot_products import register_intrinsics
 from gpu_aware_tune.kernels.schedules.access import Access, Axis
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile
 
 _MARK = "gpu_aware_tune.instruction"
-_TYPES = ("uint8", "int8")  # of the instruction's two operands, in this order
 
 
-class DotProduct(Reduction):
-    """A reduction whose terms are products of bytes.
+class IntegerReduction(Reduction):
+    """A reduction whose terms are products of the integers that the machine's instruction takes.
 
     Raises:
-        ValueError: the block is not of that kind, or its terms do not come in fours.
+        ValueError: the block is not of that kind, or its terms do not come in groups.
     """
 
     def __init__(self, schedule: Schedule, name: str, machine: Machine) -> None:
         super().__init__(schedule, name, machine)
+        if machine.dots is None:
+            raise ValueError("the machine has no instruction for sums of integers")
+        self.instruction = machine.dots
+        image, weights = machine.dots.types
         types = [str(operand.buffer.dtype) for operand in self.operands]
-        if not machine.dots or self.result is None or sorted(types) != sorted(_TYPES):
-            raise ValueError(f"{name} sums no products of bytes")
-        self.image, self.filter = (types.index(dtype) for dtype in _TYPES)
-        if str(self.result.buffer.dtype) != "int32" or self.filter not in self.weights:
+        if self.result is None or sorted(types) != sorted(machine.dots.types):
+            raise ValueError(f"{name} sums no products of {image} and {weights}")
+        filters = [n for n in self.weights if types[n] == weights]
+        if str(self.result.buffer.dtype) != "int32" or len(filters) != 1:
             raise ValueError(f"{name} sums no products with weights")
-        self.terms = self._in_fours()
+        self.filter = filters[0]
+        self.image = 1 - self.filter
+        self.terms = self._in_groups()
         self.vector = self._in_lanes()
 
     def tiles(self) -> list[Tile]:
@@ -50,18 +55,18 @@ class DotProduct(Reduction):
                 found.setdefault(tile.counts, tile)
         return list(found.values())
 
-    def _in_fours(self) -> Axis:
-        """The axis whose terms are summed by fours: where they lie side by side, if anywhere."""
+    def _in_groups(self) -> Axis:
+        """The axis whose terms are summed in groups: where they lie side by side, if anywhere."""
         image, weights = self.operands[self.image], self.operands[self.filter]
         fitting = [
             axis
             for axis in self.axes
             if axis.reduce
-            and axis.extent % TERMS == 0
+            and axis.extent % self.instruction.terms == 0
             and all(operand.dims[axis.position] >= 0 for operand in (image, weights))
         ]
         if not fitting:
-            raise ValueError(f"the terms of {self.name} do not come in fours")
+            raise ValueError(f"the terms of {self.name} do not come in groups")
         return min(fitting, key=lambda axis: image.strides[axis.position] != 1)
 
     def _in_lanes(self) -> Axis:
@@ -95,24 +100,24 @@ class DotProduct(Reduction):
     def _in_vectors(self, weights: Access) -> Any:
         """The map of a filter's indices that puts what one step reads side by side."""
         lane, term = weights.dims[self.vector.position], weights.dims[self.terms.position]
-        lanes = self.machine.lanes
+        lanes, terms = self.machine.lanes, self.instruction.terms
 
         def vectors(*index: Any) -> list[Any]:
             rest = [value for dim, value in enumerate(index) if dim not in (lane, term)]
-            blocks = [index[lane] // lanes, *rest, index[term] // TERMS]
-            return [*blocks, index[lane] % lanes, index[term] % TERMS]
+            blocks = [index[lane] // lanes, *rest, index[term] // terms]
+            return [*blocks, index[lane] % lanes, index[term] % terms]
 
         return vectors
 
     def _side_by_side(self, image: Access) -> Any:
-        """The map of an image's indices that puts four terms last."""
-        term = image.dims[self.terms.position]
+        """The map of an image's indices that puts the terms of a group last."""
+        term, terms = image.dims[self.terms.position], self.instruction.terms
 
-        def fours(*index: Any) -> list[Any]:
-            outer = [value // TERMS if dim == term else value for dim, value in enumerate(index)]
-            return [*outer, index[term] % TERMS]
+        def groups(*index: Any) -> list[Any]:
+            outer = [value // terms if dim == term else value for dim, value in enumerate(index)]
+            return [*outer, index[term] % terms]
 
-        return fours
+        return groups
 
     def _terms(
         self, schedule: Schedule, loops: list[Any]
@@ -121,16 +126,18 @@ class DotProduct(Reduction):
         within = []
         for axis in self.axes:
             if axis.position == self.terms.position:
-                steps, four = schedule.split(loops[axis.position], [None, TERMS])
-                reduce.append((steps, axis.extent // TERMS))
-                within.append(four)
+                terms = self.instruction.terms
+                steps, group = schedule.split(loops[axis.position], [None, terms])
+                reduce.append((steps, axis.extent // terms))
+                within.append(group)
             elif axis.reduce:
                 reduce.append((loops[axis.position], axis.extent))
         return reduce, within
 
     def _use_instruction(self, schedule: Schedule, vector: Any) -> None:
         """Mark the loop over lanes for `use_instructions`, if that will be able to replace it."""
-        schedule.annotate(vector, _MARK, dot_product(self.machine.lanes))
+        register_intrinsics()
+        schedule.annotate(vector, _MARK, self.instruction.name)
         use_instructions(schedule.copy())
 
 
@@ -159,9 +166,9 @@ def _marked(schedule: Schedule) -> list[str]:
     return found
 
 
-def dot_product_of(schedule: Schedule, name: str, machine: Machine) -> DotProduct | None:
-    """A reduction block as a sum of products of bytes; None where it is none."""
+def integer_reduction(schedule: Schedule, name: str, machine: Machine) -> IntegerReduction | None:
+    """A reduction block as a sum of products of integers; None where it is none."""
     try:
-        return DotProduct(schedule, name, machine)
+        return IntegerReduction(schedule, name, machine)
     except ValueError:
         return None

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from gpu_aware_tune.kernels.dot_products import DotProduct
 from gpu_aware_tune.kernels.schedules.access import Access, Axis
 
 STACK_BYTES = 1024  # TVM keeps smaller buffers on the stack, where LLVM turns them into registers
@@ -92,7 +93,7 @@ class Machine:
     registers: int
     units: int
     costs: Costs = AVX512
-    dots: bool = False  # whether an instruction sums four products of bytes in each lane
+    dots: DotProduct | None = None  # the instruction for sums of products of integers
 
 
 @dataclass(frozen=True)
