@@ -10,7 +10,7 @@ import logging
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 _QUANTISING = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
                "QLinearAdd", "QLinearMul", "ConvInteger", "MatMulInteger",
                "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}  # fmt: skip
-HOISTED_ELEMENTS = 256  # larger constants become parameters of main
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def load_model(
     Raises:
         UserError: the file, the shapes or an operator cannot be used; one line says which and why.
     """
-    from gpu_aware_tune.onnx_prepare import prepare, read_model
+    from gpu_aware_tune.onnx_prepare import prepare_detached, read_model
     from gpu_aware_tune.onnx_prepare.facts import walk
 
     path = Path(path)
@@ -99,9 +98,9 @@ def load_model(
         quantised.append(any(node.op_type in _QUANTISING for node in walk(proto.graph)))
         return proto
 
-    # Graphs are handed on without a name for them here: each takes as much memory as the file.
-    model = import_prepared(
-        prepare(original(), input_shapes or {}, dtype, supported_operators(), notes),
+    # What takes as much memory as the file is handed on without a name for it here.
+    model = _import_detached(
+        *prepare_detached(original(), input_shapes or {}, dtype, supported_operators(), notes),
         path,
         target,
         dtype,
@@ -118,29 +117,44 @@ def import_prepared(
     blocks: bool = True,
 ) -> Model:
     """Import a graph that `onnx_prepare.prepare` has made of a file; see `load_model`."""
+    from gpu_aware_tune.onnx_prepare.convert import detach_weights
+
+    return _import_detached(*detach_weights(proto), source, target, dtype, blocks)
+
+
+def _import_detached(
+    proto: onnx.ModelProto,
+    weights: list[onnx.TensorProto],
+    source: Path,
+    target: tvm.target.Target,
+    dtype: str | None,
+    blocks: bool,
+) -> Model:
+    """Import a graph without its large weights, and those, of which `weights` holds none afterwards."""
     from gpu_aware_tune.kernels.naming import canonical_names
     from gpu_aware_tune.kernels.packing import mark_weights
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
     from gpu_aware_tune.kernels.tf32 import mark_products
     from gpu_aware_tune.kernels.vector_math import mark_vector_math
     from gpu_aware_tune.model.layouts import to_nchwc
+    from gpu_aware_tune.model.parameters import hoist_constants, plainly_named
+    from gpu_aware_tune.onnx_prepare.convert import drop_inputs
 
-    digest = _digest(proto)
+    digest = _digest(proto, weights)
     names = [value.name for value in proto.graph.output]
+    drop_inputs(proto, {tensor.name for tensor in weights})
     inputs = tuple(_input_spec(value) for value in proto.graph.input)
     with _quiet():
-        module = _imported(proto, target)
-        del proto  # its weights take as much memory as the file
-        module = _fused(_plainly_named(module), target)
-    module, weights = _hoist_constants(module)
+        module = _fused(plainly_named(_imported(proto, weights, target)), target)
+    module, arrays = hoist_constants(module)
     notes: tuple[str, ...] = ()
     if dtype == TF32:
         module = mark_products(module, target)
     if target.kind.name == "llvm":
         module = mark_vector_math(mark_weights(module))
         if blocks:
-            blocked = to_nchwc(module, weights, machine_of(target).lanes)
-            module, weights, notes = blocked.module, blocked.weights, blocked.notes
+            blocked = to_nchwc(module, arrays, machine_of(target).lanes)
+            module, arrays, notes = blocked.module, blocked.weights, blocked.notes
     module = canonical_names(module)
     return Model(
         name=source.stem,
@@ -149,7 +163,7 @@ def import_prepared(
         module=module,
         inputs=inputs,
         outputs=_output_specs(module["main"].ret_ty, names),
-        weights=weights,
+        weights=arrays,
         notes=notes,
     )
 
@@ -179,17 +193,27 @@ def supported_operators() -> frozenset[tuple[str, str]]:
     return frozenset(standard | {("com.microsoft", name) for name in contributed} | {("", "If")})
 
 
-def _imported(proto: onnx.ModelProto, target: tvm.target.Target) -> tvm.IRModule:
+def _imported(
+    proto: onnx.ModelProto, weights: list[onnx.TensorProto], target: tvm.target.Target
+) -> tvm.IRModule:
+    from tvm import relax
     from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
     from gpu_aware_tune.model.operators import converters_for
+    from gpu_aware_tune.onnx_prepare.convert import taken
     from gpu_aware_tune.onnx_prepare.facts import opset_of
 
     opset = opset_of(proto)
+    names = {tensor.name for tensor in weights}
     converters = converters_for(target)
 
     class Importer(ONNXGraphImporter):
-        """TVM's importer, with converters of our own and errors that name the node."""
+        """TVM's importer, with weights from outside, converters of our own and errors that name the node."""
+
+        def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
+            super()._parse_graph_initializers(graph)
+            for tensor in taken(weights):
+                self._nodes[tensor.name] = relax.const(self._parse_array(tensor))
 
         def _convert_operator(
             self, op_name: str, inputs: list[Any], attrs: dict[str, Any], opset: int
@@ -215,60 +239,24 @@ def _imported(proto: onnx.ModelProto, target: tvm.target.Target) -> tvm.IRModule
             traceback.clear_frames(failure.__traceback__ if failure else None)
         if isinstance(error, UserError):
             raise
-        raise UserError(f"the model cannot be imported: {_diagnosis(proto, error)}") from error
+        raise UserError(
+            f"the model cannot be imported: {_diagnosis(proto, names, error)}"
+        ) from error
 
 
-def _digest(proto: onnx.ModelProto) -> str:
-    """Identify a graph by content; weights one by one, as the whole in bytes would be several copies."""
-    from gpu_aware_tune.onnx_prepare.convert import content_of, skeleton_of
+def _digest(proto: onnx.ModelProto, weights: Sequence[onnx.TensorProto]) -> str:
+    """Identify a graph without its large weights, and those, by content."""
+    from gpu_aware_tune.onnx_prepare.convert import content_of
 
-    found = hashlib.sha256(skeleton_of(proto).SerializeToString(deterministic=True))
-    for tensor in proto.graph.initializer:
+    found = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    for tensor in (*proto.graph.initializer, *weights):
         found.update(content_of(tensor))
     return found.hexdigest()
 
 
-def _plainly_named(module: tvm.IRModule) -> tvm.IRModule:
-    """Name the inputs of main with letters, digits and underscores.
-
-    Kernels name their arguments after them, and TVM writes these names into CUDA source as they are:
-    one that reads "gpu_0/data_0" would not compile.
-    """
-    from tvm import relax
-
-    main = module["main"]
-    renamed = {
-        parameter: relax.Var(f"input_{number:04d}", parameter.ty)
-        for number, parameter in enumerate(main.params)
-        if not re.fullmatch(r"[A-Za-z]\w*", parameter.name, re.ASCII)
-    }
-    if not renamed:
-        return module
-
-    @relax.expr_functor.mutator
-    class Rename(relax.PyExprMutator):
-        def visit_var_(self, op: relax.Var) -> Any:
-            return renamed.get(op, op)
-
-    parameters = [renamed.get(parameter, parameter) for parameter in main.params]
-    return _with_main(module, parameters, Rename(module).visit_expr(main.body))
-
-
-def _with_main(module: tvm.IRModule, parameters: Sequence[Any], body: Any) -> tvm.IRModule:
-    """The module with other parameters and another body of main."""
-    import tvm
-    from tvm import relax
-
-    main = module["main"]
-    function = relax.Function(parameters, body, main.ret_ty, main.is_pure, main.attrs)
-    module = tvm.IRModule(dict(module.functions), attrs=module.attrs)
-    module.update_func(module.get_global_var("main"), function)
-    return module
-
-
-def _diagnosis(proto: onnx.ModelProto, error: Exception) -> str:
+def _diagnosis(proto: onnx.ModelProto, weights: Collection[str], error: Exception) -> str:
     graph = proto.graph
-    known = {value.name for value in (*graph.input, *graph.initializer)}
+    known = {value.name for value in (*graph.input, *graph.initializer)} | set(weights)
     for node in graph.node:
         for name in node.input:
             if name and name not in known:
@@ -311,44 +299,6 @@ def _fused(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
             return stages(module)
     except Exception as error:
         raise UserError(f"the model cannot be compiled by TVM: {_first_line(error)}") from error
-
-
-def _in_place(value: Any) -> np.ndarray:
-    """A constant of TVM's as an array in the same memory, which nobody changes; a copy of types like
-    bfloat16, which NumPy does not exchange."""
-    try:
-        return np.from_dlpack(value)
-    except RuntimeError:
-        copied: np.ndarray = value.numpy()
-        return copied
-
-
-def _hoist_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
-    """Turn the large constants of main into parameters behind the inputs."""
-    from tvm import relax
-
-    weights: dict[str, np.ndarray] = {}
-    variables: dict[Any, relax.Var] = {}
-    parameters: list[relax.Var] = []
-
-    @relax.expr_functor.mutator
-    class Hoist(relax.PyExprMutator):
-        def visit_generic_const_(self, op: tvm.ir.GenericConst) -> Any:
-            if not isinstance(op.ty, relax.TensorType):
-                return op
-            array = _in_place(op.value)
-            if array.size <= HOISTED_ELEMENTS:
-                return op
-            if op.value not in variables:
-                name = f"weight_{len(parameters):04d}"
-                weights[name] = array
-                variables[op.value] = relax.Var(name, op.ty)
-                parameters.append(variables[op.value])
-            return variables[op.value]
-
-    main = module["main"]
-    body = Hoist(module).visit_expr(main.body)
-    return _with_main(module, [*main.params, *parameters], body), weights
 
 
 def _input_spec(value: onnx.ValueInfoProto) -> TensorSpec:

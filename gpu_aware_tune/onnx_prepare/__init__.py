@@ -8,6 +8,6 @@ In the order of the work: `read` (with `limits`, `tensors` and `order`), `shapes
 from __future__ import annotations
 
 from gpu_aware_tune.onnx_prepare.read import read_model
-from gpu_aware_tune.onnx_prepare.stages import prepare
+from gpu_aware_tune.onnx_prepare.stages import prepare, prepare_detached
 
-__all__ = ["prepare", "read_model"]
+__all__ = ["prepare", "prepare_detached", "read_model"]

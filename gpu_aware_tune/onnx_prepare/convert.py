@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,18 +62,33 @@ def _is_large(tensor: TensorProto) -> bool:
 
 def attach_weights(model: ModelProto, weights: list[TensorProto]) -> ModelProto:
     """Put detached weights back in place of their graph inputs; `weights` is empty afterwards."""
-    names = {tensor.name for tensor in weights}
+    drop_unused_weights(model, weights)
+    drop_inputs(model, {tensor.name for tensor in weights})
+    for tensor in taken(weights):
+        model.graph.initializer.append(tensor)
+    return model
+
+
+def taken(weights: list[TensorProto]) -> Iterator[TensorProto]:
+    """Each of the weights, which leave the list one by one, so that none is in memory twice for long."""
+    weights.reverse()
+    while weights:
+        yield weights.pop()
+
+
+def drop_inputs(model: ModelProto, names: Collection[str]) -> None:
+    """Remove inputs of the graph."""
     kept = [value for value in model.graph.input if value.name not in names]
     del model.graph.input[:]
     model.graph.input.extend(kept)
+
+
+def drop_unused_weights(model: ModelProto, weights: list[TensorProto]) -> None:
+    """Remove detached weights that nothing reads, and their graph inputs."""
     used = {name for node in walk(model.graph) for name in node.input}
     used |= {value.name for value in model.graph.output}
-    weights.reverse()
-    while weights:  # one after the other, so that none is in memory twice for long
-        tensor = weights.pop()
-        if tensor.name in used:
-            model.graph.initializer.append(tensor)
-    return model
+    drop_inputs(model, {tensor.name for tensor in weights} - used)
+    weights[:] = [tensor for tensor in weights if tensor.name in used]
 
 
 def optimised_by_onnxruntime(
@@ -80,14 +96,14 @@ def optimised_by_onnxruntime(
 ) -> tuple[ModelProto, list[TensorProto]]:
     """Fold constants and batch norms with ONNX Runtime, or return the model where it cannot.
 
-    Weights travel in a file of their own, there and back, and those that come back unchanged are not
-    copied: ONNX Runtime needs several times the model's size, without another copy here.
+    Weights travel in a file of their own, there and back, and are not in memory here meanwhile, where ONNX
+    Runtime needs more than the model's size.
     Not for models with half-precision values: on a CPU ONNX Runtime surrounds their operators with
     casts to float32, and writes those back.
 
     Args:
         model: without its large weights, see `detach_weights`; left as it is.
-        weights: those; they are left as they are, too.
+        weights: those; the list is empty afterwards.
 
     Returns:
         Likewise a model and its large weights.
@@ -99,6 +115,7 @@ def optimised_by_onnxruntime(
     with tempfile.TemporaryDirectory(prefix="gpu-aware-tune-") as name:
         folder = Path(name)
         _write_apart(model, weights, folder)
+        prepared = str(folder / "prepared.onnx")
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(folder / "optimised.onnx")
@@ -112,24 +129,21 @@ def optimised_by_onnxruntime(
         options.intra_op_num_threads = 1
         try:
             providers = ["CPUExecutionProvider"]
-            ort.InferenceSession(str(folder / "prepared.onnx"), options, providers=providers)
+            ort.InferenceSession(prepared, options, providers=providers)
             optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
-            return _read_apart(optimised, weights, folder)
         except Exception as error:  # its exception types are not public
             log.debug("ONNX Runtime: %s", error)
-            return model, weights
+            return model, _read_external(onnx.load(prepared, load_external_data=False), folder)
+        return _read_apart(optimised, folder)
 
 
 def _write_apart(model: ModelProto, weights: list[TensorProto], folder: Path) -> None:
-    """Write prepared.onnx, its large weights in prepared.bin."""
-    names = {tensor.name for tensor in weights}
+    """Write prepared.onnx, its large weights in prepared.bin; `weights` is empty afterwards."""
     graph = ModelProto()
     graph.CopyFrom(model)
-    kept = [value for value in model.graph.input if value.name not in names]
-    del graph.graph.input[:]
-    graph.graph.input.extend(kept)
+    drop_inputs(graph, {tensor.name for tensor in weights})
     with (folder / "prepared.bin").open("wb") as out:
-        for tensor in weights:
+        for tensor in taken(weights):
             content = content_of(tensor)
             place = graph.graph.initializer.add(
                 name=tensor.name, data_type=tensor.data_type, dims=tensor.dims
@@ -149,25 +163,24 @@ def content_of(tensor: TensorProto) -> bytes:
     return numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
 
 
-def _read_apart(
-    model: ModelProto, weights: list[TensorProto], folder: Path
-) -> tuple[ModelProto, list[TensorProto]]:
-    """The optimised model without its large weights, and those: the own one where it has not changed."""
-    known = {tensor.name: tensor for tensor in weights}
-    found: list[TensorProto] = []
+def _read_external(model: ModelProto, folder: Path) -> list[TensorProto]:
+    """The initializers whose values are in files of a folder, with their values."""
+    found = []
     for tensor in model.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
         with (folder / entries["location"]).open("rb") as file:
             file.seek(int(entries.get("offset", 0)))
-            content = file.read(int(entries["length"]))
-        own = known.get(tensor.name)
-        if own is None or list(own.dims) != list(tensor.dims) or content_of(own) != content:
-            own = TensorProto(
-                name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=content
-            )
-        found.append(own)
+            alone = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            alone.raw_data = file.read(int(entries["length"]))
+        found.append(alone)
+    return found
+
+
+def _read_apart(model: ModelProto, folder: Path) -> tuple[ModelProto, list[TensorProto]]:
+    """The optimised model without its large weights, and those."""
+    found = _read_external(model, folder)
     small = [t for t in model.graph.initializer if t.data_location != TensorProto.EXTERNAL]
     skeleton, others = detach_weights(_with_initializers(model, small))
     skeleton.graph.input.extend(

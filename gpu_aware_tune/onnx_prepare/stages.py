@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping
 
 import onnx
 import onnx.inliner
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.onnx_prepare.batch_norm import fold_batch_norms
 from gpu_aware_tune.onnx_prepare.convert import (
     attach_weights,
     detach_weights,
+    drop_unused_weights,
     optimised_by_onnxruntime,
     to_float16,
 )
@@ -35,7 +36,18 @@ def prepare(
     supported: Collection[tuple[str, str]],
     notes: list[str] | None = None,
 ) -> ModelProto:
-    """Return the model static, folded and expanded; `model` itself is used up.
+    """Return the model static, folded and expanded, in one piece; see `prepare_detached`."""
+    return attach_weights(*prepare_detached(model, input_shapes, dtype, supported, notes))
+
+
+def prepare_detached(
+    model: ModelProto,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    dtype: str | None,
+    supported: Collection[tuple[str, str]],
+    notes: list[str] | None = None,
+) -> tuple[ModelProto, list[TensorProto]]:
+    """Return the model static, folded and expanded, and its large weights; `model` itself is used up.
 
     Args:
         model: as `read_model` returns it.
@@ -45,6 +57,9 @@ def prepare(
             are; the last two are for float32 models.
         supported: (domain, operator) pairs that the importer can take.
         notes: gets a line for each thing that was assumed and that the user should know.
+
+    Returns:
+        A graph with typed inputs in place of its large weights, and those, as `detach_weights` does.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
@@ -66,18 +81,20 @@ def prepare(
         raise UserError(f"dtype {dtype}: the model is float16 already; leave the option out")
     if not is_half:
         model, weights = optimised_by_onnxruntime(model, weights)
-    model = attach_weights(model, weights)
-    model = fold_batch_norms(model)
     _sums_of_two(model)
-    if dtype == "float16" and not is_half:
-        model = to_float16(model)
+    converted = dtype == "float16" and not is_half
+    if converted or any(node.op_type == "BatchNormalization" for node in model.graph.node):
+        model = fold_batch_norms(attach_weights(model, weights))
+        if converted:
+            model = to_float16(model)
+        model, weights = detach_weights(model)
     _tidy(model)
-    model, weights = detach_weights(model)
     model = expand(fold(model), supported)
     refuse_unsupported(model, supported)
-    model = attach_weights(to_unsigned(model), weights)
+    model = to_unsigned(model)
+    drop_unused_weights(model, weights)
     _tidy(model)
-    return model
+    return model, weights
 
 
 def _sums_of_two(model: ModelProto) -> None:
