@@ -1,50 +1,44 @@
-"""The gRPC server of the open inference protocol v2 and its extensions."""
+"""The gRPC server of the open inference protocol v2 and its extensions.
+
+Each call has a thread of gRPC's, and is answered in the event loop of the `FrontEnd`. gRPC's own server for
+event loops takes a third longer to pass a request of 600 kB on (`benchmarks/serving_overhead.py`).
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import logging
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
-import numpy as np
 
-from gpu_aware_tune.errors import SetupError, UserError, one_line
+from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.serving.front_end import FrontEnd, model_config, model_metadata
 from gpu_aware_tune.serving.grpc_messages import MESSAGES, SERVICE, parse_message
-from gpu_aware_tune.serving.interface import ModelFacts
+from gpu_aware_tune.serving.grpc_requests import parameters_of, read_message, write_message
 from gpu_aware_tune.serving.server import join_address
 from gpu_aware_tune.serving.v2 import (
-    InferRequest,
-    InputTensor,
-    OutputChoice,
-    TooLarge,
-    datatype_of,
+    ErrorFacts,
     describe_error,
-    raw_bytes,
-    region_part,
-    timeout_of,
 )
+
+log = logging.getLogger(__name__)
 
 Message = Any
 Context = Any
-Call = Callable[[Message, Context], Awaitable[Message]]
+Call = Callable[
+    [Message, float | None], Awaitable[Message]
+]  # a request, and its seconds, if limited
 
-# Which of a message's lists holds the values of a datatype.
-CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents", "FP64": "fp64_contents",
-}  # fmt: skip
-WIRE_TYPES = {
-    "bool_contents": np.bool_, "int_contents": np.int32, "int64_contents": np.int64,
-    "uint_contents": np.uint32, "uint64_contents": np.uint64,
-    "fp32_contents": np.float32, "fp64_contents": np.float64,
-}  # fmt: skip
 STREAM_IN_FLIGHT = 64  # requests of one stream that are answered at a time
+# Of what a client may send ahead: gRPC's own 64 kB are several round trips for one image.
+_WINDOW_BYTES = _FRAME_BYTES = 4 << 20
+_CENTURY_S = 3e9
+_LOOK_S = 1.0  # how often a stream's reader sees whether its call has ended
 
 
 class GrpcServer:
@@ -56,10 +50,15 @@ class GrpcServer:
 
     def __init__(self, front: FrontEnd) -> None:
         self._front = front
+        self._loop: asyncio.AbstractEventLoop | None = None
         options = front.options
-        self._server = grpc.aio.server(
+        self._threads = ThreadPoolExecutor(options.max_connections, "grpc")
+        self._server = grpc.server(
+            self._threads,
             maximum_concurrent_rpcs=options.max_connections,
             options=[
+                ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+                ("grpc.http2.max_frame_size", _FRAME_BYTES),
                 ("grpc.max_receive_message_length", min(options.max_request_bytes, 2**31 - 1)),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", 2 * options.max_header_bytes),
@@ -76,7 +75,7 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers((self._handlers(),))
 
     async def start(self, host: str, port: int) -> int:
-        """Serve on an address; returns the port.
+        """Serve on an address, from this event loop; returns the port.
 
         Raises:
             SetupError: it is taken, or not one of this machine.
@@ -90,12 +89,14 @@ class GrpcServer:
             raise SetupError(
                 f"gRPC cannot listen on {address}: it is taken, or not of this machine"
             )
-        await self._server.start()
+        self._loop = asyncio.get_running_loop()
+        self._server.start()
         return chosen
 
     async def stop(self) -> None:
         """Close everything."""
-        await self._server.stop(1.0)
+        await asyncio.to_thread(self._server.stop(1.0).wait)
+        self._threads.shutdown(wait=False)
 
     def _handlers(self) -> Any:
         calls: dict[str, Call] = {
@@ -129,62 +130,78 @@ class GrpcServer:
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    def _answering(self, name: str, call: Call) -> Callable[[bytes, Context], Awaitable[Message]]:
+    def _answering(self, name: str, call: Call) -> Callable[[bytes, Context], Message]:
         """The call from the bytes of its request, with its errors as status codes."""
 
-        async def answer(data: bytes, context: Context) -> Message:
+        async def answered(data: bytes, timeout_s: float | None) -> Message | ErrorFacts:
             status = "CANCELLED"
             try:
-                try:
-                    response = await call(parse_message(name, data), context)
-                    status = "OK"
-                    return response
-                except Exception as error:
-                    facts = describe_error(error)
+                response = await call(parse_message(name, data), timeout_s)
+                status = "OK"
+                return response
+            except Exception as error:
+                facts = describe_error(error)
                 status = facts.grpc
+                return facts
             finally:
                 self._front.count("grpc", status)
-            await context.abort(grpc.StatusCode[facts.grpc], facts.text)
+
+        def answer(data: bytes, context: Context) -> Message:
+            try:
+                found = self._in_loop(answered(data, _seconds_left(context)), context).result()
+            except CancelledError:  # the client is gone, or the server stops
+                context.abort(grpc.StatusCode.CANCELLED, "the call has ended")
+            if isinstance(found, ErrorFacts):
+                context.abort(grpc.StatusCode[found.grpc], found.text)
+            return found
 
         return answer
 
-    async def _live(self, _request: Message, _context: Context) -> Message:
+    def _in_loop(self, work: Coroutine[Any, Any, Message], context: Context) -> Future[Message]:
+        """Start work in the event loop, which ends with the call."""
+        assert self._loop is not None
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        if not context.add_callback(future.cancel):  # it has ended already
+            future.cancel()
+        return future
+
+    async def _live(self, _request: Message, _timeout_s: float | None) -> Message:
         return MESSAGES["ServerLiveResponse"](live=True)
 
-    async def _ready(self, _request: Message, _context: Context) -> Message:
+    async def _ready(self, _request: Message, _timeout_s: float | None) -> Message:
         return MESSAGES["ServerReadyResponse"](ready=self._front.is_ready)
 
-    async def _model_ready(self, request: Message, _context: Context) -> Message:
+    async def _model_ready(self, request: Message, _timeout_s: float | None) -> Message:
         self._front.find(request.name, request.version)
         return MESSAGES["ModelReadyResponse"](ready=self._front.is_ready)
 
-    async def _server_metadata(self, _request: Message, _context: Context) -> Message:
+    async def _server_metadata(self, _request: Message, _timeout_s: float | None) -> Message:
         return MESSAGES["ServerMetadataResponse"](**self._front.server_metadata())
 
-    async def _model_metadata(self, request: Message, _context: Context) -> Message:
+    async def _model_metadata(self, request: Message, _timeout_s: float | None) -> Message:
         model = self._front.find(request.name, request.version)
         return MESSAGES["ModelMetadataResponse"](**model_metadata(model))
 
-    async def _model_config(self, request: Message, _context: Context) -> Message:
+    async def _model_config(self, request: Message, _timeout_s: float | None) -> Message:
         model = self._front.find(request.name, request.version)
         return MESSAGES["ModelConfigResponse"](config=model_config(model))
 
-    async def _statistics(self, request: Message, _context: Context) -> Message:
+    async def _statistics(self, request: Message, _timeout_s: float | None) -> Message:
         found = self._front.model_statistics(request.name, request.version)
         return MESSAGES["ModelStatisticsResponse"](model_stats=found)
 
-    async def _index(self, request: Message, _context: Context) -> Message:
+    async def _index(self, request: Message, _timeout_s: float | None) -> Message:
         return MESSAGES["RepositoryIndexResponse"](models=self._front.index(request.ready))
 
-    async def _load(self, request: Message, _context: Context) -> Message:
-        await self._front.load(request.model_name, _parameters(request.parameters).get("folder"))
+    async def _load(self, request: Message, _timeout_s: float | None) -> Message:
+        await self._front.load(request.model_name, parameters_of(request.parameters).get("folder"))
         return MESSAGES["RepositoryModelLoadResponse"]()
 
-    async def _unload(self, request: Message, _context: Context) -> Message:
+    async def _unload(self, request: Message, _timeout_s: float | None) -> Message:
         await self._front.unload(request.model_name)
         return MESSAGES["RepositoryModelUnloadResponse"]()
 
-    async def _regions(self, request: Message, _context: Context) -> Message:
+    async def _regions(self, request: Message, _timeout_s: float | None) -> Message:
         regions = {
             one.name: MESSAGES["SystemSharedMemoryStatusResponse.RegionStatus"](
                 name=one.name, key=one.key, offset=one.offset, byte_size=one.size
@@ -196,26 +213,23 @@ class GrpcServer:
             response.regions[name].CopyFrom(region)
         return response
 
-    async def _register(self, request: Message, _context: Context) -> Message:
+    async def _register(self, request: Message, _timeout_s: float | None) -> Message:
         self._front.shared_regions().register(
             request.name, request.key, request.offset, request.byte_size
         )
         return MESSAGES["SystemSharedMemoryRegisterResponse"]()
 
-    async def _unregister(self, request: Message, _context: Context) -> Message:
+    async def _unregister(self, request: Message, _timeout_s: float | None) -> Message:
         self._front.shared_regions().unregister(request.name)
         return MESSAGES["SystemSharedMemoryUnregisterResponse"]()
 
-    async def _no_cuda_status(self, _request: Message, _context: Context) -> Message:
+    async def _no_cuda_status(self, _request: Message, _timeout_s: float | None) -> Message:
         return MESSAGES["CudaSharedMemoryStatusResponse"]()
 
-    async def _no_cuda_unregister(self, _request: Message, _context: Context) -> Message:
+    async def _no_cuda_unregister(self, _request: Message, _timeout_s: float | None) -> Message:
         return MESSAGES["CudaSharedMemoryUnregisterResponse"]()
 
-    async def _infer(self, request: Message, context: Context) -> Message:
-        return await self._answer(request, context.time_remaining())
-
-    async def _answer(self, request: Message, timeout_s: float | None) -> Message:
+    async def _infer(self, request: Message, timeout_s: float | None) -> Message:
         model = self._front.find(request.model_name, request.model_version)
         with self._front.accepted():
             size = request.ByteSize()
@@ -227,36 +241,52 @@ class GrpcServer:
             finally:
                 self._front.release(size)
 
-    async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> Any:
+    def _stream(self, requests: Iterator[bytes], context: Context) -> Iterator[Message]:
         """Answer a stream's requests side by side, in their order."""
-        answers: asyncio.Queue[asyncio.Task[Message] | None] = asyncio.Queue(STREAM_IN_FLIGHT)
-        started: set[asyncio.Task[Message]] = set()
+        answers: queue.Queue[Future[Message] | None] = queue.Queue(STREAM_IN_FLIGHT)
+        ended = threading.Event()
+        context.add_callback(ended.set)
 
-        async def start_all() -> None:
-            async for data in requests:
-                task = asyncio.create_task(self._stream_answer(data, context))
-                started.add(task)
-                task.add_done_callback(started.discard)
-                await answers.put(task)
-            await answers.put(None)
+        def put(answer: Future[Message] | None) -> None:
+            while not ended.is_set():
+                try:
+                    return answers.put(answer, timeout=_LOOK_S)
+                except queue.Full:
+                    continue
 
-        reader = asyncio.create_task(start_all())
-        try:
-            while (task := await answers.get()) is not None:
-                yield await task
-            await reader
-        finally:
-            reader.cancel()
-            for task in started:
-                task.cancel()
+        def start_all() -> None:
+            try:
+                for data in requests:
+                    work = self._stream_answer(data, _seconds_left(context))
+                    put(self._in_loop(work, context))
+            except (
+                Exception
+            ):  # how gRPC tells of a call that was cancelled; its class is not public
+                log.debug("a stream ended", exc_info=True)
+            finally:
+                put(None)
 
-    async def _stream_answer(self, data: bytes, context: Context) -> Message:
+        threading.Thread(target=start_all, name="grpc-stream", daemon=True).start()
+        while not ended.is_set():
+            try:
+                answer = answers.get(timeout=_LOOK_S)
+            except queue.Empty:
+                continue
+            if answer is None:
+                return
+            try:
+                found = answer.result()
+            except CancelledError:
+                return
+            yield found
+
+    async def _stream_answer(self, data: bytes, timeout_s: float | None) -> Message:
         make = MESSAGES["ModelStreamInferResponse"]
         request = MESSAGES["ModelInferRequest"]()
         status = "CANCELLED"
         try:
             request = parse_message("ModelInferRequest", data)
-            answer = await self._answer(request, context.time_remaining())
+            answer = await self._infer(request, timeout_s)
             status = "OK"
             return make(infer_response=answer)
         except Exception as error:
@@ -269,95 +299,7 @@ class GrpcServer:
             self._front.count("grpc_stream", status)
 
 
-def read_message(request: Message, max_typed_bytes: int) -> InferRequest:
-    """The request that a message holds.
-
-    Args:
-        request: the message.
-        max_typed_bytes: of one input's typed contents.
-
-    Raises:
-        TooLarge: there are more.
-        UserError: what is wrong with it.
-    """
-    raw = list(request.raw_input_contents)
-    tensors = []
-    used = 0
-    for entry in request.inputs:
-        where = f"input {one_line(entry.name, 80)}"
-        part = region_part(_parameters(entry.parameters), where)
-        data = None
-        if raw and part is None:
-            if used == len(raw):
-                raise UserError(f"{where} has no raw_input_contents")
-            data = raw[used]
-            used += 1
-        values = _values(entry, where, max_typed_bytes)
-        if raw and values is not None:
-            raise UserError(f"{where}: contents beside raw_input_contents")
-        if data is None and part is None and values is None:
-            raise UserError(f"{where}: no data")
-        tensors.append(
-            InputTensor(entry.name, entry.datatype, tuple(entry.shape), data, values, part)
-        )
-    if used != len(raw):
-        raise UserError(f"{len(raw)} raw_input_contents for {used} inputs without shared memory")
-    outputs = []
-    for entry in request.outputs:
-        where = f"output {one_line(entry.name, 80)}"
-        parameters = _parameters(entry.parameters)
-        if parameters.get("classification"):
-            raise UserError(f"{where}: the classification extension is not supported")
-        outputs.append(OutputChoice(entry.name, True, region_part(parameters, where)))
-    timeout = timeout_of(_parameters(request.parameters).get("timeout"))
-    return InferRequest(tuple(tensors), tuple(outputs) or None, request.id, timeout, True)
-
-
-def _values(entry: Message, where: str, max_bytes: int) -> np.ndarray | None:
-    """The typed contents of an input, if it has any."""
-    if not entry.HasField("contents"):
-        return None
-    filled = [field.name for field, _ in entry.contents.ListFields()]
-    if not filled:
-        return None
-    expected = CONTENTS.get(entry.datatype)
-    if filled != [expected]:
-        wanted = expected or "raw_input_contents"
-        datatype = one_line(entry.datatype, 40)
-        raise UserError(f"{where}: {datatype} in {', '.join(filled)}, not {wanted}")
-    size = entry.contents.ByteSize()
-    if size > max_bytes:
-        raise TooLarge(f"{where}: {size} bytes of {expected}; use raw_input_contents")
-    values = getattr(entry.contents, filled[0])
-    return np.fromiter(values, WIRE_TYPES[filled[0]], len(values))
-
-
-def _parameters(found: Mapping[str, Message]) -> dict[str, Any]:
-    """Parameters as Python values; those that are not set are left out."""
-    values = {}
-    for name, parameter in found.items():
-        choice = parameter.WhichOneof("parameter_choice")
-        if choice is not None:
-            values[name] = getattr(parameter, choice)
-    return values
-
-
-def write_message(
-    model: ModelFacts, request: InferRequest, outputs: list[tuple[OutputChoice, np.ndarray]]
-) -> Message:
-    """The message that answers a request; every output has an entry of raw contents."""
-    response = MESSAGES["ModelInferResponse"](
-        model_name=model.name, model_version=model.version, id=request.id
-    )
-    for choice, array in outputs:
-        entry = response.outputs.add(
-            name=choice.name, datatype=datatype_of(array.dtype), shape=array.shape
-        )
-        if choice.part is None:
-            response.raw_output_contents.append(raw_bytes(array).tobytes())
-            continue
-        response.raw_output_contents.append(b"")
-        entry.parameters["shared_memory_region"].string_param = choice.part.region
-        entry.parameters["shared_memory_offset"].int64_param = choice.part.offset
-        entry.parameters["shared_memory_byte_size"].int64_param = array.nbytes
-    return response
+def _seconds_left(context: Context) -> float | None:
+    """Until the deadline of a call; gRPC gives those without one some centuries."""
+    left = context.time_remaining()
+    return None if left is None or left > _CENTURY_S else left

@@ -22,7 +22,7 @@ from sample_engine import AFFINE, PAIR, SampleEngine, SampleModel, typed_model
 from gpu_aware_tune.errors import TuneError, UserError
 from gpu_aware_tune.serving.front_end import FrontEnd, FrontEndOptions
 from gpu_aware_tune.serving.grpc_messages import MESSAGES
-from gpu_aware_tune.serving.grpc_server import read_message, write_message
+from gpu_aware_tune.serving.grpc_requests import read_message, write_message
 from gpu_aware_tune.serving.http_server import unpack
 from gpu_aware_tune.serving.metrics import metrics_text
 from gpu_aware_tune.serving.requests import Draining, Refused, RunFailed, UnknownModel
