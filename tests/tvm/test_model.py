@@ -328,6 +328,30 @@ def test_loading_prints_nothing_but_what_tvm_writes_from_c(block: Path, tmp_path
         assert [line.split(":")[0] for line in last] == ([said] if said else [])
 
 
+def test_importing_takes_no_four_copies_of_the_weights(tmp_path: Path) -> None:
+    """Two and a bit: the file as bytes and as read, or what TVM has and the weight on its way there."""
+    program = (
+        "import resource, sys, tvm\nfrom pathlib import Path\n"
+        "from gpu_aware_tune.model.importer import load_model\n"
+        "for path in sys.argv[1:]:\n"
+        "    model = load_model(Path(path), tvm.target.Target('llvm'))\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    paths = []
+    for width in (64, 2048):
+        weights = Weights()
+        nodes = [
+            helper.make_node("MatMul", [f"x{n}", weights.add(f"w{n}", width, width)], [f"x{n + 1}"])
+            for n in range(8)
+        ]
+        file = tmp_path / f"{width}.onnx"
+        paths.append(str(save(file, nodes, {"x0": [1, width]}, ["x8"], weights)))
+    command = [sys.executable, "-c", program, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    small, large = (1024 * int(line) for line in done.stdout.split())
+    assert (large - small) / Path(paths[1]).stat().st_size < 2.7
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
