@@ -15,8 +15,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Bytecode is made when a module is first imported: of most modules that is never.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off --no-compile
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar off
 DEMO := build/demo
 
 # pytest-xdist's workers: `auto` is one for each core. An idle one takes tests from the others; half of
