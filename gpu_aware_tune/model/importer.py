@@ -138,7 +138,7 @@ def _import_detached(
     from gpu_aware_tune.kernels.vector_math import mark_vector_math
     from gpu_aware_tune.model.layouts import to_nchwc
     from gpu_aware_tune.model.parameters import hoist_constants, plainly_named
-    from gpu_aware_tune.onnx_prepare.convert import drop_inputs
+    from gpu_aware_tune.onnx_prepare.shapes import drop_inputs
 
     digest = _digest(proto, weights)
     names = [value.name for value in proto.graph.output]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.onnx_prepare.facts import uses_types, walk
 from gpu_aware_tune.onnx_prepare.order import sort_nodes
+from gpu_aware_tune.onnx_prepare.shapes import drop_inputs
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +75,6 @@ def taken(weights: list[TensorProto]) -> Iterator[TensorProto]:
     weights.reverse()
     while weights:
         yield weights.pop()
-
-
-def drop_inputs(model: ModelProto, names: Collection[str]) -> None:
-    """Remove inputs of the graph."""
-    kept = [value for value in model.graph.input if value.name not in names]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
 
 
 def drop_unused_weights(model: ModelProto, weights: list[TensorProto]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from onnx import ModelProto, TensorProto, TensorShapeProto, ValueInfoProto
 
@@ -11,13 +11,16 @@ from gpu_aware_tune.errors import UserError, one_line
 NAMELESS = {"", "?", "-1", "None"}  # what exporters write for dimensions that they do not know
 
 
+def drop_inputs(model: ModelProto, names: Collection[str]) -> None:
+    """Remove inputs of the graph."""
+    kept = [value for value in model.graph.input if value.name not in names]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+
+
 def drop_weight_inputs(model: ModelProto) -> None:
     """Leave only real inputs: up to IR version 3 the initializers are listed as inputs too."""
-    graph = model.graph
-    weights = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in weights]
-    del graph.input[:]
-    graph.input.extend(inputs)
+    drop_inputs(model, {tensor.name for tensor in model.graph.initializer})
 
 
 def fix_inputs(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -147,8 +147,10 @@ class GrpcServer:
                 self._front.count("grpc", status)
 
         def answer(data: bytes, context: Context) -> Message:
+            future = self._in_loop(answered(data, _seconds_left(context)))
+            _at_end(context, future.cancel)
             try:
-                found = self._in_loop(answered(data, _seconds_left(context)), context).result()
+                found = future.result()
             except CancelledError:  # the client is gone, or the server stops
                 context.abort(grpc.StatusCode.CANCELLED, "the call has ended")
             if isinstance(found, ErrorFacts):
@@ -157,13 +159,9 @@ class GrpcServer:
 
         return answer
 
-    def _in_loop(self, work: Coroutine[Any, Any, Message], context: Context) -> Future[Message]:
-        """Start work in the event loop, which ends with the call."""
+    def _in_loop(self, work: Coroutine[Any, Any, Message]) -> Future[Message]:
         assert self._loop is not None
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        if not context.add_callback(future.cancel):  # it has ended already
-            future.cancel()
-        return future
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _live(self, _request: Message, _timeout_s: float | None) -> Message:
         return MESSAGES["ServerLiveResponse"](live=True)
@@ -244,8 +242,13 @@ class GrpcServer:
     def _stream(self, requests: Iterator[bytes], context: Context) -> Iterator[Message]:
         """Answer a stream's requests side by side, in their order."""
         answers: queue.Queue[Future[Message] | None] = queue.Queue(STREAM_IN_FLIGHT)
+        started: set[Future[Message]] = set()
         ended = threading.Event()
-        context.add_callback(ended.set)
+
+        def end() -> None:
+            ended.set()
+            for future in list(started):
+                future.cancel()
 
         def put(answer: Future[Message] | None) -> None:
             while not ended.is_set():
@@ -257,15 +260,18 @@ class GrpcServer:
         def start_all() -> None:
             try:
                 for data in requests:
-                    work = self._stream_answer(data, _seconds_left(context))
-                    put(self._in_loop(work, context))
-            except (
-                Exception
-            ):  # how gRPC tells of a call that was cancelled; its class is not public
+                    future = self._in_loop(self._stream_answer(data, _seconds_left(context)))
+                    started.add(future)
+                    future.add_done_callback(started.discard)
+                    if ended.is_set():  # perhaps after `end` has looked
+                        future.cancel()
+                    put(future)
+            except Exception:  # gRPC's, of a call that was cancelled; its class is not public
                 log.debug("a stream ended", exc_info=True)
             finally:
                 put(None)
 
+        _at_end(context, end)
         threading.Thread(target=start_all, name="grpc-stream", daemon=True).start()
         while not ended.is_set():
             try:
@@ -297,6 +303,12 @@ class GrpcServer:
             return make(error_message=f"[{facts.grpc}] {facts.text}", infer_response=failed)
         finally:
             self._front.count("grpc_stream", status)
+
+
+def _at_end(context: Context, act: Callable[[], object]) -> None:
+    """Do something when a call ends, or now, if it has ended already."""
+    if not context.add_callback(act):
+        act()
 
 
 def _seconds_left(context: Context) -> float | None:

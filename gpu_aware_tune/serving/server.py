@@ -125,10 +125,10 @@ def _keep_freed_memory() -> None:
     The memory of each request comes from the system anew otherwise, and a fault for each page of it takes
     longer than copying it.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    for option, value in _KEPT.items():
-        if mallopt is not None:
-            mallopt(option, value)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # other C libraries have none
+        for option, value in _KEPT.items():
+            libc.mallopt(option, value)
 
 
 def missing_package(error: ModuleNotFoundError) -> SetupError:

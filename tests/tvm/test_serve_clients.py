@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import queue
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -440,6 +441,28 @@ def test_a_stream_that_is_cancelled(slow: Served, slow_engine: SampleEngine) -> 
     own.stop_stream(cancel_requests=True)
     wait_until(lambda: slow_engine.cancelled == before + 5)
     own.close()
+
+
+def test_a_long_stream_keeps_nothing_of_what_it_has_answered(
+    slow: Served, slow_engine: SampleEngine
+) -> None:
+    slow_engine.delay_s, count = 0.0, 100
+    before = futures_in_memory()
+    own = triton_grpc.InferenceServerClient(slow.grpc)
+    answers: queue.Queue[Any] = queue.Queue()
+    own.start_stream(lambda result, error: answers.put(error))
+    for _ in range(count):
+        own.async_stream_infer("affine", [tensor(triton_grpc, "x", X)])
+    assert [answers.get(timeout=10) for _ in range(count)] == [None] * count
+    wait_until(lambda: futures_in_memory() < before + count // 2)
+    own.stop_stream()
+    own.close()
+
+
+def futures_in_memory() -> int:
+    """How many calls this process, which is the server too, has not forgotten."""
+    gc.collect()
+    return sum(type(each) is Future for each in gc.get_objects())
 
 
 @pytest.mark.parametrize(

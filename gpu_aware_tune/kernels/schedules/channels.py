@@ -93,11 +93,8 @@ class Kernel:
         inputs = self.filter.inputs in split - {None}
         if self.filter.outputs not in split:
             # Sums of integers need the axis of a group of terms to be a dimension of the filter.
-            of_integers = str(self.function.params[self.filter.parameter].dtype) in (
-                "int8",
-                "int16",
-            )
-            return (1,) if inputs and of_integers else ()
+            dtype = str(self.function.params[self.filter.parameter].dtype)
+            return (1,) if inputs and dtype in ("int8", "int16") else ()
         return (1, 0) if inputs else (0,)
 
     def _image(self, *index: Any) -> list[Any]:
