@@ -138,6 +138,7 @@ def _import_detached(
     from gpu_aware_tune.kernels.vector_math import mark_vector_math
     from gpu_aware_tune.model.layouts import to_nchwc
     from gpu_aware_tune.model.parameters import hoist_constants, plainly_named
+    from gpu_aware_tune.model.winograd import to_winograd
     from gpu_aware_tune.onnx_prepare.shapes import drop_inputs
 
     digest = _digest(proto, weights)
@@ -153,8 +154,10 @@ def _import_detached(
     if target.kind.name == "llvm":
         module = mark_vector_math(mark_weights(module))
         if blocks:
-            blocked = to_nchwc(module, arrays, machine_of(target).lanes)
-            module, arrays, notes = blocked.module, blocked.weights, blocked.notes
+            machine = machine_of(target)
+            blocked = to_nchwc(module, arrays, machine.lanes)
+            convolved = to_winograd(blocked.module, blocked.weights, machine)
+            module, arrays, notes = convolved.module, convolved.weights, blocked.notes
     module = canonical_names(module)
     return Model(
         name=source.stem,

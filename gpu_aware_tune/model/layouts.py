@@ -78,7 +78,7 @@ def to_nchwc(module: tvm.IRModule, weights: Mapping[str, np.ndarray], lanes: int
             name, relax.TensorType(stored[name].shape, variable.ty.dtype)
         )
     notes = tuple(f"kernel {name} keeps its layout: {why}" for name, why in refused.items())
-    return Blocked(_rewired(module, kernels, parameters), stored, notes)
+    return Blocked(rewired(module, kernels, parameters), stored, notes)
 
 
 def _transformed(
@@ -109,11 +109,11 @@ class _Tuples:
     def __init__(self, main: Any) -> None:
         self._elements: dict[Any, dict[int, list[Any]]] = {}
         self._known: set[Any] = set()
-        for variable, value in _bindings(main):
+        for variable, value in bindings(main):
             if isinstance(value, relax.TupleGetItem) and isinstance(value.tuple_value, relax.Var):
                 of_tuple = self._elements.setdefault(value.tuple_value, {})
                 of_tuple.setdefault(int(value.index), []).append(variable)
-            elif _is_kernel_call(value):
+            elif is_kernel_call(value):
                 self._known.add(variable)
 
     def takes(self, value: Any) -> bool:
@@ -159,8 +159,8 @@ class _Call:
 def _calls(module: tvm.IRModule, lanes: int, tuples: _Tuples) -> Iterator[_Call]:
     """The calls of kernels that are bound to a variable of `main` itself, not within a branch."""
     kernels: dict[str, Kernel] = {}
-    for variable, value in _bindings(module["main"]):
-        if _is_kernel_call(value):
+    for variable, value in bindings(module["main"]):
+        if is_kernel_call(value):
             name = value.args[0].name_hint
             kernel = kernels.setdefault(name, Kernel(module[name], lanes))
             arguments = [each if isinstance(each, relax.Var) else None for each in value.args[1]]
@@ -169,13 +169,13 @@ def _calls(module: tvm.IRModule, lanes: int, tuples: _Tuples) -> Iterator[_Call]
             yield _Call(name, value, kernel, (*arguments, *given))
 
 
-def _bindings(main: Any) -> Iterator[tuple[Any, Any]]:
+def bindings(main: Any) -> Iterator[tuple[Any, Any]]:
     for block in main.body.blocks:
         for binding in block.bindings:
             yield binding.var, binding.value
 
 
-def _is_kernel_call(value: Any) -> bool:
+def is_kernel_call(value: Any) -> bool:
     call_tir = tvm.ir.Op.get("relax.call_tir")
     return isinstance(value, tvm.ir.Call) and value.op.same_as(call_tir)
 
@@ -189,8 +189,8 @@ def _used_elsewhere(main: Any, tuples: _Tuples) -> set[Any]:
             found.add(node)
 
     relax.analysis.post_order_visit(main.body.body, visit)
-    for variable, value in _bindings(main):
-        if not _is_kernel_call(value) and not tuples.takes(value):
+    for variable, value in bindings(main):
+        if not is_kernel_call(value) and not tuples.takes(value):
             found.add(variable)
             relax.analysis.post_order_visit(value, visit)
     return found
@@ -250,7 +250,7 @@ def _in_blocks(array: np.ndarray, dims: Sequence[int], lanes: int) -> np.ndarray
     return np.ascontiguousarray(array.reshape(shape).transpose([*outer, *(inner[d] for d in dims)]))
 
 
-def _rewired(
+def rewired(
     module: tvm.IRModule, kernels: Mapping[Any, tuple[str, PrimFunc]], parameters: Mapping[Any, Any]
 ) -> tvm.IRModule:
     """The module with other kernels, whose arguments and results have other shapes, for some calls.

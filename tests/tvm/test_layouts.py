@@ -35,6 +35,7 @@ MACHINE = Machine(lanes=16, registers=32, units=2)
 
 Node = tuple[str, Sequence[str], str, dict[str, Any]]
 CONV3 = {"pads": [1, 1, 1, 1]}
+WIDE = {"dilations": [2, 2], "pads": [2, 2, 2, 2]}  # not in Winograd's form
 
 
 def load(
@@ -94,7 +95,7 @@ NETWORK: list[Node] = [
     ("Relu", ["a"], "b", {}),
     ("MaxPool", ["b"], "c", {"kernel_shape": [3, 3], "strides": [2, 2]}),
     ("Conv", ["c", "one"], "d", {}),
-    ("Conv", ["c", "three"], "e", CONV3),
+    ("Conv", ["c", "three"], "e", WIDE),
     ("Concat", ["d", "e"], "f", {"axis": 1}),
     ("Conv", ["f", "back"], "g", {}),
     ("Add", ["g", "c"], "h", {}),
@@ -319,7 +320,7 @@ def test_a_cuda_target_keeps_the_layout(tmp_path: Path) -> None:
 
 def write_deep(path: Path, cpu: tvm.target.Target) -> Model:
     """Convolutions over many channels: of single pixels, of 3x3, and of single pixels again."""
-    nodes: list[Node] = [("Conv", ["x", "w"], "a", {}), ("Conv", ["a", "v"], "b", CONV3),
+    nodes: list[Node] = [("Conv", ["x", "w"], "a", {}), ("Conv", ["a", "v"], "b", WIDE),
                          ("Relu", ["b"], "c", {}), ("Conv", ["c", "u"], "y", {})]  # fmt: skip
     filters = {"w": (128, 16, 1, 1), "v": (128, 128, 3, 3), "u": (10, 128, 1, 1)}
     return load(path, nodes, filters, (1, 16, 14, 14), cpu)

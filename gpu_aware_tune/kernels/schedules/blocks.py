@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import tvm_ffi
@@ -88,9 +88,16 @@ def is_elementwise(block: Any) -> bool:
     )
 
 
-def inline_elementwise(schedule: Schedule) -> None:
-    """Compute elementwise blocks inside their consumers wherever that costs nothing."""
+def inline_elementwise(schedule: Schedule, kept: Collection[str] = ()) -> None:
+    """Compute elementwise blocks inside their consumers wherever that costs nothing.
+
+    Args:
+        schedule: of a kernel.
+        kept: names of blocks to leave.
+    """
     for name in block_names(schedule):
+        if name in kept:
+            continue
         variable = schedule.get_sblock(name)
         block = schedule.get(variable)
         consumers = [schedule.get(consumer) for consumer in schedule.get_consumers(variable)]

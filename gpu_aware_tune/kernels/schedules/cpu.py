@@ -26,6 +26,7 @@ from gpu_aware_tune.kernels.schedules.partial_sums import split_lanes
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile, costs_for
+from gpu_aware_tune.kernels.schedules.winograd import schedule_winograd
 
 # Times what full vectors would take; from there on partial sums in lanes are tried first.
 _PARTIAL_SUMS_RATIO = 3.0
@@ -48,6 +49,10 @@ def machine_of(target: tvm.target.Target) -> Machine:
 
 def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator[Schedule]:
     """Schedule every block of a kernel, in up to `most` ways for its heaviest reduction."""
+    transformed = [*islice(schedule_winograd(module, machine), most)]
+    if transformed:
+        yield from (_with_maps(schedule, machine) for schedule in transformed)
+        return
     base, names = prepared(module, machine)
     if not names:
         yield _with_maps(base, machine)
