@@ -58,6 +58,12 @@ def _dequantized(call: Any, arrays: Sequence[Array]) -> Array:
     return moved.astype(np.float32) * spread(scale)
 
 
+def _taken(call: Any, arrays: Sequence[Array]) -> Array:
+    values, places = arrays
+    axis = None if call.attrs.axis is None else int(call.attrs.axis)
+    return np.take(values, places, axis=axis, mode="clip")
+
+
 _FOLDS: dict[str, Callable[[Any, Sequence[Array]], Array]] = {
     "relax.reshape": _reshaped,
     "relax.expand_dims": _reshaped,
@@ -71,6 +77,7 @@ _FOLDS: dict[str, Callable[[Any, Sequence[Array]], Array]] = {
     "relax.multiply": _elementwise(np.multiply),
     "relax.negative": _elementwise(np.negative),
     "relax.sqrt": _elementwise(np.sqrt),
+    "relax.take": _taken,
 }
 
 

@@ -124,7 +124,7 @@ def _clip(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) ->
 
 
 def _gather(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-    """Gather at one constant place, as unrolled loops do for each step.
+    """Gather at constant places, as unrolled loops do for each step.
 
     TVM's importer emits what brings a negative index into range, and then compiles a kernel for each
     of these operators to fold them.
@@ -140,11 +140,57 @@ def _gather(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) 
     places = np.asarray(index.value.numpy())
     axis = attributes.get("axis", 0)
     extent = data.ty.shape[axis]
-    if places.size != 1 or not isinstance(extent, tvm.tirx.IntImm):
+    if not places.size or not isinstance(extent, tvm.tirx.IntImm):
         return None
-    place = int(places.reshape(())) % int(extent)
-    fixed = relax.const(np.full(places.shape, place), "int64")
+    fixed = relax.const(np.asarray(places % int(extent), np.int64), "int64")
     return relax.op.take(data, fixed, axis=axis, mode="clip")
+
+
+def _pad(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    """Pad of a constant, as the filters of transposed convolutions have; TVM makes a kernel of it."""
+    import numpy as np
+    import tvm
+    from tvm import relax
+
+    given = [value for value in inputs if value is not None]
+    known = len(given) == 2 and all(isinstance(value, tvm.ir.GenericConst) for value in given)
+    if not known or attributes.get("mode", b"constant") != b"constant":
+        return None
+    array, pads = (np.asarray(value.value.numpy()) for value in given)
+    before, after = np.split(pads, 2)
+    if pads.size != 2 * array.ndim or pads.min(initial=0) < 0:
+        return None
+    padded = np.pad(array, list(zip(before, after, strict=True)))
+    return relax.const(padded, str(given[0].ty.dtype))
+
+
+def _depth_to_space(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    """DepthToSpace in one step, which says of every result where it comes from.
+
+    TVM's importer writes two reshapes and a transpose, in which no rule sees the channels any more.
+    """
+    import tvm
+    from tvm import te
+
+    block = int(attributes["blocksize"])
+    blocks_first = attributes.get("mode", b"DCR") == b"DCR"
+    shape = inputs[0].ty.shape
+    if shape is None or not all(isinstance(extent, tvm.tirx.IntImm) for extent in shape):
+        return None
+
+    def depth_to_space(x: te.Tensor) -> te.Tensor:
+        batch, channels, height, width = x.shape
+        left = channels // (block * block)
+
+        def element(n: Any, c: Any, h: Any, w: Any) -> Any:
+            place = h % block * block + w % block
+            channel = place * left + c if blocks_first else c * block * block + place
+            return x(n, channel, h // block, w // block)
+
+        shape = (batch, left, height * block, width * block)
+        return te.compute(shape, element, name="depth_to_space")
+
+    return builder.emit_te(depth_to_space, inputs[0], primfunc_name_hint="depth_to_space")
 
 
 def _chained(name: str) -> Converter:
@@ -169,11 +215,13 @@ CONVERTERS: dict[str, Converter] = {
     "Clip": _clip,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
+    "DepthToSpace": _depth_to_space,
     "Gather": _gather,
     "Gemm": _gemm,
     "MatMul": _matmul,
     "Max": _chained("maximum"),
     "Min": _chained("minimum"),
+    "Pad": _pad,
     "Sum": _chained("add"),
 }
 

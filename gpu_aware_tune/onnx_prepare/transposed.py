@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from onnx import NodeProto
 
 from gpu_aware_tune.onnx_prepare.facts import attributes, input_of
@@ -55,23 +54,22 @@ def _explicit(node: NodeProto, to: Rewriter) -> dict[str, Any] | None:
 
 
 def _in_phases(node: NodeProto, to: Rewriter, values: Mapping[str, Any]) -> list[str] | None:
-    data, dtype = to.shape(node.input[0]), to.dtype(node.input[0])
-    weight, bias = to.facts.constant(node.input[1]), input_of(node, 2)
-    if data is None or dtype is None or weight is None or "output_shape" in values:
+    data = to.shape(node.input[0])
+    weight, bias = to.shape(node.input[1]), input_of(node, 2)
+    if data is None or weight is None or "output_shape" in values:
         return None
     rank = len(data) - 2
     strides = list(values.get("strides", [1] * rank))
-    offset = to.facts.constant(bias) if bias else None
     if (
         values.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"")
         or any(step != 1 for step in values.get("dilations", [1] * rank))
         or math.prod(strides) == 1
-        or (bias and offset is None)
+        or (bias and to.shape(bias) is None)
     ):
         return None
     pads = values.get("pads", [0] * (2 * rank))
     extra = values.get("output_padding", [0] * rank)
-    kernel, groups = weight.shape[2:], values.get("group", 1)
+    kernel, outputs, groups = weight[2:], weight[1], values.get("group", 1)
     taps = [-(-kernel[axis] // strides[axis]) for axis in range(rank)]
     left, right, starts, sizes = [], [], [], []
     for axis in range(rank):
@@ -82,19 +80,13 @@ def _in_phases(node: NodeProto, to: Rewriter, values: Mapping[str, Any]) -> list
         right.append(max(0, last - size + 1))
         starts.append(pads[axis] - step * (taps[axis] - 1 - left[-1]))
         sizes.append(wanted)
-    filters, outputs = _filters(weight, groups, strides, taps), weight.shape[1]
-    inputs = [node.input[0], to.constant(filters, dtype)]
-    if offset is not None:
-        each = np.broadcast_to(offset.reshape(groups, 1, -1), (groups, math.prod(strides), outputs))
-        inputs.append(to.constant(each.reshape(-1), dtype))
+    inputs = [node.input[0], _filters(node, to, groups, strides, taps)]
+    if bias:
+        inputs.append(_biases(node, to, groups, math.prod(strides)))
     phases = to.op("Conv", *inputs, group=groups, pads=left + right)
     grid = [data[2 + axis] + left[axis] + right[axis] - taps[axis] + 1 for axis in range(rank)]
-    split = to.op("Reshape", phases, to.constant([data[0], groups, *strides, outputs, *grid]))
-    order = [at for axis in range(rank) for at in (3 + rank + axis, 2 + axis)]
-    beside = to.op("Transpose", split, perm=[0, 1, 2 + rank, *order])
-    channels = groups * outputs
+    image = _side_by_side(phases, to, (data[0], groups, outputs), strides, grid)
     whole = [count * step for count, step in zip(grid, strides, strict=True)]
-    image = to.op("Reshape", beside, to.constant([data[0], channels, *whole]))
     if whole == sizes:
         return [image]
     ends = [start + size for start, size in zip(starts, sizes, strict=True)]
@@ -102,23 +94,55 @@ def _in_phases(node: NodeProto, to: Rewriter, values: Mapping[str, Any]) -> list
     return [to.op("Slice", image, to.constant(starts), to.constant(ends), axes)]
 
 
+def _side_by_side(
+    phases: str,
+    to: Rewriter,
+    channels: tuple[int, int, int],
+    strides: Sequence[int],
+    grid: Sequence[int],
+) -> str:
+    """The phases in their places: images, groups and channels of each, and the places of a phase."""
+    images, groups, outputs = channels
+    rank = len(strides)
+    if rank == 2 and groups == 1 and strides[0] == strides[1]:
+        return to.op("DepthToSpace", phases, blocksize=strides[0])
+    split = to.op("Reshape", phases, to.constant([images, groups, *strides, outputs, *grid]))
+    order = [at for axis in range(rank) for at in (3 + rank + axis, 2 + axis)]
+    beside = to.op("Transpose", split, perm=[0, 1, 2 + rank, *order])
+    whole = [count * step for count, step in zip(grid, strides, strict=True)]
+    return to.op("Reshape", beside, to.constant([images, groups * outputs, *whole]))
+
+
 def _filters(
-    weight: np.ndarray, groups: int, strides: Sequence[int], taps: Sequence[int]
-) -> np.ndarray:
+    node: NodeProto, to: Rewriter, groups: int, strides: Sequence[int], taps: Sequence[int]
+) -> str:
     """(inputs, outputs / groups, *kernel) to (groups * phases * outputs, inputs / groups, *taps).
 
     All channels of a phase side by side: blocks of channels stay whole where the phases are put in
-    their places.
+    their places. As nodes, which are folded with the import: large weights are no constants here.
     """
     rank = len(strides)
-    inputs, outputs, *kernel = weight.shape
+    inputs, outputs, *kernel = to.shape(node.input[1]) or []
+    filters = node.input[1]
     missing = [step * count - size for step, count, size in zip(strides, taps, kernel, strict=True)]
-    padded = np.pad(weight, [(0, 0), (0, 0), *((0, more) for more in missing)])
+    if any(missing):
+        filters = to.op("Pad", filters, to.constant([0] * (rank + 4) + missing))
     pairs = [extent for pair in zip(taps, strides, strict=True) for extent in pair]
-    split = padded.reshape(groups, inputs // groups, outputs, *pairs)
-    split = np.flip(split, tuple(3 + 2 * axis for axis in range(rank)))
+    filters = to.op("Reshape", filters, to.constant([groups, inputs // groups, outputs, *pairs]))
+    for axis, count in enumerate(taps):
+        if count > 1:
+            backwards = to.constant([*range(count - 1, -1, -1)])
+            filters = to.op("Gather", filters, backwards, axis=3 + 2 * axis)
     phases = [4 + 2 * axis for axis in range(rank)]
     order = [0, *phases, 2, 1, *(3 + 2 * axis for axis in range(rank))]
-    return np.ascontiguousarray(split.transpose(order)).reshape(
-        groups * outputs * math.prod(strides), inputs // groups, *taps
-    )
+    filters = to.op("Transpose", filters, perm=order)
+    shape = [groups * outputs * math.prod(strides), inputs // groups, *taps]
+    return to.op("Reshape", filters, to.constant(shape))
+
+
+def _biases(node: NodeProto, to: Rewriter, groups: int, phases: int) -> str:
+    """(groups * outputs) to (groups * phases * outputs)."""
+    (count,) = to.shape(node.input[2]) or (0,)
+    each = to.op("Reshape", node.input[2], to.constant([groups, 1, count // groups]))
+    every = to.op("Expand", each, to.constant([groups, phases, count // groups]))
+    return to.op("Reshape", every, to.constant([-1]))

@@ -318,6 +318,22 @@ def test_a_cuda_target_keeps_the_layout(tmp_path: Path) -> None:
 # -- what the schedules make of it -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("side", "padding"), [(2, 0), (3, 1), (4, 1)])
+def test_a_transposed_convolution_stays_in_blocks(side: int, padding: int, tmp_path: Path) -> None:
+    stride = {"strides": [2, 2], "pads": [padding] * 4}
+    nodes: list[Node] = [("Conv", ["x", "w"], "a", {}), ("ConvTranspose", ["a", "t"], "b", stride),
+                         ("Conv", ["b", "v"], "y", {})]  # fmt: skip
+    filters = {"w": (32, 16, 1, 1), "t": (32, 16, side, side), "v": (32, 16, 1, 1)}
+    model = load(tmp_path / "t.onnx", nodes, filters)
+    kernels = [str(v.name_hint) for v in model.module.functions if v.name_hint != "main"]
+    assert len(kernels) == 4, (
+        kernels
+    )  # three products and the phases: nothing is left of the filter
+    (phases,) = (name for name in blocked(model) if "depth_to_space" in name)
+    assert shapes(model, phases)[0][1:2] + shapes(model, phases)[0][4:] == (4, 16)
+    assert compared(model, default_traces(model), tmp_path).ok
+
+
 def write_deep(path: Path, cpu: tvm.target.Target) -> Model:
     """Convolutions over many channels: of single pixels, of 3x3, and of single pixels again."""
     nodes: list[Node] = [("Conv", ["x", "w"], "a", {}), ("Conv", ["a", "v"], "b", WIDE),

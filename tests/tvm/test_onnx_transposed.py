@@ -30,6 +30,8 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "depthwise": ((2, 4, 5, 5), (4, 1, 4, 4), {"strides": [2, 2], "group": 4, "pads": [1] * 4}),
     "sequence": ((1, 4, 9), (4, 3, 16), {"strides": [8], "pads": [4, 4]}),
     "volume": ((1, 2, 3, 4, 3), (2, 3, 2, 3, 2), {"strides": [2, 2, 2]}),
+    "large filters": ((1, 16, 5, 6), (16, 12, 4, 4), {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+    "large filters, odd": ((1, 16, 4, 5), (16, 12, 3, 3), {"strides": [2, 2], "pads": [1] * 4}),
     "output shape": ((1, 3, 4, 4), (3, 2, 3, 3), {"strides": [2, 2], "output_shape": [8, 8]}),
 }  # fmt: skip
 LEFT = {

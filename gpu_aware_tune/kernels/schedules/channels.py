@@ -20,7 +20,7 @@ from tvm.sym.pattern import detect_linear_equation
 from tvm.tirx import LE, Add, BufferStore, IndexMap, IntImm, Mul, PrimFunc
 
 from gpu_aware_tune.kernels.packing import weight_buffers
-from gpu_aware_tune.kernels.schedules.access import Axis, axes_of
+from gpu_aware_tune.kernels.schedules.access import Axis, axes_of, variables_in
 from gpu_aware_tune.kernels.schedules.blocks import is_reduction
 
 _CHANNELS = 1  # the dimension
@@ -280,9 +280,11 @@ def _walk(block: Any, axes: Sequence[Axis], image: Any, lanes: int) -> int | Non
         analyzer.bind(iter_var.var, iter_var.dom)
     found: set[int | None] = set()
     for indices in _indices(block, image):
-        linear = detect_linear_equation(analyzer.simplify(indices[_CHANNELS]), variables)
+        index = analyzer.simplify(indices[_CHANNELS])
+        linear = detect_linear_equation(index, variables)
         if not linear or not all(isinstance(step, IntImm) for step in linear):
-            return None
+            found.add(_walk_in_groups(index, variables, axes, lanes, analyzer))
+            continue
         *steps, start = (int(step) for step in linear)
         moving = [axes[at] for at, step in enumerate(steps) if step and axes[at].extent > 1]
         alone = len(moving) == 1 and steps[moving[0].position] == 1
@@ -290,6 +292,21 @@ def _walk(block: Any, axes: Sequence[Axis], image: Any, lanes: int) -> int | Non
             return None
         found.add(moving[0].position)
     return found.pop() if len(found) == 1 else None
+
+
+def _walk_in_groups(
+    index: Any, variables: Sequence[Any], axes: Sequence[Axis], lanes: int, analyzer: Analyzer
+) -> int | None:
+    """The axis that walks within groups of whole blocks, which others choose (as in depth to space)."""
+    for axis in axes:
+        own = variables[axis.position]
+        if axis.extent > 1 and axis.extent % lanes == 0:
+            start = analyzer.simplify(index - own)
+            steps = analyzer.modular_set(start)
+            whole = steps.coeff % lanes == 0 and steps.base % lanes == 0
+            if whole and not any(own.same_as(each) for each in variables_in(start)):
+                return axis.position
+    return None
 
 
 def _indices(block: Any, image: Any) -> Iterator[list[Any]]:
