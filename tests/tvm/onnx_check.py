@@ -18,7 +18,7 @@ from gpu_aware_tune.model.importer import Model, load_model
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "null")]
 from onnx_graphs import run_onnxruntime  # noqa: E402
 
-LLVM = tvm.target.Target("llvm")
+LLVM = tvm.target.Target({"kind": "llvm", "opt-level": 1})  # half of the time is LLVM's
 
 
 def imported(

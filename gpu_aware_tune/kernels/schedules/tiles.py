@@ -65,7 +65,9 @@ def _tiles(
     weights: frozenset[int],
 ) -> Iterator[Tile]:
     spatial = [axis for axis in axes if not axis.reduce and axis.extent > 1]
-    registers = machine.registers * 3 // 4
+    registers = (
+        machine.registers * 13 // 16
+    )  # the others hold what is loaded; rows of 13 are common
     shared = shared_dimensions(axes, result)
     runs = _runs(spatial, axes, operands)
     for vector in spatial:
@@ -262,6 +264,10 @@ def outer_order(
     for image, filters in ((0, 1), (1, 0)):
         rows = [axis for axis in own[image] if axis.extent > 1]
         if len(rows) > 1 and vector in own[filters] and not tile.copied:
+            read = operands[image].elements * operands[image].itemsize
+            if read <= machine.costs.middle_bytes:
+                # The image stays in the second-level cache, so that filters are read only once.
+                return shared + own[filters] + own[image]
             # All filters over one row: it stays in the nearest caches, and units share the rows out.
             return shared + rows[:1] + own[filters] + [a for a in own[image] if a is not rows[0]]
     first_outer, second_outer = traffic(tile, axes, operands, machine.costs)
