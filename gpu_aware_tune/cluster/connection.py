@@ -13,6 +13,10 @@ from gpu_aware_tune.errors import SetupError
 
 _REACH_S = 5.0
 _STORE_BYTES = 100 << 20  # messages are small; Ray would take 30 % of the memory
+# With this off, Ray takes loopback for this machine's address, and listens nowhere else. It is Ray's own
+# setting for systems on which it supports no clusters, read when Ray is imported; `_node_ip_address` would
+# not do, as Ray takes 127.0.0.1 there for the address that others reach.
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @contextlib.contextmanager
@@ -52,9 +56,25 @@ def _join(ray: Any, address: str) -> str:
         _init(ray, "auto")
         return f"Ray cluster {ray.get_runtime_context().gcs_address}"
     except ConnectionError:  # none is there
-        os.environ.setdefault("RAY_worker_niceness", "0")  # see actor.py
-        _init(ray, "local", object_store_memory=_STORE_BYTES, include_dashboard=False)
+        start_alone(ray)
         return "a Ray cluster of this machine alone: none was running"
+
+
+def start_alone(ray: Any) -> None:
+    """Start a cluster of this machine alone, which listens on loopback only."""
+    from ray._private import ray_constants
+
+    os.environ.setdefault("RAY_worker_niceness", "0")  # see actor.py
+    before = os.environ.get(_CLUSTERS), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[_CLUSTERS], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        _init(ray, "local", object_store_memory=_STORE_BYTES, include_dashboard=False)
+    finally:  # the next cluster may be one of several machines
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[_CLUSTERS]
+        else:
+            os.environ[_CLUSTERS] = before[0]
 
 
 def _init(ray: Any, address: str, **options: Any) -> None:

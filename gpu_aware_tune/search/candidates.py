@@ -193,6 +193,7 @@ class _TaskSearch:
     The tiles that the baseline schedules were picked from come ranked by a cost model, need no search
     time and build quickly; the evolution finds what no rule knows. The first draft takes tiles, the
     second samples TVM's space; from then on the source whose best is better gets two drafts of three.
+    Of a convolution in Winograd's form, TVM's own candidates take minutes to compile: tiles only.
     TVM's candidates are kept until their result is told, because it learns from schedules.
     """
 
@@ -200,15 +201,17 @@ class _TaskSearch:
         from tvm.s_tir import meta_schedule as ms
 
         from gpu_aware_tune.kernels.traces import module_from_json
+        from gpu_aware_tune.kernels.winograd import roles_of
 
         self._hash = new.task
         self._target = target
         self._module = module_from_json(new.module_json)
+        self._evolves = not roles_of(self._module["main"])
         self._database = ms.database.MemoryDatabase()
         self._workload = self._database.commit_workload(self._module)
         seed = (settings.seed * 1_000_003 + int(new.task)) % (2**31 - 1) or 1
         sampled = settings.per_draft * 2
-        self._sampling = self._context(settings, seed, sampled, 0, model)
+        self._sampling: Any = None
         self._evolving: Any = None
         self._make_evolving: Callable[[], Any] = functools.partial(
             self._context, settings, seed + 1, settings.population, settings.generations, model
@@ -221,7 +224,9 @@ class _TaskSearch:
         self._seen: set[str] = {trace for trace, _ in new.known} | set(new.tried)
         self._next = 0
         self._learned = 0
-        self._adopt(new.known, model)
+        if self._evolves:
+            self._sampling = self._context(settings, seed, sampled, 0, model)
+            self._adopt(new.known, model)
 
     def _context(
         self, settings: SearchSettings, seed: int, population: int, generations: int, model: Any
@@ -259,7 +264,7 @@ class _TaskSearch:
         turn = self._drafts % 3 != 2 if self._drafts > 1 else True
         tiles_first = self._drafts == 0 or (self._drafts > 1 and ahead == turn)
         self._drafts += 1
-        order = [self._draft_tiles, self._evolve]
+        order = [self._draft_tiles, self._evolve] if self._evolves else [self._draft_tiles]
         for source in order if tiles_first else reversed(order):
             found = source()
             if found:

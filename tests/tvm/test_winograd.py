@@ -15,12 +15,14 @@ from test_layouts import AVX2, AVX512, CONV3, Node, compared, load
 from tiny_library import default_traces, target
 
 from gpu_aware_tune.finalize.kernel_check import verify_kernel
+from gpu_aware_tune.kernels.schedules import MOST_BASELINES
 from gpu_aware_tune.kernels.schedules.cpu import cpu_schedules, machine_of
 from gpu_aware_tune.kernels.schedules.winograd import Division, Problem, divisions
 from gpu_aware_tune.kernels.traces import apply_trace, trace_to_json
 from gpu_aware_tune.kernels.winograd import Role, convolution_of, roles_of, transformed
 from gpu_aware_tune.model.importer import Model
 from gpu_aware_tune.model.tasks import extract
+from gpu_aware_tune.search.candidates import NewTask, SearchSettings, _Search
 
 FIRST: Node = ("Conv", ["x", "first"], "a", CONV3)  # so that images are in blocks on both sides
 LAST: Node = ("Conv", ["y", "last"], "z", {})
@@ -95,6 +97,19 @@ def test_every_schedule_replays_and_computes_the_same(name: str, tmp_path: Path)
             replayed = apply_trace(trace, task.module).mod
             assert tvm_ffi.structural_equal(replayed, schedule.mod)
             assert verify_kernel(task.module, trace, target(), seed=1).ok
+
+
+def test_a_search_tries_every_division_and_nothing_else(tmp_path: Path) -> None:
+    model = network([conv()], tmp_path, cpu=AVX2)
+    (task,) = (t for t in extract(model, AVX2) if t.name.endswith("_winograd"))
+    search = _Search(AVX2, SearchSettings(population=8, generations=1, per_draft=8, seed=3), 0)
+    search.add(NewTask(task.hash, task.module_json))
+    drafted: list[str] = []
+    while found := search.draft(task.hash):
+        drafted += [candidate.trace for candidate in found]
+        search.learn([(task.hash, candidate.number, 1e-3) for candidate in found])
+    every = [trace_to_json(s.trace) for s in cpu_schedules(task.module, machine_of(AVX2), 96)]
+    assert drafted == every[MOST_BASELINES:]
 
 
 @pytest.mark.parametrize(
