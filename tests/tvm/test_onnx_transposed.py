@@ -55,7 +55,7 @@ def test_it_is_right(case: str, bias: bool) -> None:
     assert_correct(model, feeds)
 
 
-def test_weights_that_are_computed_stay() -> None:
+def test_weights_that_are_computed_are_rearranged_in_every_call() -> None:
     feeds = {"x": numbers(1, 3, 4, 4), "w": numbers(3, 2, 2, 2, seed=1)}
     model = node_model("ConvTranspose", feeds, {}, [("y", F32)], 17, "x,w", strides=[2, 2])
     assert_correct(model, feeds)

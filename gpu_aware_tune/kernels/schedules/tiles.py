@@ -26,6 +26,7 @@ from gpu_aware_tune.kernels.schedules.tile_cost import (
 
 _EXPLORE_RATIO = 2.0  # times the best tile's cycles, for a tile of another kind to be tried early
 _ROWS = 64  # that a tile reads a few elements of, from which on a copy tile by tile may pay
+_HELD = 13  # of 16 registers for results, the others for what is loaded; rows of 13 are common
 _PASS_TERMS = 32  # of the sum, at least, before its results are stored
 
 
@@ -65,9 +66,7 @@ def _tiles(
     weights: frozenset[int],
 ) -> Iterator[Tile]:
     spatial = [axis for axis in axes if not axis.reduce and axis.extent > 1]
-    registers = (
-        machine.registers * 13 // 16
-    )  # the others hold what is loaded; rows of 13 are common
+    registers = machine.registers * _HELD // 16
     shared = shared_dimensions(axes, result)
     runs = _runs(spatial, axes, operands)
     for vector in spatial:
