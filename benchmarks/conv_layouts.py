@@ -39,7 +39,7 @@ from benchmarks.model_latency import (
     matrices,
     onnxruntime_timer,
 )
-from benchmarks.scaffold import Timer, parser, take_turns
+from benchmarks.scaffold import Timer, host_target, parser, take_turns
 from gpu_aware_tune.kernels.packing import LAYOUT_FREE, without_packing
 from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.schedules.cpu import machine_of
@@ -85,8 +85,7 @@ def main() -> None:
     command.add_argument("--seconds", type=float, default=0.05, help="of each turn")
     args = command.parse_args()
     about, rows = environment(), []
-    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": args.threads})
+    target = host_target(args.threads)
     cores = CoreThread(args.threads)
     reference, _ = onnxruntime_timer(matmul(), matrices(), args.threads)
     for convolution in RESNET50:

@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks.environment import RESULTS, ROOT, environment, write_results
 from benchmarks.model_latency import SLIM, SLIM_NAME, default_traces, model_file
-from benchmarks.scaffold import parser
+from benchmarks.scaffold import host_target, parser
 
 RESULTS_FILE = RESULTS / "curves.json"
 SHARES = (1, 2, 4)
@@ -81,21 +81,16 @@ def main() -> None:
 
 def make_folders(name: str, slim: Path, scratch: Path) -> dict[str, Path]:
     """Export a model with 1, 2 and 4 shares in one library, and with 4 in libraries of their own."""
-    import tvm
 
     from gpu_aware_tune.codegen.compile import compile_model, compile_shares
     from gpu_aware_tune.library import RunFacts, export, link
     from gpu_aware_tune.model.importer import load_model
 
     path = model_file(name, slim, scratch)
-    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
-    targets = {
-        units: tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": units})
-        for units in range(1, max(SHARES) + 1)
-    }
+    targets = {units: host_target(units) for units in range(1, max(SHARES) + 1)}
     model = load_model(path, targets[1])
     shares = {units: (target, default_traces(model, target)) for units, target in targets.items()}
-    facts = RunFacts(device=f"llvm/benchmark/{cpu}")
+    facts = RunFacts(device=f"llvm/benchmark/{targets[1].attrs['mcpu']}")
     folders = {}
     for count in SHARES:
         made = {units: shares[units] for units in range(1, count + 1)}

@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks.environment import RESULTS, ROOT, environment, write_results
 from benchmarks.light_models import light_models, write_seeded
-from benchmarks.scaffold import Timer, parser, sampled, take_turns
+from benchmarks.scaffold import Timer, host_target, parser, sampled, take_turns
 
 RESULTS_FILE = RESULTS / "model-latency.json"
 SLIM = ROOT.parent / "shared" / "models" / "version-slim-320.onnx"
@@ -98,7 +98,6 @@ def measure(
     name: str, path: Path, folder: Path | None, args: argparse.Namespace, scratch: Path
 ) -> dict[str, Any]:
     """Milliseconds of one inference for each contestant, ratios, and errors."""
-    import tvm
 
     from gpu_aware_tune.finalize.kernel_check import difference
     from gpu_aware_tune.library import open_vm, save_weights
@@ -106,8 +105,7 @@ def measure(
     from gpu_aware_tune.model.importer import load_model, random_inputs
     from gpu_aware_tune.model.tasks import extract
 
-    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": args.threads})
+    target = host_target(args.threads)
     cores = CoreThread(args.threads)
     model = load_model(path, target)
     inputs = random_inputs(model.inputs, seed=0)

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import tvm
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from benchmarks.environment import RESULTS, environment, write_results
 from benchmarks.model_latency import compiled
-from benchmarks.scaffold import parser
+from benchmarks.scaffold import host_target, parser
 
 RESULTS_FILE = RESULTS / "numerics.json"
 SINGLE, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
@@ -52,8 +51,7 @@ def compared(path: Path, draws: int) -> dict[str, float]:
 
     from gpu_aware_tune.model.importer import load_model, random_inputs
 
-    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": 2})
+    target = host_target(2)
     model = load_model(path, target)
     theirs = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     reference = ReferenceEvaluator(in_double(onnx.load(path)))
@@ -110,10 +108,10 @@ def widened(array: np.ndarray) -> np.ndarray:
 
 def distance(got: Sequence[Any], expected: Sequence[np.ndarray]) -> float:
     """The largest difference of any output, relative to its largest value."""
-    return max(
-        float(np.abs(np.asarray(g, np.float64) - e).max() / max(np.abs(e).max(), 1e-30))
-        for g, e in zip(got, expected, strict=True)
-    )
+    from gpu_aware_tune.finalize.kernel_check import difference
+
+    pairs = zip(got, expected, strict=True)
+    return max(difference(np.asarray(g, wanted.dtype), wanted) for g, wanted in pairs)
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -320,13 +320,12 @@ def serve(
 def _untuned(
     path: Path, threads: int, fixed: Mapping[str, tuple[int, ...]], _folder: str | None
 ) -> tuple[Timer, list[np.ndarray]]:
-    import tvm
 
+    from benchmarks.scaffold import host_target
     from gpu_aware_tune.library import save_weights
     from gpu_aware_tune.model.importer import load_model, random_inputs
 
-    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": threads})
+    target = host_target(threads)
     model = load_model(path, target, fixed)
     with tempfile.TemporaryDirectory() as scratch:
         shared = compiled(model, target, "untuned", Path(scratch) / "model.so")

@@ -209,6 +209,14 @@ def gpu_benchmark(name: str, args: argparse.Namespace) -> Iterator[GpuBenchmark]
         run.close()
 
 
+def host_target(units: int) -> Any:
+    """TVM's target for so many cores of this machine."""
+    import tvm
+
+    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
+    return tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": units})
+
+
 def sampled(
     run: Callable[[], object], seconds: float, wait: Callable[[], object] | None = None
 ) -> list[float]:

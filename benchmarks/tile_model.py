@@ -33,6 +33,7 @@ import numpy as np
 
 from benchmarks.environment import environment
 from benchmarks.light_models import light_models, write_seeded
+from benchmarks.scaffold import host_target
 
 DATA = Path(__file__).parent / "data"
 LEAST_STEPS = 200_000  # multiply-adds of a kernel worth a tile
@@ -76,12 +77,10 @@ def main() -> None:
 
 def measure(models: Sequence[str], kernels: int, tiles: int, seed: int) -> None:
     """Add the kernels of models to this machine's file."""
-    import tvm
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": 1})
-    path = DATA / f"tiles-{cpu}.json"
+    target = host_target(1)
+    path = DATA / f"tiles-{target.attrs['mcpu']}.json"
     found = load(path)["kernels"] if path.exists() else []
     with tempfile.TemporaryDirectory() as scratch:
         for given in models:

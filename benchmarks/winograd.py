@@ -4,15 +4,15 @@
 
 Every convolution of the models that could be transformed, whether the importer would do so or not
 (`model/winograd.py`), with all that is fused to it: the fastest of three baseline schedules each way,
-in turns, and how far both are from the same kernel computed without schedule. The figures go to
+in turns, and how far Winograd's is from the direct kernel computed without schedule. The figures go to
 benchmarks/results/winograd.json.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import numpy as np
 import tvm
 
 from benchmarks.environment import RESULTS, environment, write_results
-from benchmarks.scaffold import Timer, parser, take_turns
+from benchmarks.scaffold import Timer, host_target, parser, sampled, take_turns
+from gpu_aware_tune.finalize.kernel_check import difference
 from gpu_aware_tune.kernels.packing import without_packing
 from gpu_aware_tune.kernels.schedules import baseline_schedules
 from gpu_aware_tune.kernels.schedules.cpu import machine_of
@@ -40,8 +41,7 @@ def main() -> None:
     command.add_argument("--rounds", type=int, default=15)
     command.add_argument("--seconds", type=float, default=0.02, help="of each turn")
     args = command.parse_args()
-    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": args.threads})
+    target = host_target(args.threads)
     rows: list[dict[str, Any]] = []
     for path in args.models:
         for name, kernel, convolution in convolutions(path, target):
@@ -72,7 +72,7 @@ def convolutions(path: Path, target: Any) -> list[tuple[str, Any, Convolution]]:
 def measured(
     kernel: Any, convolution: Convolution, target: Any, rounds: int, seconds: float
 ) -> dict[str, Any]:
-    """Milliseconds of both ways, their ratio, and each one's error relative to the largest result."""
+    """Milliseconds of both ways, their ratio, and the error of Winograd's form."""
     generator = np.random.default_rng(0)
     given = [
         generator.standard_normal([int(e) for e in p.shape], dtype=np.float32)
@@ -82,18 +82,19 @@ def measured(
     changed = list(given)
     changed[convolution.parameter] = transformed(given[convolution.parameter])
     plain = tvm.IRModule({"main": kernel})
-    expected = run(tvm.tirx.build(plain, target=target), given)
+    unscheduled = [tvm.runtime.tensor(array) for array in given]
+    expected = run(tvm.tirx.build(plain, target=target), unscheduled)
     timers: dict[str, Timer] = {}
-    errors: dict[str, float] = {}
+    error = 0.0
     ways = {DIRECT: (kernel, given), TRANSFORMED: (with_winograd(kernel, convolution), changed)}
     for way, (function, arrays) in ways.items():
         schedules = baseline_schedules(tvm.IRModule({"main": function}), target)
         for number, schedule in enumerate(schedules):
             built = tvm.tirx.build(without_packing(schedule.mod), target=target)
+            buffers = [tvm.runtime.tensor(array) for array in arrays]
             if way == TRANSFORMED:
-                error = float(np.abs(run(built, arrays) - expected).max())
-                errors[way] = max(errors.get(way, 0.0), error / float(np.abs(expected).max()))
-            timers[f"{way} {number}"] = timer(built, arrays)
+                error = max(error, difference(run(built, buffers), expected))
+            timers[f"{way} {number}"] = partial(sampled, partial(built, *buffers))
     samples = take_turns(timers, rounds, seconds)
     best = {
         way: min(statistics.median(s) for name, s in samples.items() if name.startswith(way))
@@ -106,31 +107,14 @@ def measured(
         "chosen": winograd.pays(convolution, machine_of(target)),
         "ms": {way: 1e3 * seconds for way, seconds in best.items()},
         "ratio": best[TRANSFORMED] / best[DIRECT],
-        "error": errors[TRANSFORMED],
+        "error": error,
     }
 
 
-def run(built: Callable[..., None], arrays: list[np.ndarray]) -> np.ndarray:
-    """The result of a kernel; what it should be when the weights are packed is not looked at."""
-    buffers = [tvm.runtime.tensor(array) for array in arrays]
+def run(built: Callable[..., None], buffers: list[Any]) -> np.ndarray:
+    """What a kernel writes to its last buffer."""
     built(*buffers)
     return np.asarray(buffers[-1].numpy())
-
-
-def timer(built: Callable[..., None], arrays: list[np.ndarray]) -> Timer:
-    """What runs a kernel for so long and gives the seconds of each run, the first left out."""
-    buffers = [tvm.runtime.tensor(array) for array in arrays]
-
-    def timed(seconds: float) -> list[float]:
-        found: list[float] = []
-        end = time.perf_counter() + seconds
-        while len(found) < 3 or time.perf_counter() < end:
-            begun = time.perf_counter()
-            built(*buffers)
-            found.append(time.perf_counter() - begun)
-        return found[1:]
-
-    return timed
 
 
 def line(row: dict[str, Any]) -> str:

@@ -13,10 +13,6 @@ from gpu_aware_tune.errors import SetupError
 
 _REACH_S = 5.0
 _STORE_BYTES = 100 << 20  # messages are small; Ray would take 30 % of the memory
-# With this off, Ray takes loopback for this machine's address, and listens nowhere else. It is Ray's own
-# setting for systems on which it supports no clusters, read when Ray is imported; `_node_ip_address` would
-# not do, as Ray takes 127.0.0.1 there for the address that others reach.
-_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @contextlib.contextmanager
@@ -65,16 +61,14 @@ def start_alone(ray: Any) -> None:
     from ray._private import ray_constants
 
     os.environ.setdefault("RAY_worker_niceness", "0")  # see actor.py
-    before = os.environ.get(_CLUSTERS), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[_CLUSTERS], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    # With this off, as on systems where Ray supports no clusters, it takes loopback for this machine's
+    # address and listens nowhere else. `_node_ip_address="127.0.0.1"` would not do: Ray takes it for the
+    # address that others reach.
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         _init(ray, "local", object_store_memory=_STORE_BYTES, include_dashboard=False)
     finally:  # the next cluster may be one of several machines
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
-        if before[0] is None:
-            del os.environ[_CLUSTERS]
-        else:
-            os.environ[_CLUSTERS] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _init(ray: Any, address: str, **options: Any) -> None:

@@ -326,9 +326,7 @@ def test_a_transposed_convolution_stays_in_blocks(side: int, padding: int, tmp_p
     filters = {"w": (32, 16, 1, 1), "t": (32, 16, side, side), "v": (32, 16, 1, 1)}
     model = load(tmp_path / "t.onnx", nodes, filters)
     kernels = [str(v.name_hint) for v in model.module.functions if v.name_hint != "main"]
-    assert len(kernels) == 4, (
-        kernels
-    )  # three products and the phases: nothing is left of the filter
+    assert len(kernels) == 4, kernels  # the phases and three products: none makes filters
     (phases,) = (name for name in blocked(model) if "depth_to_space" in name)
     assert shapes(model, phases)[0][1:2] + shapes(model, phases)[0][4:] == (4, 16)
     assert compared(model, default_traces(model), tmp_path).ok
