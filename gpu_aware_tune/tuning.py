@@ -151,19 +151,7 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
         job: what `make_jobs` returned.
         stop: its `request()` ends the search and exports the best so far.
     """
-    from gpu_aware_tune.finalize.retiming import measure_drift, retime
-    from gpu_aware_tune.run.auto_share import choose_shares
-    from gpu_aware_tune.run.check_stage import check_models, start_oracles
-    from gpu_aware_tune.run.libraries import (
-        build_libraries,
-        choose_kernels,
-        export_libraries,
-        finish,
-    )
-    from gpu_aware_tune.run.models import import_models, plans, recall_models
-    from gpu_aware_tune.run.search_stage import run_search, start_workers
     from gpu_aware_tune.run.session import Session
-    from gpu_aware_tune.run.time_budget import divide_time
 
     settings = job.settings
     for goal in job.goals:
@@ -172,6 +160,20 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
         yield from _tune_batches(job, stop)
         return
     with Session(settings, stop) as session:
+        # Here, because they load TVM, and so does the process that the session has just started.
+        from gpu_aware_tune.finalize.retiming import measure_drift, retime
+        from gpu_aware_tune.run.auto_share import choose_shares
+        from gpu_aware_tune.run.check_stage import check_models, start_oracles
+        from gpu_aware_tune.run.libraries import (
+            build_libraries,
+            choose_kernels,
+            export_libraries,
+            finish,
+        )
+        from gpu_aware_tune.run.models import import_models, plans, recall_models
+        from gpu_aware_tune.run.search_stage import run_search, start_workers
+        from gpu_aware_tune.run.time_budget import divide_time
+
         yield from session.find_device(job.goals)
         oracles = start_oracles(session, job.goals)
         models = yield from import_models(session, job.goals)

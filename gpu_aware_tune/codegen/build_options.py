@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tvm
@@ -17,6 +17,11 @@ from gpu_aware_tune.kernels.vector_math import vector_math
 def build_options(module: tvm.IRModule, target: tvm.target.Target) -> Iterator[None]:
     """Set TVM up for building a module of kernels for a target.
 
+    Kernels do not check the types and shapes of what they are called with: only the virtual machine
+    calls them, with what the compiler planned, and the checks are a quarter of a build's time (for
+    the smallest kernels half of it) and two thirds of its code. What a user passes is checked before
+    (`library`, and the virtual machine's own entry).
+
     For a CPU, exp and its like become plain arithmetic (see `vector_math`).
 
     TVM's storage rewriting lets the sums of a tensor-core kernel, which are float32, use the shared
@@ -24,21 +29,24 @@ def build_options(module: tvm.IRModule, target: tvm.target.Target) -> Iterator[N
     shared memory is still shared out by the pass that knows how to.
     """
     with contextlib.ExitStack() as options:
+        config = {"tirx.disable_assert": True}
         if target.kind.name == "llvm":
             options.enter_context(vector_math())
         if _has_float32_fragments(module):
-            options.enter_context(_without_storage_rewrite())
+            config["tirx.disable_storage_rewrite"] = True
+        options.enter_context(_with_config(config))
         yield
 
 
-def _without_storage_rewrite() -> tvm.transform.PassContext:
+def _with_config(changes: Mapping[str, Any]) -> tvm.transform.PassContext:
+    """The present options with some of their values changed."""
     now = tvm.transform.PassContext.current()
     return tvm.transform.PassContext(
         opt_level=now.opt_level,
         required_pass=list(now.required_pass),
         disabled_pass=list(now.disabled_pass),
         instruments=list(now.instruments),
-        config={**now.config, "tirx.disable_storage_rewrite": True},
+        config={**now.config, **changes},
     )
 
 
