@@ -193,6 +193,12 @@ def _depth_to_space(builder: Any, inputs: Sequence[Any], attributes: Mapping[str
     return builder.emit_te(depth_to_space, inputs[0], primfunc_name_hint="depth_to_space")
 
 
+def _roi_align(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    from gpu_aware_tune.model.roi_align import roi_align
+
+    return roi_align(builder, inputs, attributes)
+
+
 def _chained(name: str) -> Converter:
     """Max, Min and Sum of several values as so many binary operators, which TVM can fuse.
 
@@ -222,6 +228,7 @@ CONVERTERS: dict[str, Converter] = {
     "Max": _chained("maximum"),
     "Min": _chained("minimum"),
     "Pad": _pad,
+    "RoiAlign": _roi_align,
     "Sum": _chained("add"),
 }
 

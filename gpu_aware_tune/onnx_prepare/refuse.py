@@ -80,10 +80,6 @@ def _constant_inputs(*positions: int) -> Reason:
     return reason
 
 
-def _roi_align(node: NodeProto, facts: Facts) -> str:
-    return "mode 'max' is not supported" if attributes(node).get("mode") == b"max" else ""
-
-
 def _conv_transpose(node: NodeProto, facts: Facts) -> str:
     return "output_shape is not supported here" if "output_shape" in attributes(node) else ""
 
@@ -134,7 +130,6 @@ WRONG: dict[str, Reason] = {
     "MaxPool": _one_output,
     "NonMaxSuppression": _constant_inputs(2, 3, 4),
     "Resize": resize_is_wrong,
-    "RoiAlign": _roi_align,
     "SpaceToDepth": _space_to_depth,
     "Tile": _tile,
 }

@@ -103,6 +103,15 @@ def _one_hot(node: NodeProto, to: Rewriter) -> list[str] | None:
     return [to.op("Where", hit, on, off)]
 
 
+def _roi_align(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """Say of coordinates what older operator sets left unsaid: half pixels came with set 16."""
+    values, name = attributes(node), "coordinate_transformation_mode"
+    if name in values:
+        return None
+    mode = "half_pixel" if to.facts.opset >= 16 else "output_half_pixel"
+    return to.same(node, list(node.input), {**values, name: mode})
+
+
 def _split(node: NodeProto, to: Rewriter) -> list[str] | None:
     sizes = to.facts.constant(input_of(node, 1))
     if sizes is None or np.all(sizes > 0):
@@ -217,6 +226,7 @@ SPECIAL: dict[str, Rule] = {
     "QLinearMatMul": _qlinear_matmul,
     "ReduceMean": reduce_mean,
     "Resize": resize,
+    "RoiAlign": _roi_align,
     "Sign": sign,
     "Split": _split,
     "ThresholdedRelu": _thresholded_relu,
