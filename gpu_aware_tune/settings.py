@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.input_shapes import Shapes, check_shape, parse_inputs
 
 TARGETS = ("auto", "cuda", "llvm")
 NULL_TARGET = "null"  # the fake device of the tests; not offered to users
@@ -180,7 +181,8 @@ class Settings(RunSettings):
     gpu_pct: tuple[int, ...] = (100,)
     share: ShareRule | None = None
     output: Path | None = None
-    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    input_shapes: Shapes = field(default_factory=dict)
+    further_shapes: tuple[Shapes, ...] = ()
     dtype: str | None = None
     verify_inputs: Path | None = None
     batches: tuple[int, ...] = ()
@@ -199,8 +201,9 @@ class Settings(RunSettings):
             )
         for percent in self.gpu_pct:
             check_percent(percent)
-        for name, shape in self.input_shapes.items():
-            check_shape(name, shape)
+        for shapes in (self.input_shapes, *self.further_shapes):
+            for name, shape in shapes.items():
+                check_shape(name, shape)
 
 
 _SHORT_NAMES = {
@@ -232,12 +235,14 @@ def make_settings(**options: Any) -> Settings:
         "gpu_pct": _percents,
         "time_s": parse_duration,
         "import_timeout_s": partial(parse_duration, flag="--import-timeout"),
-        "input_shapes": _input_shapes,
         "batches": _batches,
         "output": Path,
         "verify_inputs": Path,
         "db": Path,
     }
+    if "input_shapes" in given:
+        given["input_shapes"], *further = parse_inputs(given["input_shapes"])
+        given["further_shapes"] = tuple(further)
     return Settings(**{name: convert.get(name, _same)(value) for name, value in given.items()})
 
 
@@ -300,25 +305,6 @@ def parse_duration(text: str | float, flag: str = "--time") -> float:
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 
-def parse_input(text: str) -> tuple[str, tuple[int, ...]]:
-    """Reads "name:1x3x224x224"; the name itself may contain colons. "name:" is a scalar."""
-    name, colon, dims = text.rpartition(":")
-    if not colon or not name or not re.fullmatch(r"([0-9]+(x[0-9]+)*)?", dims):
-        raise UserError(f"--input {text!r} is not NAME:SHAPE: give a form such as data:1x3x224x224")
-    return name, check_shape(name, tuple(int(dim) for dim in dims.split("x")) if dims else ())
-
-
-def parse_inputs(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Reads several `--input` texts; naming an input twice is an error."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for text in texts:
-        name, shape = parse_input(text)
-        if name in shapes:
-            raise UserError(f"--input names {name!r} twice: give each input once")
-        shapes[name] = shape
-    return shapes
-
-
 def check_ray(address: str) -> str:
     """Returns `address` where it is "auto" or HOST:PORT."""
     if address != "auto" and not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}", address):
@@ -327,16 +313,6 @@ def check_ray(address: str) -> str:
             " prints it"
         )
     return address
-
-
-def check_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns `shape` where every dimension is a whole number from 1 to 2**31 - 1."""
-    for dim in shape:
-        if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim < 2**31:
-            raise UserError(
-                f"--input {name!r} has dimension {dim}: give whole numbers of at least 1"
-            )
-    return shape
 
 
 def _check_number(flag: str, value: float | None, lowest: float) -> None:
@@ -362,12 +338,6 @@ def _percents(value: Any) -> tuple[int, ...]:
     if isinstance(value, int | float):
         return (check_percent(value),)  # a float is refused there
     return tuple(value)
-
-
-def _input_shapes(value: Mapping[str, Iterable[int]] | Iterable[str]) -> dict[str, tuple[int, ...]]:
-    if isinstance(value, Mapping):
-        return {name: tuple(shape) for name, shape in value.items()}
-    return parse_inputs(value)
 
 
 def check_replaceable(folder: Path) -> None:

@@ -31,7 +31,7 @@ from gpu_aware_tune.settings import Settings
 if TYPE_CHECKING:
     from gpu_aware_tune.library import Library
 
-Shapes = Mapping[str, Sequence[int]] | Sequence[str]
+Shapes = Mapping[str, Sequence[int] | Sequence[Sequence[int]]] | Sequence[str]
 
 
 def tune(
@@ -81,7 +81,8 @@ def tune(
         patience: stop after so many trials without a gain; 0 never stops early.
         output: the folder to write; by default `MODEL.tuned` in the current folder.
         db: folder of the record store.
-        inputs: shapes of inputs with dynamic dimensions, by name: `{"data": (1, 3, 224, 224)}`.
+        inputs: shapes of inputs with dynamic dimensions, by name: `{"data": (1, 3, 224, 224)}`;
+            several, `{"data": [(1, 3, 224, 224), (1, 3, 320, 320)]}`: the library takes each of them.
         batch: sizes of a dynamic first dimension to tune for: `4`, `"1,4"`, `(1, 4)`; the library
             takes any batch up to the largest.
         dtype: "float16" converts a float32 model; "tf32" lets its products be computed in TF32.
@@ -156,8 +157,8 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
     settings = job.settings
     for goal in job.goals:
         check_files(goal, settings)
-    if job.goals[0].batches:
-        yield from _tune_batches(job, stop)
+    if job.goals[0].has_sizes:
+        yield from _tune_sizes(job, stop)
         return
     with Session(settings, stop) as session:
         # Here, because they load TVM, and so does the process that the session has just started.
@@ -202,27 +203,28 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
         yield from finish(session, exported, found, reorders, drift, records, workers)
 
 
-def _tune_batches(job: TuningJob, stop: StopRequest | None) -> Generator[Event, None, None]:
-    """Tune a model for several batch sizes, one after the other, and put them into one folder."""
-    from gpu_aware_tune.library.batches import merge_batches
-    from gpu_aware_tune.run.batches import divide_batches, staging
+def _tune_sizes(job: TuningJob, stop: StopRequest | None) -> Generator[Event, None, None]:
+    """Tune a model for several sizes of its inputs, one after the other, into one folder."""
+    from gpu_aware_tune.run.sizes import divide_sizes, merge_sizes, staging
 
     (goal,) = job.goals
-    finished: dict[int, Finished] = {}
-    relatives: dict[str, str] = {}  # of the first batch size: its kernels seed the others' search
+    finished: dict[str, Finished] = {}
+    relatives: dict[str, str] = {}  # of the first size: its kernels seed the others' search
+    made: dict[int, Path] = {}
     with staging(goal.output) as folder:
-        for batch, part in divide_batches(job, folder).items():
-            yield Note(f"batch size {batch}")
-            for event in tune_jobs(dataclasses.replace(part, relatives=relatives), stop):
+        for number, size in enumerate(divide_sizes(job, folder)):
+            yield Note(size.label.replace("batch", "batch size"))
+            for event in tune_jobs(dataclasses.replace(size.job, relatives=relatives), stop):
                 if isinstance(event, Planned) and not relatives:
                     relatives = {task.name: task.hash for task in event.tasks}
                 if isinstance(event, Finished):
-                    finished[batch] = event
+                    finished[size.label] = event
+                    if event.output:
+                        made[number] = event.output
                 else:
                     yield event
-        made = {batch: event.output for batch, event in finished.items() if event.output}
         if made:
-            merge_batches(goal.output, made)
-    for batch, event in finished.items():
-        output = goal.output if batch in made else None
-        yield dataclasses.replace(event, model=f"{goal.name}, batch {batch}", output=output)
+            merge_sizes(goal, made)
+    for number, (label, event) in enumerate(finished.items()):
+        output = goal.output if number in made else None
+        yield dataclasses.replace(event, model=f"{goal.name}, {label}", output=output)

@@ -76,7 +76,7 @@ def run(
     from gpu_aware_tune.model.importer import random_inputs
 
     with contextlib.closing(load(library, units, partition=partition)) as loaded:
-        inputs = given if given is not None else random_inputs(loaded.inputs, seed)
+        inputs = given if given is not None else random_inputs(loaded.about.inputs, seed)
         outputs = loaded(inputs)
         if outputs_file is not None:
             _write_arrays(outputs_file, outputs)

@@ -126,7 +126,8 @@ NOISE_SHOWN = 4000  # bytes
     "inputs",
     metavar="NAME:SHAPE",
     multiple=True,
-    help="Fix an input's dynamic dimensions, such as data:1x3x224x224; may be repeated.",
+    help="Fix an input's dynamic dimensions, such as data:1x3x224x224; may be repeated, also for other "
+    "shapes of the same input: the library takes each of them.",
 )
 @click.option(
     "--batch",
@@ -191,11 +192,11 @@ def _check_model(goal: ModelGoal) -> None:
     from gpu_aware_tune.onnx_prepare import read_model
     from gpu_aware_tune.onnx_prepare.shapes import batch_shapes, fix_inputs
 
-    model = read_model(goal.path)
     shapes = goal.input_shapes
     if goal.batches:
-        shapes = batch_shapes(model, goal.batches[0], shapes)
-    fix_inputs(model, shapes)
+        shapes = batch_shapes(read_model(goal.path), goal.batches[0], shapes)
+    for each in (shapes, *goal.further_shapes):
+        fix_inputs(read_model(goal.path), each)
 
 
 def _run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ import numpy as np
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.library.arguments import check_inputs
 from gpu_aware_tune.library.batches import batch_folders, check_batched, open_ended
-from gpu_aware_tune.library.checks import check_versions
-from gpu_aware_tune.library.loaded import Library
-from gpu_aware_tune.library.manifest import Manifest, read_manifest
+from gpu_aware_tune.library.manifest import Manifest
+from gpu_aware_tune.library.several_folders import SeveralFolders
 
 
-class BatchedLibrary(Library):
+class BatchedLibrary(SeveralFolders):
     """A tuned model with code for several batch sizes.
 
     Called with any number of rows (from 1 on) it runs batches of the sizes that it has: the largest as
@@ -29,11 +27,9 @@ class BatchedLibrary(Library):
         self, path: Path, manifest: Manifest, units: int | None, partition: str | None = None
     ) -> None:
         """Open the library for a share; the code of further batch sizes is opened when it is used."""
-        super().__init__(path, manifest, units, partition)
         self.batches = batch_folders(path)
-        self._units_asked = units
-        self._opened: dict[int, Library] = {}
-        self._opening = threading.Lock()
+        further = [folder for folder in self.batches.values() if folder != path]
+        super().__init__(path, manifest, units, partition, further)
         check_batched(manifest, path)
         self.inputs, self.outputs = open_ended(self.inputs), open_ended(self.outputs)
 
@@ -59,30 +55,6 @@ class BatchedLibrary(Library):
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def use(self, units: int | None = None) -> Library:
-        """Switch to the code for a share, at every batch size; see `Library.use`."""
-        super().use(units)
-        with self._opening:
-            self._units_asked = units
-            for library in self._opened.values():
-                library.use(units)
-        return self
-
-    def preload(self) -> Library:
-        """Open the code of every share and batch size; see `Library.preload`."""
-        super().preload()
-        for batch in self.batches:
-            if batch != self._own:
-                self._at(batch).preload()
-        return self
-
-    def close(self) -> None:
-        """End the threads; see `Library.close`."""
-        with self._opening:
-            for library in self._opened.values():
-                library.close()
-        super().close()
-
     @property
     def _own(self) -> int:
         return min(self.batches)
@@ -105,18 +77,7 @@ class BatchedLibrary(Library):
             if rows < batch:
                 part = np.concatenate([part, np.repeat(part[-1:], batch - rows, axis=0)])
             given[spec.name] = part
-        outputs = super().__call__(given) if batch == self._own else self._at(batch)(given)
+        outputs = (
+            super().__call__(given) if batch == self._own else self._at(self.batches[batch])(given)
+        )
         return {name: output[:rows] for name, output in outputs.items()}
-
-    def _at(self, batch: int) -> Library:
-        """The library of a further batch size, with this one's threads and, where equal, weights."""
-        with self._opening:
-            self._check_open()
-            if batch not in self._opened:
-                path = self.batches[batch]
-                manifest = read_manifest(path)
-                check_versions(path, manifest)
-                self._opened[batch] = Library(
-                    path, manifest, self._units_asked, self._partition, beside=self
-                )
-            return self._opened[batch]

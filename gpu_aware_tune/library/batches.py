@@ -8,13 +8,12 @@ names (hard links), or copies where the file system has no links.
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from gpu_aware_tune.errors import UserError
-from gpu_aware_tune.library.folder import replacing
+from gpu_aware_tune.library.folder import move_inside, replacing
 from gpu_aware_tune.library.manifest import Manifest, read_manifest, write_manifest
 from gpu_aware_tune.model.importer import TensorSpec
 
@@ -91,10 +90,7 @@ def merge_batches(folder: Path, made: Mapping[int, Path]) -> Path:
             shutil.move(file, fresh)
         write_manifest(fresh, dataclasses.replace(first, batches=tuple(further)))
         for batch in further:
-            own, weights = batch_folder(fresh, batch), manifests[batch].weights
-            shutil.move(made[batch], own)
-            if weights.sha256 == first.weights.sha256:
-                _share(fresh / first.weights.file, own / weights.file)
+            move_inside(made[batch], batch_folder(fresh, batch), fresh / first.weights.file)
     return folder
 
 
@@ -103,12 +99,3 @@ def _unbatched(manifest: Manifest) -> TensorSpec | None:
     batch = batch_size(manifest)
     specs = (*manifest.inputs, *manifest.outputs)
     return next((spec for spec in specs if spec.shape[:1] != (batch,)), None)
-
-
-def _share(file: Path, other: Path) -> None:
-    """Make two files of the same content one."""
-    other.unlink()
-    try:
-        os.link(file, other)
-    except OSError:
-        shutil.copyfile(file, other)

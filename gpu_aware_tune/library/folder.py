@@ -23,6 +23,7 @@ from gpu_aware_tune.library.manifest import (
     Manifest,
     ModelId,
     RunFacts,
+    read_manifest,
     write_manifest,
 )
 from gpu_aware_tune.library.recovery import OLD, PARTIAL, beside, remove_stale
@@ -229,3 +230,24 @@ def _writing(path: Path) -> Iterator[None]:
         raise SetupError(
             f"cannot write {path} ({reason}): free space or choose another output folder"
         ) from error
+
+
+def move_inside(folder: Path, inside: Path, weights: Path) -> None:
+    """Make a folder one of a larger one, whose weights it shares where they are the same.
+
+    Args:
+        folder: what `export` wrote; it is moved.
+        inside: where to.
+        weights: the larger folder's, of which `inside` gets a hard link, or a copy where the file
+            system has no links.
+    """
+    own = read_manifest(folder).weights
+    shutil.move(folder, inside)
+    file = inside / own.file
+    if own.sha256 != read_manifest(weights.parent).weights.sha256:
+        return
+    file.unlink()
+    try:
+        os.link(weights, file)
+    except OSError:
+        shutil.copyfile(weights, file)

@@ -338,6 +338,10 @@ def load(
         from gpu_aware_tune.library.batched import BatchedLibrary
 
         library = BatchedLibrary(path, manifest, units, partition)
+    elif manifest.further_shapes:
+        from gpu_aware_tune.library.several_shapes import ShapesLibrary
+
+        library = ShapesLibrary(path, manifest, units, partition)
     else:
         library = Library(path, manifest, units, partition)
     return library.preload() if preload else library

@@ -135,8 +135,9 @@ class RunFacts:
 class Manifest(RunFacts):
     """The content of `manifest.json`; `libraries` are in ascending order of units.
 
-    `batches` are further batch sizes, each with a folder of its own inside (see `batches`); `threads`
-    is the code of the threads that run kernels on a CPU (see `partition.thread_pool`).
+    `batches` are further batch sizes, each with a folder of its own inside (see `batches`), and
+    `further_shapes` is the number of further shapes (see `several_shapes`); `threads` is the code of
+    the threads that run kernels on a CPU (see `partition.thread_pool`).
     """
 
     model: ModelId
@@ -147,6 +148,7 @@ class Manifest(RunFacts):
     versions: Mapping[str, str]
     created: str | None = None
     batches: tuple[int, ...] = ()
+    further_shapes: int = 0
     threads: FileEntry | None = None
     format: int = FORMAT
 
@@ -245,6 +247,7 @@ def _manifest(values: Fields, made: int) -> Manifest:
         versions=versions,
         created=values.optional("created", values.line),
         batches=values.optional("batches", lambda n: values.wholes(n, 1, _MOST_ELEMENTS)) or (),
+        further_shapes=values.optional("further_shapes", lambda n: values.whole(n, 0, 4096)) or 0,
         threads=values.optional("threads", lambda name: _file(values.object(name))),
         format=made,
         device=values.optional("device", values.line) or "llvm",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_aware_tune.errors import UserError
+from gpu_aware_tune.input_shapes import Shapes
 from gpu_aware_tune.settings import (
     SHARES,
     Objective,
@@ -29,6 +30,7 @@ class ModelGoal:
             part of the device by its work (`by_work`).
         output: the folder to write.
         input_shapes: shapes of inputs with dynamic dimensions, by ONNX name.
+        further_shapes: further sizes to tune it for, one after the other: shapes as `input_shapes`.
         dtype: to convert the model to first; see `Settings`.
         by_work: the share follows from its part of all models' work.
         verify_inputs: an `.npz` file of inputs to verify it with, besides random ones.
@@ -38,7 +40,8 @@ class ModelGoal:
     path: Path
     percents: tuple[int, ...]
     output: Path
-    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    input_shapes: Shapes = field(default_factory=dict)
+    further_shapes: tuple[Shapes, ...] = ()
     dtype: str | None = None
     by_work: bool = False
     verify_inputs: Path | None = None
@@ -48,6 +51,11 @@ class ModelGoal:
     def name(self) -> str:
         """The model's name: that of its file."""
         return self.path.stem
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether it is to be tuned for several sizes of its inputs, into one folder."""
+        return bool(self.batches or self.further_shapes)
 
     @property
     def at_knee(self) -> bool:
@@ -100,10 +108,7 @@ def divide(models: Sequence[Path], settings: Settings) -> TuningJob:
         raise UserError("no model is named: give the path of one .onnx file or of several")
     if settings.share == ShareRule.KNEE and settings.dry_run:
         raise UserError("--gpu-pct auto measures, which --dry-run does not: give percentages")
-    if settings.batches and len(models) > 1:
-        raise UserError("--batch is for one model: tune the models one after the other")
-    if settings.batches and settings.verify_inputs is not None:
-        raise UserError("--verify-inputs holds inputs of one batch size: leave --batch out")
+    _check_sizes(models, settings)
     percents = _of_one(settings) if len(models) == 1 else _of_several(models, settings)
     goals = [
         ModelGoal(
@@ -111,6 +116,7 @@ def divide(models: Sequence[Path], settings: Settings) -> TuningJob:
             percents=each,
             output=_output(model, settings, alone=len(models) == 1),
             input_shapes=settings.input_shapes,
+            further_shapes=settings.further_shapes,
             dtype=settings.dtype,
             by_work=settings.share == ShareRule.AUTO,
             verify_inputs=settings.verify_inputs,
@@ -119,6 +125,19 @@ def divide(models: Sequence[Path], settings: Settings) -> TuningJob:
         for model, each in zip(models, percents, strict=True)
     ]
     return TuningJob(settings, tuple(goals))
+
+
+def _check_sizes(models: Sequence[Path], settings: Settings) -> None:
+    """Refuse several sizes of the inputs where they have no meaning."""
+    several = "--batch" if settings.batches else "--input with several shapes"
+    if not settings.batches and not settings.further_shapes:
+        return
+    if len(models) > 1:
+        raise UserError(f"{several} is for one model: tune the models one after the other")
+    if settings.verify_inputs is not None:
+        raise UserError(f"--verify-inputs holds inputs of one size: leave {several} out")
+    if settings.batches and settings.further_shapes:
+        raise UserError("--batch and --input with several shapes do not go together: leave one out")
 
 
 def _of_one(settings: Settings) -> list[tuple[int, ...]]:

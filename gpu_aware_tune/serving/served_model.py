@@ -165,6 +165,11 @@ def _open_variant(path: Path) -> Variant:
             f"{path} is for {manifest.device}: serving runs on CPU cores so far; use load() on a GPU"
         )
     open_shared(path, manifest)
+    if manifest.further_shapes:
+        raise UserError(
+            f"{path} has code for {1 + manifest.further_shapes} shapes of its inputs, and a server runs"
+            " one: tune a folder for it with a single --input"
+        )
     if any(-1 in spec.shape for spec in manifest.inputs):
         raise UserError(f"{path} has an input of unknown shape: tune it with --input NAME:SHAPE")
     return Variant(batch_size(manifest), path, manifest, Weights(path / manifest.weights.file))

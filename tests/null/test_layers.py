@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent.parent / "gpu_aware_tune"
 # The order in which data passes. A module may import from its own folder and from those above it.
 ORDER = [
     "errors",
+    "input_shapes",
     "settings",
     "events",
     "partition",

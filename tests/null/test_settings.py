@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gpu_aware_tune.errors import SetupError, UserError
+from gpu_aware_tune.input_shapes import parse_input, parse_inputs
 from gpu_aware_tune.run.checks import check_files
 from gpu_aware_tune.run.jobs import divide, make_jobs
 from gpu_aware_tune.settings import (
@@ -22,8 +23,6 @@ from gpu_aware_tune.settings import (
     ShareRule,
     make_settings,
     parse_duration,
-    parse_input,
-    parse_inputs,
     parse_percents,
 )
 
@@ -120,9 +119,24 @@ def test_bad_inputs(text: str) -> None:
         parse_input(text)
 
 
-def test_an_input_given_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="twice"):
-        parse_inputs(["a:1", "a:2"])
+def test_several_shapes_of_an_input_are_several_sizes() -> None:
+    assert parse_inputs([]) == [{}]
+    assert parse_inputs(["a:1x2", "b:"]) == [{"a": (1, 2), "b": ()}]
+    sizes = [{"a": (1,), "b": (3,)}, {"a": (2,), "b": (3,)}]
+    assert parse_inputs(["a:1", "b:3", "a:2"]) == sizes
+    assert parse_inputs({"a": [(1,), (2,)], "b": (3,)}) == sizes
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a:1", "a:1"], "a:1 is there twice"),
+        (["a:1", "b:1", "a:2", "b:2", "a:3"], "'a' has 3, 'b' has 2 shapes"),
+    ],
+)
+def test_sizes_that_do_not_go_together(texts: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_inputs(texts)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ def write_network(
     residual: bool = False,
     seed: int = 0,
     batch: int | str = 1,
+    size: int | str = 28,
 ) -> Path:
     """Input x, two convolutions, with `residual` their sum, pooling and a classifier, output y."""
     rng = np.random.default_rng(seed)
@@ -36,7 +37,7 @@ def write_network(
     graph = helper.make_graph(
         nodes,
         "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 8, 28, 28])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 8, size, size])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, classes])],
         [
             weight("w1", channels, 8, 3, 3),
