@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,6 +20,30 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 
 RunTune = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def made_once(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
+) -> tuple[Path, Any]:
+    """A folder that the tests of all of pytest-xdist's workers share, made by the first that needs it.
+
+    Args:
+        factory: pytest's.
+        name: of the folder.
+        make: fills it; what it returns is pickled.
+
+    Returns:
+        The folder, and what `make` returned.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    answer = folder.with_suffix(".pickle")
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not answer.exists():
+            answer.write_bytes(pickle.dumps(make(folder)))
+    return folder, pickle.loads(answer.read_bytes())
 
 
 @pytest.fixture(scope="session")

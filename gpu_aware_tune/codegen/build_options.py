@@ -14,26 +14,30 @@ from gpu_aware_tune.kernels.vector_math import vector_math
 
 
 @contextlib.contextmanager
-def build_options(module: tvm.IRModule, target: tvm.target.Target) -> Iterator[None]:
+def build_options(
+    module: tvm.IRModule, target: tvm.target.Target, checks: bool = False
+) -> Iterator[None]:
     """Set TVM up for building a module of kernels for a target.
-
-    Kernels do not check the types and shapes of what they are called with: only the virtual machine
-    calls them, with what the compiler planned, and the checks are a quarter of a build's time (for
-    the smallest kernels half of it) and two thirds of its code. What a user passes is checked before
-    (`library`, and the virtual machine's own entry).
 
     For a CPU, exp and its like become plain arithmetic (see `vector_math`).
 
     TVM's storage rewriting lets the sums of a tensor-core kernel, which are float32, use the shared
     memory of its float16 tiles, and then refuses the kernel for the types' sake. Without it, dynamic
     shared memory is still shared out by the pass that knows how to.
+
+    Args:
+        module: the kernels, scheduled or not.
+        target: what to build them for.
+        checks: have every kernel check the types and shapes of what it is called with, as in a library,
+            whose weights nothing else checks. A candidate is called with what was made for it: its
+            checks would be a quarter of its build's time, of the smallest kernels half of it.
     """
+    config = {"tirx.disable_assert": not checks}
+    if _has_float32_fragments(module):
+        config["tirx.disable_storage_rewrite"] = True
     with contextlib.ExitStack() as options:
-        config = {"tirx.disable_assert": True}
         if target.kind.name == "llvm":
             options.enter_context(vector_math())
-        if _has_float32_fragments(module):
-            config["tirx.disable_storage_rewrite"] = True
         options.enter_context(_with_config(config))
         yield
 

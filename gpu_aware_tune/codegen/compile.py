@@ -110,7 +110,7 @@ def _prepare(
 
 
 def _build(module: tvm.IRModule, target: tvm.target.Target) -> relax.VMExecutable:
-    with build_options(module, target):
+    with build_options(module, target, checks=True):
         return relax.build(module, target=target, relax_pipeline=_lowering(target))
 
 

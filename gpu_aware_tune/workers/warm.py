@@ -62,10 +62,33 @@ def _without_torch() -> Iterator[None]:
             del sys.modules["torch"]
 
 
+@contextlib.contextmanager
+def _names_listed_once() -> Iterator[None]:
+    """Have TVM's 51 modules of C++ functions ask for the names of all 2,000 once, not 51 times.
+
+    The list only grows.
+    """
+    from tvm_ffi import registry
+
+    original = registry.list_global_func_names
+    known: list[str] = []
+
+    def listed() -> list[str]:
+        names = registry.get_global_func("ffi.FunctionListGlobalNamesFunctor")()
+        known.extend(names(place) for place in range(len(known), names(-1)))
+        return known
+
+    registry.list_global_func_names = listed
+    try:
+        yield
+    finally:
+        registry.list_global_func_names = original
+
+
 @functools.cache
 def load_tvm() -> None:
     """Import what every worker needs, `onnx` and parts of TVM; neither torch nor CUDA is started."""
-    with cheap_stack(), _without_torch():
+    with cheap_stack(), _without_torch(), _names_listed_once():
         import onnx  # noqa: F401
         import tvm
         import tvm.relax

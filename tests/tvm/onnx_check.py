@@ -34,7 +34,8 @@ def imported(
 
 
 def computed(model: Model, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    machine = relax.VirtualMachine(tvm.compile(model.module, target=LLVM), tvm.cpu())
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):  # in less time
+        machine = relax.VirtualMachine(tvm.compile(model.module, target=LLVM), tvm.cpu())
     arrays = [feeds[spec.name] for spec in model.inputs] + list(model.weights.values())
     result = machine["main"](*[tvm.runtime.tensor(np.array(a, order="C")) for a in arrays])
     return [r.numpy() for r in (result if isinstance(result, tvm_ffi.Array) else [result])]

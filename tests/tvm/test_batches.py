@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from conftest import made_once
 from serve_fleet import write_folder
 from small_network import write_network
 
@@ -29,26 +30,35 @@ from gpu_aware_tune.tuning import tune_jobs
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_network(tmp_path_factory.mktemp("model") / "net.onnx", batch="N")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Finished]]:
+    def make(folder: Path) -> list[Finished]:
+        job = make_jobs(
+            [write_network(folder / "net.onnx", batch="N")],
+            batch="1,4", target="llvm", effort="quick", trials=4, gpu_pct="50,100",
+            output=folder / "net.tuned", db=folder / "db",
+        )  # fmt: skip
+        return [event for event in tune_jobs(job) if isinstance(event, Finished)]
+
+    return made_once(tmp_path_factory, "batches", make)
 
 
-@pytest.fixture(scope="module")
-def finished(model: Path) -> list[Finished]:
-    job = make_jobs(
-        [model], batch="1,4", target="llvm", effort="quick", trials=4, gpu_pct="50,100",
-        output=model.parent / "net.tuned", db=model.parent / "db",
-    )  # fmt: skip
-    return [event for event in tune_jobs(job) if isinstance(event, Finished)]
+@pytest.fixture
+def finished(made: tuple[Path, list[Finished]]) -> list[Finished]:
+    return made[1]
 
 
-@pytest.fixture(scope="module")
-def folder(finished: list[Finished], model: Path) -> Path:
-    return model.parent / "net.tuned"
+@pytest.fixture
+def folder(made: tuple[Path, list[Finished]]) -> Path:
+    return made[0] / "net.tuned"
+
+
+@pytest.fixture
+def model(made: tuple[Path, list[Finished]]) -> Path:
+    return made[0] / "net.onnx"
 
 
 def draw(rows: int) -> np.ndarray:
-    return np.random.default_rng(rows).standard_normal((rows, 8, 28, 28)).astype("float32")
+    return np.random.default_rng(rows).standard_normal((rows, 8, 12, 12)).astype("float32")
 
 
 def test_each_batch_size_is_verified_and_named(finished: list[Finished], folder: Path) -> None:
@@ -58,7 +68,7 @@ def test_each_batch_size_is_verified_and_named(finished: list[Finished], folder:
     assert sorted(path.name for path in folder.parent.iterdir()) == ["db", "net.onnx", "net.tuned"]
     manifest = read_manifest(folder)
     assert manifest.model.name == "net" and manifest.batches == (4,)
-    assert read_manifest(folder / "batch-4").inputs[0].shape == (4, 8, 28, 28)
+    assert read_manifest(folder / "batch-4").inputs[0].shape == (4, 8, 12, 12)
 
 
 def test_the_second_size_starts_from_what_the_first_found(
@@ -103,7 +113,7 @@ def test_any_number_of_rows(folder: Path, model: Path, rows: int) -> None:
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     x = draw(rows)
     with load(folder) as library:
-        assert library.inputs[0].shape == (-1, 8, 28, 28)
+        assert library.inputs[0].shape == (-1, 8, 12, 12)
         for units in (1, 2):
             outputs = library.use(units)({"x": x})
             assert outputs["y"].shape == (rows, 10)
@@ -115,7 +125,7 @@ def test_bad_calls(folder: Path) -> None:
     with load(folder, preload=True) as library:
         with pytest.raises(UserError, match="at least 1"):
             library({"x": draw(1)[:0]})
-        with pytest.raises(UserError, match=r"it must be \?x8x28x28"):
+        with pytest.raises(UserError, match=r"it must be \?x8x12x12"):
             library({"x": draw(1)[:, :4]})
     with pytest.raises(UserError, match="closed"):
         library({"x": draw(4)})

@@ -48,7 +48,7 @@ def tuned(folder: Path, models: list[Path], **options: object) -> list[Event]:
 
 
 def check_numbers(model: Path, output: Path | None) -> None:
-    inputs = {"x": np.random.default_rng(1).random((1, 8, 28, 28), dtype="float32")}
+    inputs = {"x": np.random.default_rng(1).random((1, 8, 12, 12), dtype="float32")}
     assert output is not None
     library = load(output)
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

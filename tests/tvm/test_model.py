@@ -31,7 +31,8 @@ TOLERANCE = {"float32": 2e-5, "float16": 2e-2}
 
 def run(model: Model, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Builds a model without any schedule and runs it."""
-    machine = relax.VirtualMachine(tvm.compile(model.module, target=LLVM), tvm.cpu())
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):  # in less time
+        machine = relax.VirtualMachine(tvm.compile(model.module, target=LLVM), tvm.cpu())
     arrays = [inputs[spec.name] for spec in model.inputs] + list(model.weights.values())
     result = machine["main"](*[tvm.runtime.tensor(array) for array in arrays])
     return [r.numpy() for r in (result if len(model.outputs) > 1 else [result])]

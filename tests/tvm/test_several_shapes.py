@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from conftest import made_once
 from small_network import write_network
 
 from gpu_aware_tune import load
@@ -24,22 +25,31 @@ SHAPES = [(1, 8, 12, 12), (2, 8, 17, 17)]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_network(tmp_path_factory.mktemp("model") / "net.onnx", batch="N", size="S")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Finished]]:
+    def make(folder: Path) -> list[Finished]:
+        job = make_jobs(
+            [write_network(folder / "net.onnx", batch="N", size="S")],
+            inputs={"x": SHAPES}, target="llvm", effort="quick", trials=4,
+            output=folder / "net.tuned", db=folder / "db",
+        )  # fmt: skip
+        return [event for event in tune_jobs(job) if isinstance(event, Finished)]
+
+    return made_once(tmp_path_factory, "several_shapes", make)
 
 
-@pytest.fixture(scope="module")
-def finished(model: Path) -> list[Finished]:
-    job = make_jobs(
-        [model], inputs={"x": SHAPES}, target="llvm", effort="quick", trials=4,
-        output=model.parent / "net.tuned", db=model.parent / "db",
-    )  # fmt: skip
-    return [event for event in tune_jobs(job) if isinstance(event, Finished)]
+@pytest.fixture
+def finished(made: tuple[Path, list[Finished]]) -> list[Finished]:
+    return made[1]
 
 
-@pytest.fixture(scope="module")
-def folder(finished: list[Finished], model: Path) -> Path:
-    return model.parent / "net.tuned"
+@pytest.fixture
+def folder(made: tuple[Path, list[Finished]]) -> Path:
+    return made[0] / "net.tuned"
+
+
+@pytest.fixture
+def model(made: tuple[Path, list[Finished]]) -> Path:
+    return made[0] / "net.onnx"
 
 
 def draw(shape: tuple[int, ...]) -> np.ndarray:

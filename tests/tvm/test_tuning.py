@@ -31,6 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two convolutions, a residual sum, pooling and a classifier, with seeded weights."""
+    folder = tmp_path_factory.mktemp("model")
+    return write_network(folder / "small.onnx", residual=True, size=28, kernel=3)
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with convolutions that compile sooner."""
     return write_network(tmp_path_factory.mktemp("model") / "small.onnx", residual=True)
 
 
@@ -104,11 +111,11 @@ def test_a_run_gives_a_right_library_and_the_next_one_continues(
     assert len(records(tmp_path)) >= before, "and loses nothing"
 
 
-def test_two_shares_in_one_search(network: Path, tmp_path: Path) -> None:
+def test_two_shares_in_one_search(light: Path, tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two shares need two cores")
     half = 50 if len(os.sched_getaffinity(0)) == 2 else 51
-    events = run(network, settings(tmp_path, gpu_pct=(half, 100), trials=8))
+    events = run(light, settings(tmp_path, gpu_pct=(half, 100), trials=8))
     done = last(events)
     units = [share.units for share in done.shares]
     assert len(set(units)) == 2
@@ -121,18 +128,18 @@ def test_two_shares_in_one_search(network: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("lib*.so"))) == 1, "equal kernels are in it once"
 
 
-def test_a_dry_run_measures_nothing(network: Path, tmp_path: Path) -> None:
-    events = run(network, settings(tmp_path, dry_run=True))
+def test_a_dry_run_measures_nothing(light: Path, tmp_path: Path) -> None:
+    events = run(light, settings(tmp_path, dry_run=True))
     assert any(isinstance(event, Planned) for event in events)
     assert not any(isinstance(event, (Trial, Finished)) for event in events)
     assert list(tmp_path.iterdir()) == [], "and writes nothing"
 
 
 def test_a_task_whose_hash_the_store_has_of_another_kernel_is_left_alone(
-    network: Path, tmp_path: Path
+    light: Path, tmp_path: Path
 ) -> None:
     def hashes() -> list[str]:
-        plan = run(network, settings(tmp_path, dry_run=True))[-1]
+        plan = run(light, settings(tmp_path, dry_run=True))[-1]
         assert isinstance(plan, Planned)
         return [task.hash for task in plan.tasks]
 
@@ -212,11 +219,9 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two shares need two cores")
 @pytest.mark.parametrize("objective", ["robust", "throughput"])
-def test_objectives_over_two_shares(network: Path, tmp_path: Path, objective: str) -> None:
+def test_objectives_over_two_shares(light: Path, tmp_path: Path, objective: str) -> None:
     half = 50 if len(os.sched_getaffinity(0)) == 2 else 51
-    done = last(
-        run(network, settings(tmp_path, gpu_pct=(half, 100), trials=8, objective=objective))
-    )
+    done = last(run(light, settings(tmp_path, gpu_pct=(half, 100), trials=8, objective=objective)))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     chosen: dict[str, set[str]] = {}
     for task in done.tasks:
@@ -231,20 +236,20 @@ def test_objectives_over_two_shares(network: Path, tmp_path: Path, objective: st
 
 
 def test_untuned_kernels_are_kept_where_the_whole_model_is_faster_with_them(
-    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow_when_tuned(*args: object) -> dict[str, float]:
         return {"tuned": 2e-3, "untuned": 1e-3}
 
     monkeypatch.setattr("gpu_aware_tune.run.libraries.time_on", slow_when_tuned)
-    events = run(network, settings(tmp_path, trials=8))
+    events = run(light, settings(tmp_path, trials=8))
     done = last(events)
     assert done.shares[0].tuned_s == done.shares[0].untuned_s == 1e-3
     assert {task.origin for task in done.tasks} <= {"default", "plain"}
     assert any(isinstance(e, Note) and "faster untuned" in e.text for e in events)
     library = gpu_aware_tune.load(tmp_path / "out")
-    inputs = {"x": np.ones((1, 8, 28, 28), "float32")}
-    np.testing.assert_allclose(library(inputs)["y"], reference(network, inputs), rtol=1e-4)
+    inputs = {"x": np.ones((1, 8, 12, 12), "float32")}
+    np.testing.assert_allclose(library(inputs)["y"], reference(light, inputs), rtol=1e-4)
 
 
 def test_auto_tunes_for_the_knee_of_the_untuned_models_curve(network: Path, tmp_path: Path) -> None:
@@ -257,10 +262,8 @@ def test_auto_tunes_for_the_knee_of_the_untuned_models_curve(network: Path, tmp_
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_run_that_is_closed_early_keeps_what_it_has_measured(
-    network: Path, tmp_path: Path
-) -> None:
-    events = tune_events(network, settings(tmp_path, trials=8))
+def test_a_run_that_is_closed_early_keeps_what_it_has_measured(light: Path, tmp_path: Path) -> None:
+    events = tune_events(light, settings(tmp_path, trials=8))
     seen = 0
     for event in events:
         seen += isinstance(event, Trial)
@@ -270,10 +273,10 @@ def test_a_run_that_is_closed_early_keeps_what_it_has_measured(
     assert len(records(tmp_path)) >= 3
 
 
-def test_a_dry_run_from_python_measures_and_writes_nothing(network: Path, tmp_path: Path) -> None:
+def test_a_dry_run_from_python_measures_and_writes_nothing(light: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     made = gpu_aware_tune.tune(
-        network, target="llvm", output=output, db=tmp_path / "db", dry_run=True
+        light, target="llvm", output=output, db=tmp_path / "db", dry_run=True
     )
     assert made is None
     assert not output.exists() and not (tmp_path / "db").exists()
