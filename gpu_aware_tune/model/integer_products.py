@@ -12,37 +12,33 @@ Source: Jacob et al., arXiv 1712.05877, section 2; ONNX Runtime fuses the same o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import tvm
+from onnx import TensorProto
 from tvm import relax, te, tirx, topi
 
 from gpu_aware_tune.kernels.dot_products import DotProduct
+from gpu_aware_tune.model.integer_operands import (
+    BYTES,
+    SIGNED,
+    call_of,
+    computed_zero,
+    elements_of,
+    image_of,
+    maker_of,
+    moved,
+    shift_of,
+    weights_of,
+)
 from gpu_aware_tune.model.operators import Converter, dtype_of
 
-_BYTES = ("uint8", "int8")
-_SIGNED = 128  # a signed byte is an unsigned one less this
 _MOST = np.iinfo(np.int32).max
-
-
-@dataclass(frozen=True)
-class _Image:
-    """Activations that were dequantised: `scale * (values - zero)`, the values as `_operand` gives them."""
-
-    values: Any
-    scale: float
-    zero: int
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """Weights that were dequantised, less their zero point, and a scale for all or for each output."""
-
-    values: np.ndarray
-    scale: np.ndarray
+_NONE = relax.const(0, "int32")  # nothing to add
+_CONVOLVED = "conv2d_bytes"
+_CASTS = {TensorProto.FLOAT: "float32", TensorProto.INT32: "int32"}
 
 
 def integer_converters(instruction: DotProduct) -> dict[str, Converter]:
@@ -53,6 +49,7 @@ def integer_converters(instruction: DotProduct) -> dict[str, Converter]:
     """
 
     kinds = {
+        "Cast": _cast,
         "Conv": _conv,
         "Gemm": _product,
         "MatMul": _product,
@@ -65,8 +62,8 @@ def _conv(
     builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], instruction: DotProduct
 ) -> Any:
     lanes = instruction.lanes
-    image = _image(builder, inputs[0], instruction)
-    weights = _weights(builder, inputs[1], 0, instruction)
+    image = image_of(builder, inputs[0], instruction)
+    weights = weights_of(builder, inputs[1], 0, instruction)
     if image is None or weights is None or weights.values.ndim != 4:
         return None
     outputs, channels = weights.values.shape[:2]
@@ -77,15 +74,18 @@ def _conv(
     pads = [int(pad) for pad in attributes.get("pads", [0] * 4)]
     strides = [int(step) for step in attributes.get("strides", [1, 1])]
     dilations = [int(step) for step in attributes.get("dilations", [1, 1])]
-    offsets = _offsets(weights.values.reshape(outputs, -1).T, image.zero)
+    offsets = _offsets(
+        builder, weights.values.reshape(outputs, -1).T, image.zero, [1, outputs, 1, 1]
+    )
     if offsets is None:
         return None
     # Filters of zeros fill the last vector; their results are left out again.
     more = ((0, -outputs % lanes), (0, -channels % instruction.terms), (0, 0), (0, 0))
     groups = np.pad(weights.values, more).astype(instruction.types[1], order="C")
+    zero = image.zero if any(pads) or isinstance(image.zero, int) else 0
     sums = builder.emit_te(
-        _convolved, image.values, relax.const(groups), pads, strides, dilations, image.zero,
-        primfunc_name_hint="conv2d_bytes",
+        _convolved, image.values, relax.const(groups), zero, pads, strides, dilations,
+        primfunc_name_hint=_CONVOLVED,
     )  # fmt: skip
     if outputs % lanes:
         sums = builder.normalize(relax.op.strided_slice(sums, [1], [0], [outputs]))
@@ -94,7 +94,33 @@ def _conv(
     if bias is not None:
         bias = builder.normalize(relax.op.reshape(bias, along))
     scale = image.scale * weights.scale
-    return _scaled(builder, sums, offsets.reshape(along), scale.reshape(_along(scale, along)), bias)
+    scale = scale.reshape(_along(scale, along))
+    return _scaled(builder, sums, offsets, scale, bias, dtype_of(inputs[0]))
+
+
+def _cast(
+    builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], instruction: DotProduct
+) -> Any:
+    """Sums that have become floats and become integers or other floats: from the sums themselves.
+
+    TVM's cast of floats to integers is a dozen operators, which take seconds to compile.
+    """
+    whole = call_of(builder, inputs[0], "astype")
+    dtype = _CASTS.get(attributes.get("to", 0))
+    if whole is None or dtype is None or not _are_sums(builder, whole.args[0]):
+        return None
+    sums = whole.args[0]
+    return sums if dtype == "int32" else relax.op.astype(sums, dtype)
+
+
+def _are_sums(builder: Any, value: Any) -> bool:
+    """Whether integers are those of a convolution here; others may be rounded on their way, and must."""
+    made = maker_of(builder, value)
+    while isinstance(made, tvm.ir.Call):
+        if isinstance(made.args[0], tvm.ir.GlobalVar):
+            return str(made.args[0].name_hint).startswith(_CONVOLVED)
+        made = maker_of(builder, made.args[0])
+    return False
 
 
 def _along(scale: np.ndarray, shape: Sequence[int]) -> Sequence[int]:
@@ -107,20 +133,21 @@ def _product(
     if attributes.get("transA", 0):
         return None
     transposed = bool(attributes.get("transB", 0))
-    image = _image(builder, inputs[0], instruction)
-    weights = _weights(builder, inputs[1], 0 if transposed else 1, instruction)
+    image = image_of(builder, inputs[0], instruction)
+    weights = weights_of(builder, inputs[1], 0 if transposed else 1, instruction)
     if image is None or weights is None or weights.values.ndim != 2:
         return None
     matrix = weights.values.T if transposed else weights.values
-    offsets = _offsets(matrix, image.zero)
+    offsets = _offsets(builder, matrix, image.zero)
     sums = _summed(builder, image.values, matrix, instruction)
     if offsets is None or sums is None:
         return None
     bias = inputs[2] if len(inputs) > 2 else None
     alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
     if bias is not None and beta != 1.0:
-        bias = builder.normalize(relax.op.multiply(bias, relax.const(beta, "float32")))
-    return _scaled(builder, sums, offsets, image.scale * weights.scale * alpha, bias)
+        bias = builder.normalize(relax.op.multiply(bias, relax.const(beta, dtype_of(bias))))
+    scale = image.scale * weights.scale * alpha
+    return _scaled(builder, sums, offsets, scale, bias, dtype_of(inputs[0]))
 
 
 def _matmul_integer(
@@ -129,21 +156,19 @@ def _matmul_integer(
     """MatMulInteger with constant weights: `sum a b - z sum b`, z as it is computed, for all rows."""
     values = inputs[0]
     zeros = [inputs[place] if place < len(inputs) else None for place in (2, 3)]
-    matrix = _moved(builder, inputs[1], zeros[1], instruction)
-    if matrix is None or matrix.ndim != 2 or dtype_of(values) not in _BYTES:
+    matrix = moved(builder, inputs[1], zeros[1], instruction)
+    if matrix is None or matrix.ndim != 2 or dtype_of(values) not in BYTES:
         return None
-    if zeros[0] is not None and _elements(zeros[0]) != 1:
+    if zeros[0] is not None and elements_of(zeros[0]) != 1:
         return None
-    columns = _offsets(matrix, -1)
-    sums = _summed(builder, values, matrix, instruction)
-    if columns is None or sums is None:
-        return None
-    zero = relax.const(_shift(values, instruction), "int32")
+    zero = shift_of(values, instruction)
     if zeros[0] is not None:
-        given = relax.op.astype(relax.op.reshape(zeros[0], []), "int32")
-        zero = relax.op.add(builder.normalize(given), zero)
-    moved = builder.normalize(relax.op.multiply(relax.const(columns), builder.normalize(zero)))
-    return relax.op.subtract(sums, moved)
+        zero = computed_zero(builder, zeros[0], zero)
+    offsets = _offsets(builder, matrix, zero)
+    sums = _summed(builder, values, matrix, instruction)
+    if offsets is None or sums is None:
+        return None
+    return sums if offsets is _NONE else relax.op.add(sums, offsets)
 
 
 def _summed(builder: Any, values: Any, matrix: np.ndarray, instruction: DotProduct) -> Any:
@@ -164,31 +189,41 @@ def _summed(builder: Any, values: Any, matrix: np.ndarray, instruction: DotProdu
     return sums
 
 
-def _scaled(builder: Any, sums: Any, offsets: np.ndarray, scale: np.ndarray, bias: Any) -> Any:
-    """Emit `(sums + offsets) * scale + bias` in float32."""
-    if np.any(offsets):
-        sums = builder.normalize(relax.op.add(sums, relax.const(offsets)))
-    floats = builder.normalize(relax.op.astype(sums, "float32"))
-    result = relax.op.multiply(floats, relax.const(scale.astype(np.float32)))
-    if bias is None:
-        return result
-    return relax.op.add(builder.normalize(result), bias)
+def _scaled(builder: Any, sums: Any, offsets: Any, scale: np.ndarray, bias: Any, dtype: str) -> Any:
+    """Emit `(sums + offsets) * scale + bias` in floats of a type."""
+    sums = builder.normalize(relax.op.add(sums, offsets)) if offsets is not _NONE else sums
+    result = builder.normalize(relax.op.astype(sums, dtype))
+    if np.any(scale != 1):
+        result = builder.normalize(relax.op.multiply(result, relax.const(scale.astype(dtype))))
+    return result if bias is None else relax.op.add(result, bias)
 
 
-def _offsets(matrix: np.ndarray, zero: int) -> np.ndarray | None:
-    """What the zero point of the activations takes from each sum; None beyond 32 bits."""
+def _offsets(
+    builder: Any, matrix: np.ndarray, zero: Any, shape: Sequence[int] | None = None
+) -> Any:
+    """What the zero point of the activations takes from each sum, int32; None beyond 32 bits.
+
+    Args:
+        builder: of the block that a computed zero point is in.
+        matrix: the weights, a column for each sum.
+        zero: see `Image`.
+        shape: of the result; by default a list.
+    """
     if np.abs(matrix).sum(axis=0, dtype=np.int64).max(initial=0) * 255 > _MOST:
         return None
-    return (-zero * matrix.sum(axis=0, dtype=np.int64)).astype(np.int32)
+    columns = -matrix.sum(axis=0, dtype=np.int64).astype(np.int32).reshape(shape or [-1])
+    if not isinstance(zero, int):
+        return builder.normalize(relax.op.multiply(relax.const(columns), zero))
+    return relax.const(zero * columns) if zero and np.any(columns) else _NONE
 
 
 def _convolved(
     data: te.Tensor,
     weights: te.Tensor,
+    zero: te.Tensor | int,
     pads: Sequence[int],
     strides: Sequence[int],
     dilations: Sequence[int],
-    zero: int,
 ) -> te.Tensor:
     """Sums of (N, C, H, W) bytes and (O, C, h, w) weights, what is outside the image being `zero`.
 
@@ -198,8 +233,9 @@ def _convolved(
     more = int(weights.shape[1]) - int(data.shape[1])
     if any(pads) or more:
         top, left, bottom, right = pads
+        outside = tirx.const(zero, "int32") if isinstance(zero, int) else zero()
         image = topi.nn.pad(
-            image, [0, 0, top, left], [0, more, bottom, right], tirx.const(zero, image.dtype)
+            image, [0, 0, top, left], [0, more, bottom, right], outside.astype(image.dtype)
         )
     outputs, channels, rows, columns = (int(extent) for extent in weights.shape)
     reach = [(size - 1) * step + 1 for size, step in zip((rows, columns), dilations, strict=True)]
@@ -216,7 +252,7 @@ def _convolved(
         value = image[n, rc, row, column].astype("int32")
         return te.sum(value * weights[o, rc, ry, rx].astype("int32"), axis=[rc, ry, rx])
 
-    return te.compute((image.shape[0], outputs, height, width), element, name="conv2d_bytes")
+    return te.compute((image.shape[0], outputs, height, width), element, name=_CONVOLVED)
 
 
 def _multiplied(data: te.Tensor, weights: te.Tensor) -> te.Tensor:
@@ -240,82 +276,6 @@ def _operand(data: te.Tensor, weights: te.Tensor) -> te.Tensor:
         return data
     return te.compute(
         data.shape,
-        lambda *index: (data(*index).astype("int32") + _SIGNED).astype("uint8"),
+        lambda *index: (data(*index).astype("int32") + SIGNED).astype("uint8"),
         name="unsigned",
     )
-
-
-def _image(builder: Any, value: Any, instruction: DotProduct) -> _Image | None:
-    """The bytes that activations were dequantised from, with one scale and zero point for all."""
-    call = _dequantised(builder, value)
-    if call is None or dtype_of(call.args[0]) not in _BYTES:
-        return None
-    scale, zero = (_constant(builder, argument) for argument in call.args[1:3])
-    if scale is None or zero is None or scale.size != 1 or zero.size != 1:
-        return None
-    values = call.args[0]
-    return _Image(
-        values, float(scale.reshape(())), int(zero.reshape(())) + _shift(values, instruction)
-    )
-
-
-def _shift(values: Any, instruction: DotProduct) -> int:
-    """What `_operand` adds to bytes."""
-    signed = dtype_of(values) == "int8" and instruction.types[0] == "uint8"
-    return _SIGNED if signed else 0
-
-
-def _weights(builder: Any, value: Any, axis: int, instruction: DotProduct) -> _Weights | None:
-    """Dequantised constant weights, if their scale is one for all or for each place of an axis."""
-    call = _dequantised(builder, value)
-    if call is None:
-        return None
-    scale = _constant(builder, call.args[1])
-    values = _moved(builder, call.args[0], call.args[2], instruction)
-    if values is None or scale is None:
-        return None
-    if scale.size > 1 and (scale.ndim != 1 or int(call.attrs.axis) % values.ndim != axis):
-        return None
-    return _Weights(values, scale.reshape(-1).astype(np.float64))
-
-
-def _moved(builder: Any, value: Any, zero: Any, instruction: DotProduct) -> np.ndarray | None:
-    """Weights less their zero point; None where they are no bytes, or the instruction has no room."""
-    values, zeros = _constant(builder, value), _constant(builder, zero)
-    if values is None or values.dtype.name not in _BYTES or (zero is not None and zeros is None):
-        return None
-    shift = np.zeros(1, np.int16) if zeros is None else zeros.ravel().astype(np.int16)
-    if np.any(shift != shift[0]):
-        return None
-    moved: np.ndarray = values.astype(np.int16) - shift[0]
-    limits = np.iinfo(instruction.types[1])
-    fits = not moved.size or (limits.min <= moved.min() and moved.max() <= limits.max)
-    return moved if fits else None
-
-
-def _dequantised(builder: Any, value: Any) -> Any:
-    """The call of `dequantize` that made a value of float32, None for anything else."""
-    made = _made(builder, value)
-    is_call = isinstance(made, tvm.ir.Call) and isinstance(made.op, tvm.ir.Op)
-    if not is_call or str(made.op.name) != "relax.dequantize":
-        return None
-    return made if str(made.attrs.out_dtype) == "float32" else None
-
-
-def _made(builder: Any, value: Any) -> Any:
-    while isinstance(value, relax.Var):
-        bound = builder.lookup_binding(value)
-        if bound is None:
-            return value
-        value = bound
-    return value
-
-
-def _constant(builder: Any, value: Any) -> np.ndarray | None:
-    made = None if value is None else _made(builder, value)
-    return np.asarray(made.value.numpy()) if isinstance(made, tvm.ir.GenericConst) else None
-
-
-def _elements(value: Any) -> int:
-    shape = value.ty.shape
-    return -1 if shape is None else int(np.prod([int(extent) for extent in shape]))

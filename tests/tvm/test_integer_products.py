@@ -12,7 +12,7 @@ import tvm
 import tvm_ffi
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from onnx_check import LLVM, imported
+from onnx_check import LLVM, computed, imported
 from onnx_graphs import run_onnxruntime
 from tvm import relax
 
@@ -80,7 +80,9 @@ def quantised(
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
-def run(model: Model, target: tvm.target.Target, x: np.ndarray) -> tuple[np.ndarray | None, str]:
+def run(
+    model: Model, target: tvm.target.Target, *feeds: np.ndarray
+) -> tuple[np.ndarray | None, str]:
     """The result of a library with its baseline schedules, if it runs here, and its kernels' traces."""
     traces = {
         task.hash: trace_to_json(baseline_schedules(task.module, target, 1)[0].trace)
@@ -92,7 +94,7 @@ def run(model: Model, target: tvm.target.Target, x: np.ndarray) -> tuple[np.ndar
         return None, text
     machine = relax.VirtualMachine(executable, tvm.cpu())
     weights = [tvm.runtime.tensor(np.array(a, order="C")) for a in model.weights.values()]
-    result = machine["main"](tvm.runtime.tensor(x), *packed(machine, weights))
+    result = machine["main"](*map(tvm.runtime.tensor, feeds), *packed(machine, weights))
     return result.numpy(), text
 
 
@@ -241,6 +243,90 @@ def test_integer_products_are_exact(
         wanted = (x.astype("int64") - int(zeros.get("xz", np.array(0)))) @ matrix.astype("int64")
         assert got.dtype == np.int32
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("zero", ["none", "constant", "computed"])
+@pytest.mark.parametrize(
+    ("channels", "x_type"),  # sums that float32 holds, and larger ones
+    [(8, np.uint8), (64, np.uint8), (8, np.int8)],
+)
+def test_integer_convolutions_are_exact(
+    target: tvm.target.Target, zero: str, channels: int, x_type: type
+) -> None:
+    """As the dynamic quantiser writes them: the zero point is only known when the model runs."""
+    info = np.iinfo(x_type)
+    x: np.ndarray = rng().integers(info.min, info.max + 1, (1, channels, 5, 5)).astype(x_type)
+    point: np.ndarray = np.array(0 if zero == "none" else 100, x_type)
+    w = rng().integers(-128, 128, (32, channels, 3, 3)).astype("int8")
+    names = ["x", "w", *(["xz"] if zero != "none" else [])]
+    feeds = {"x": x, **({"xz": point} if zero == "computed" else {})}
+    constants = {"w": w, **({"xz": point} if zero == "constant" else {})}
+    graph = helper.make_graph(
+        [helper.make_node("ConvInteger", names, ["y"], pads=[1, 1, 0, 0])],
+        "integers",
+        [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for n, a in feeds.items()
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 13)]
+    made = imported(helper.make_model(graph, opset_imports=opsets, ir_version=8), target=target)
+    got, traces = run(made, target, *feeds.values())
+    assert names_dot_product(traces), "the convolution does not use the instruction"
+    if got is not None:
+        one, none = np.ones(1), np.zeros(1)
+        exact = {"xs": one[0], "xz": point, "w": w, "wz": none, "ws": one, "b": none}
+        wanted = convolved(exact, x, {"pads": [1, 1, 0, 0]})
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("zero", [np.array(-20, "int8"), np.array(300.0, "float32")])
+def test_a_zero_point_that_is_no_byte_of_the_image_is_left_to_floats(zero: np.ndarray) -> None:
+    """Outside of the image it would have to be a byte."""
+    w = rng().integers(-128, 128, (32, 8, 3, 3)).astype("float32")
+    x = rng().integers(0, 256, (1, 8, 5, 5)).astype("uint8")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["xf"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["z"], ["zf"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["xf", "zf"], ["d"]),
+        helper.make_node("Conv", ["d", "w"], ["y"], pads=[1] * 4),
+    ]
+    feeds = {"x": x, **({"z": zero} if zero.dtype == np.int8 else {})}
+    constants = {"w": w, **({} if "z" in feeds else {"z": zero})}
+    graph = helper.make_graph(
+        nodes,
+        "moved",
+        [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for n, a in feeds.items()
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    (wanted,) = run_onnxruntime(model, dict(feeds))
+    (got,) = computed(imported(model, target=PAIRS), feeds)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_integers_that_floats_round_are_rounded() -> None:
+    """Only the sums of an integer convolution are known to be whole in floats."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+            helper.make_node("Cast", ["f"], ["y"], to=TensorProto.INT32),
+        ],
+        "rounded",
+        [helper.make_tensor_value_info("x", TensorProto.INT32, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [2])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    x = np.array([(1 << 24) + 1, 7], "int32")
+    got = computed(imported(model, target=PAIRS), {"x": x})[0]
+    np.testing.assert_array_equal(got, [1 << 24, 7])
 
 
 @pytest.mark.parametrize("why", ["zero points apart", "terms", "weights at run time"])
