@@ -44,7 +44,7 @@ def compile_module(
     module: tvm.IRModule, target: tvm.target.Target, traces: Mapping[str, str]
 ) -> relax.VMExecutable:
     """Compile a fused Relax module; see `compile_model`."""
-    return _build(_prepare(module, target, traces), target)
+    return build(prepare(module, target, traces), target)
 
 
 def compile_shares(
@@ -56,11 +56,17 @@ def compile_shares(
         module: what `load_model` gave.
         shares: target and traces (as in `compile_model`) by units.
     """
-    prepared = {
-        units: _prepare(module, target, traces) for units, (target, traces) in shares.items()
-    }
     # The targets differ in the number of units only, which decides nothing from here on.
-    return _build(merge_shares(prepared), shares[max(shares)][0])
+    return build(prepare_shares(module, shares), shares[max(shares)][0])
+
+
+def prepare_shares(
+    module: tvm.IRModule, shares: Mapping[int, tuple[tvm.target.Target, Mapping[str, str]]]
+) -> tvm.IRModule:
+    """The module that is built for several shares; see `compile_shares`."""
+    return merge_shares(
+        {units: prepare(module, target, traces) for units, (target, traces) in shares.items()}
+    )
 
 
 def merge_shares(modules: Mapping[int, tvm.IRModule]) -> tvm.IRModule:
@@ -102,16 +108,17 @@ class _Redirect(relax.PyExprMutator):
         return self.kernels.get(variable.name_hint, variable)
 
 
-def _prepare(
+def prepare(
     module: tvm.IRModule, target: tvm.target.Target, traces: Mapping[str, str]
 ) -> tvm.IRModule:
     """The module that is built for one share."""
     return pack_at_load(schedule_module(module, target, traces))
 
 
-def _build(module: tvm.IRModule, target: tvm.target.Target) -> relax.VMExecutable:
+def build(module: tvm.IRModule, target: tvm.target.Target) -> relax.VMExecutable:
+    """Build what `prepare` gave; for a CPU `side_by_side` does so in less time."""
     with build_options(module, target, checks=True):
-        return relax.build(module, target=target, relax_pipeline=_lowering(target))
+        return relax.build(module, target=target, relax_pipeline=lowering(target))
 
 
 def schedule_module(
@@ -176,7 +183,7 @@ def _gpu_fallback(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModu
         return rules(copy)
 
 
-def _lowering(target: tvm.target.Target) -> Any:
+def lowering(target: tvm.target.Target) -> Any:
     """The passes after fusion only: fusing again would throw the schedules away.
 
     They are taken from the target's own module, because `relax.pipeline.dataflow_lower_passes`

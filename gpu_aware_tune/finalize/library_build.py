@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def compile_all(
         path, is_there = compiled.path_of(item)
         paths[item.model.name, item.name, item.units] = path
         if not is_there:
-            args = (texts[id(item.model)], dict(item.target), dict(item.traces), str(path))
+            args = (texts[id(item.model)], dict(item.target), dict(item.traces))
             what = f"{item.model.name}: the {item.name} library for {item.units} units"
             calls[path] = _Call(compile_to_file, args, path, what)
     _call_all(builders, calls)
@@ -114,7 +115,7 @@ def compile_together(
     for number, (name, items) in enumerate(shares.items()):
         path = folder / f"shares-{number}.so"
         described = {item.units: (dict(item.target), dict(item.traces)) for item in items}
-        args = (module_to_json(items[0].model.module), described, str(path))
+        args = (module_to_json(items[0].model.module), described)
         calls[name] = _Call(
             compile_shares_to_file, args, path, f"{name}: the library of all shares"
         )
@@ -123,7 +124,10 @@ def compile_together(
 
 @dataclass(frozen=True)
 class _Call:
-    """A function for a build worker that writes a library and gives the error's text, or None."""
+    """A function for a build worker that writes a library and gives the error's text, or None.
+
+    After its arguments it gets the path, and in how many processes it may compile.
+    """
 
     function: Callable[..., str | None]
     args: tuple[Any, ...]
@@ -133,7 +137,10 @@ class _Call:
 
 def _call_all(builders: BuildPool, calls: Mapping[Key, _Call]) -> dict[Key, Path]:
     done: dict[Key, Path] = {}
-    work = {key: (call_.function, call_.args) for key, call_ in calls.items()}
+    jobs = max(1, len(builders.workers) // max(1, len(calls)))
+    work = {
+        key: (call_.function, (*call_.args, str(call_.path), jobs)) for key, call_ in calls.items()
+    }
     for key, answer in builders.call_all(work):
         if answer is not None:
             text = answer.text if isinstance(answer, Failure) else answer
@@ -143,47 +150,58 @@ def _call_all(builders: BuildPool, calls: Mapping[Key, _Call]) -> dict[Key, Path
 
 
 def compile_to_file(
-    module_json: str, target: dict[str, Any], traces: Mapping[str, str], path: str
+    module_json: str, target: dict[str, Any], traces: Mapping[str, str], path: str, jobs: int
 ) -> str | None:
     """Compile one library (in a worker); gives the error's text, or None."""
     import tvm
 
-    from gpu_aware_tune.codegen.compile import compile_module
+    from gpu_aware_tune.codegen.compile import prepare
 
     wanted = tvm.target.Target(target)
-    return _to_file(
-        module_json, target, path, lambda module: compile_module(module, wanted, traces)
-    )
+    return _to_file(module_json, target, path, jobs, lambda module: prepare(module, wanted, traces))
 
 
 def compile_shares_to_file(
-    module_json: str, shares: Mapping[int, tuple[dict[str, Any], Mapping[str, str]]], path: str
+    module_json: str,
+    shares: Mapping[int, tuple[dict[str, Any], Mapping[str, str]]],
+    path: str,
+    jobs: int,
 ) -> str | None:
     """Compile one library for several shares (in a worker); gives the error's text, or None."""
     import tvm
 
-    from gpu_aware_tune.codegen.compile import compile_shares
+    from gpu_aware_tune.codegen.compile import prepare_shares
 
     wanted = {units: (tvm.target.Target(t), traces) for units, (t, traces) in shares.items()}
     target, _ = shares[max(shares)]
-    return _to_file(module_json, target, path, lambda module: compile_shares(module, wanted))
+    return _to_file(module_json, target, path, jobs, lambda module: prepare_shares(module, wanted))
 
 
 def _to_file(
-    module_json: str, target: Mapping[str, Any], path: str, compile_it: Callable[[Any], Any]
+    module_json: str,
+    target: Mapping[str, Any],
+    path: str,
+    jobs: int,
+    prepare: Callable[[Any], Any],
 ) -> str | None:
+    import tvm
+
+    from gpu_aware_tune.codegen.compile import build
     from gpu_aware_tune.codegen.cuda_toolchain import link as link_cubins
     from gpu_aware_tune.codegen.cuda_toolchain import packer
+    from gpu_aware_tune.codegen.side_by_side import build_side_by_side
     from gpu_aware_tune.kernels.traces import module_from_json
     from gpu_aware_tune.library import link
 
     try:
-        executable = compile_it(module_from_json(module_json))
+        module, on = prepare(module_from_json(module_json)), tvm.target.Target(dict(target))
         if target["kind"] == "cuda":  # build workers make source; a library holds cubins
             packed = {"fcompile": link_cubins, "fpack_imports": packer(str(target["arch"]))}
-            executable.export_library(path, **packed)
-        else:
-            link(executable, path)
+            build(module, on).export_library(path, **packed)
+            return None
+        with tempfile.TemporaryDirectory(dir=Path(path).parent) as parts:
+            executable, objects = build_side_by_side(module, on, Path(parts), jobs)
+            link(executable, path, objects)
     except Exception as error:  # sent to the parent, which stops the run with it
         return f"{type(error).__name__}: {last_line(error)}"
     return None

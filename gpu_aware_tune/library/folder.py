@@ -7,7 +7,7 @@ import ctypes
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -50,12 +50,17 @@ def save_weights(weights: Mapping[str, np.ndarray], path: Path) -> None:
         path.write_bytes(tvm.runtime.save_param_dict(tensors))
 
 
-def link(executable: Any, path: Path | str) -> None:
+def link(executable: Any, path: Path | str, objects: Sequence[Path] = ()) -> None:
     """Write a compiled model as a shared library, without symbols that only a debugger reads.
 
     Those are a third of the file, and every share has one.
+
+    Args:
+        executable: the `VMExecutable`.
+        path: the `.so` to write.
+        objects: of kernels that are not in it; see `codegen.side_by_side`.
     """
-    executable.export_library(str(path), options=["-s"])
+    executable.export_library(str(path), options=["-s", *map(str, objects)])
 
 
 def export(

@@ -139,7 +139,7 @@ def write_whole_library(folder: Path) -> Path:
     with tvm.target.Target(target):
         module = tvm.relax.transform.LegalizeOps()(module)
     path = folder / "lib.so"
-    assert compile_to_file(module_to_json(module), target, {}, str(path)) is None
+    assert compile_to_file(module_to_json(module), target, {}, str(path), 2) is None
     return path
 
 
