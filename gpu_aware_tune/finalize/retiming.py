@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gpu_aware_tune.codegen.build_pool import BuildPool, remove
+from gpu_aware_tune.codegen.build_pool import remove
 from gpu_aware_tune.events import Event, Note, Origin
 from gpu_aware_tune.measure import RETIME, SEARCH, ComparisonJob, TimingPolicy
 from gpu_aware_tune.model.tasks import Task
@@ -70,7 +70,7 @@ def retime(
     wanted = {task: by_units for task, by_units in wanted.items() if by_units}
     artifacts: dict[str, dict[str, str]] = {}
     if not limit.reached():
-        artifacts = _build(pools.builders, wanted)
+        artifacts = _build(pools, wanted)
     reorders = {}
     for task in work.tasks:
         paths = artifacts.get(task.hash, {})
@@ -92,6 +92,7 @@ def retime(
     for paths in artifacts.values():
         for path in paths.values():
             remove(path)
+    pools.best.clear()
     if artifacts:
         count = sum(len(paths) for paths in artifacts.values())
         yield Note(f"measured the best {count} kernels again, in turns, alone")
@@ -197,21 +198,28 @@ def _finalists(
 
 
 def _build(
-    builders: BuildPool, wanted: Mapping[str, Mapping[int, Sequence[str]]]
+    pools: Pools, wanted: Mapping[str, Mapping[int, Sequence[str]]]
 ) -> dict[str, dict[str, str]]:
-    """Build every finalist once; paths by task and trace, without those that did not build."""
-    jobs = [
-        (task, trace)
-        for task, by_units in wanted.items()
-        for trace in dict.fromkeys(t for traces in by_units.values() for t in traces)
-    ]
+    """The artifact of every finalist, built where the search has not left it.
+
+    Returns:
+        Paths by task and trace, without those that did not build.
+    """
+    artifacts: dict[str, dict[str, str]] = {}
+    missing = []
+    for task, by_units in wanted.items():
+        for trace in dict.fromkeys(t for traces in by_units.values() for t in traces):
+            path = pools.best.path_of(task, trace)
+            if path is None:
+                missing.append((task, trace))
+            else:
+                artifacts.setdefault(task, {})[trace] = path
 
     def start(job: tuple[str, str]) -> None:
         task, trace = job
-        builders.submit(job, task, trace)
+        pools.builders.submit(job, task, trace)
 
-    artifacts: dict[str, dict[str, str]] = {}
-    for (task, trace), built in builders.work_off(jobs, start):
+    for (task, trace), built in pools.builders.work_off(missing, start):
         if built.failure is None:
             artifacts.setdefault(task, {})[trace] = built.path
     return artifacts

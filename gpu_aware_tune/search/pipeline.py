@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from gpu_aware_tune.codegen.build_pool import BuildPool, Built, remove
 from gpu_aware_tune.measure import SEARCH, BaseMeasurer, Job, Slice, TimingPolicy
 from gpu_aware_tune.measure.measurement import FailureKind, Measurement
+from gpu_aware_tune.search.best_artifacts import BestArtifacts
 from gpu_aware_tune.search.candidates import Candidate, Drafted, NewTask, Searcher
 from gpu_aware_tune.search.sources import ArtifactSink, CandidateSource
 from gpu_aware_tune.workers import Worker
@@ -85,6 +86,7 @@ class Pipeline:
             is free takes the next artifact that it can measure. None: artifacts go to an `ArtifactSink`.
         cores: how many workers may run at once.
         low_water: a draft is asked for when fewer candidates than this wait to be built.
+        best: takes what has been measured; by default its files are removed.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Pipeline:
         slices: Sequence[Slice],
         cores: int,
         low_water: int,
+        best: BestArtifacts | None = None,
     ) -> None:
         self._tasks = dict(tasks)
         self._searchers = list(searchers)
@@ -102,6 +105,7 @@ class Pipeline:
         self._slices = list(slices)
         self.cores = cores
         self._low_water = low_water
+        self._best = best
         self._to_build: deque[Candidate] = deque()
         self._ready: deque[_Artifact] = deque()
         self._under_way: dict[int, _UnderWay] = {}  # by the slice's number
@@ -228,9 +232,18 @@ class Pipeline:
                 if artifact in self._ready:
                     self._ready.remove(artifact)
             if len(artifact.done) == artifact.wanted:
-                remove(artifact.path)
+                self._let_go(artifact)
                 for candidate in (artifact.candidate, *artifact.twins):
                     yield Outcome(candidate, artifact.done)
+
+    def _let_go(self, artifact: _Artifact) -> None:
+        """Hand a measured artifact on, or remove it."""
+        if self._best is None:
+            remove(artifact.path)
+            return
+        seconds = {units: result.seconds for units, result in artifact.done.items()}
+        traces = [each.trace for each in (artifact.candidate, *artifact.twins)]
+        self._best.offer(artifact.candidate.task, traces, artifact.path, seconds)
 
     def _start_measurements(self, source: CandidateSource, timing: TimingPolicy) -> None:
         """Give every free slice an artifact, once enough have gathered for a measuring window."""

@@ -15,6 +15,7 @@ from gpu_aware_tune.codegen.build_pool import BuildPool
 from gpu_aware_tune.codegen.cuda_toolchain import environment
 from gpu_aware_tune.measure import BaseMeasurer, Measurer, SharedWorker, Slice
 from gpu_aware_tune.partition import Device, Partition, Share, open_slices, usable_cores
+from gpu_aware_tune.search.best_artifacts import BestArtifacts
 from gpu_aware_tune.search.candidates import Searcher, SearchSettings
 from gpu_aware_tune.search.pipeline import Pipeline, TaskSpec
 from gpu_aware_tune.workers import WorkerHost
@@ -46,7 +47,7 @@ class PoolSettings:
 
 
 class Pools:
-    """The workers, started; a context manager that ends them."""
+    """The workers, started, and the best of what they have built; a context manager that ends them."""
 
     partitions: list[Partition]
     builders: BuildPool
@@ -57,6 +58,7 @@ class Pools:
         self._settings = settings
         self._stack = contextlib.ExitStack()
         self._measurers: list[BaseMeasurer] = []
+        self.best = BestArtifacts()
 
     def __enter__(self) -> Pools:
         return self
@@ -115,6 +117,7 @@ class Pools:
             slices,
             cores,
             low_water=max(2 * builders, settings.search.per_draft // 2),
+            best=self.best,
         )
         text = f"{builders} build workers, {searchers} search workers"
         if slices:
