@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -104,10 +105,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(" ".join(str(error).split()), error.exit_code, debug)
     except click.Abort:  # Ctrl-C while click reads the arguments
         return _fail("interrupted", INTERRUPTED, debug)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _defect(error, debug)
+        where = f" in {error.filename!r}" if error.filename else ""
+        return _fail(
+            f"the disk is full{where} ({error.strerror}): free space, or set TMPDIR for temporary"
+            " files; what was measured is in the record store",
+            3,
+            debug,
+        )
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        hint = "" if debug else "; this is a defect: run again with --debug and report it"
-        return _fail(f"{text}{hint}", 1, debug)
+        return _defect(error, debug)
+
+
+def _defect(error: Exception, debug: bool) -> int:
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    hint = "" if debug else "; this is a defect: run again with --debug and report it"
+    return _fail(f"{text}{hint}", 1, debug)
 
 
 def _fail(text: str, code: int, debug: bool) -> int:

@@ -9,9 +9,11 @@ from pathlib import Path
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.run.jobs import ModelGoal
 from gpu_aware_tune.settings import RunSettings, check_replaceable
+from gpu_aware_tune.workers import scratch_place
 
 _LIBRARY_BYTES = 32 << 20  # code, besides the weights
 _RECORDS_BYTES = 16 << 20
+_SCRATCH_BYTES = 8 << 20  # artifacts and libraries, besides the weights
 
 
 def check_files(goal: ModelGoal, settings: RunSettings) -> None:
@@ -40,6 +42,7 @@ def check_files(goal: ModelGoal, settings: RunSettings) -> None:
         weights = _bytes_of(model)
         _check_writable("-o", goal.output, _LIBRARY_BYTES + 2 * weights)
         _check_writable("--db", settings.db, _RECORDS_BYTES)
+        _check_scratch(_SCRATCH_BYTES + 2 * weights)
         if goal.verify_inputs is not None and not goal.verify_inputs.is_file():
             raise UserError(
                 f"--verify-inputs {str(goal.verify_inputs)!r} is no file: give an .npz file with an"
@@ -51,6 +54,20 @@ def _bytes_of(model: Path) -> int:
     """The size of a model, with the external data that may lie beside it."""
     beside = [*model.parent.glob(f"{model.name}*data"), *model.parent.glob(f"{model.stem}*.data")]
     return sum(path.stat().st_size for path in {model, *beside} if path.is_file())
+
+
+def _check_scratch(needed: int) -> None:
+    """Sees whether the temporary files of a run find room: artifacts, libraries, and their weights."""
+    try:
+        place = scratch_place()
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise SetupError(f"no folder for temporary files: {error.strerror}: set TMPDIR") from error
+    if free < needed:
+        raise SetupError(
+            f"temporary files in {str(place)!r}: {free >> 20} MiB are free there, about"
+            f" {needed >> 20} MiB are needed: free space or set TMPDIR"
+        )
 
 
 def _check_writable(flag: str, folder: Path, needed: int) -> None:

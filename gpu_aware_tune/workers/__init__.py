@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gpu_aware_tune.workers.pool import Exit, Worker, WorkerHost
+from gpu_aware_tune.workers.pool import Exit, Worker, WorkerHost, scratch_place
 
-__all__ = ["Exit", "Worker", "WorkerHost"]
+__all__ = ["Exit", "Worker", "WorkerHost", "scratch_place"]

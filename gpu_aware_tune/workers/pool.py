@@ -284,16 +284,21 @@ class WorkerHost:
         return SetupError(f"the worker host ended unexpectedly: {why}")
 
 
-def _scratch_folder() -> Path:
-    """A folder for artifacts: in memory where there is room, else in the temporary folder."""
+def scratch_place() -> Path:
+    """Where artifacts lie: in memory where there is room, else in the temporary folder."""
     memory = Path("/dev/shm")
-    roomy = memory.is_dir() and os.access(memory, os.W_OK)
-    if roomy:
+    if memory.is_dir() and os.access(memory, os.W_OK):
         found = os.statvfs(memory)
         runs = not found.f_flag & os.ST_NOEXEC  # containers forbid to load libraries from there
-        roomy = runs and found.f_bavail * found.f_frsize > _SCRATCH_MIN_BYTES
+        if runs and found.f_bavail * found.f_frsize > _SCRATCH_MIN_BYTES:
+            return memory
+    return Path(tempfile.gettempdir())
+
+
+def _scratch_folder() -> Path:
+    """A folder for artifacts."""
     try:
-        return Path(tempfile.mkdtemp(prefix="gpu-aware-tune-", dir=memory if roomy else None))
+        return Path(tempfile.mkdtemp(prefix="gpu-aware-tune-", dir=scratch_place()))
     except OSError as error:
         raise SetupError(
             f"no folder for temporary files: {error}; free space or set TMPDIR"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -20,6 +22,7 @@ from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.events import Event, Finished, Note, Planned, Progress, ShareResult, StoppedBy
 from gpu_aware_tune.run.jobs import TuningJob, make_jobs
 from gpu_aware_tune.search.budget import StopRequest
+from gpu_aware_tune.workers import scratch_place
 
 PLANNED = Planned("net", "CPU", ("100 % of 2 cores = 2 cores",), (2,), "cores", (), 4, None)
 PROGRESS = Progress("net", 1.0, 2, 4, 120.0, {2: 0.02}, {2: 0.01}, {"crash": 1}, 1.0)
@@ -184,6 +187,28 @@ def test_a_defect_shows_what_the_libraries_said_last(fake_tuning: Fake, capfd: C
     assert "what the library said last" in err
     assert "error: ZeroDivisionError: oops; this is a defect" in err
     assert "Traceback" not in err
+
+
+def test_a_full_disk_is_no_defect(fake_tuning: Fake, capfd: Capture) -> None:
+    fake_tuning(failing(OSError(errno.ENOSPC, "No space left on device", "/a/b.so")))
+    assert cli_main.main(["net.onnx"]) == 3
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the disk is full in '/a/b.so' (No space left on device): free")
+
+
+def test_too_little_room_for_temporary_files_is_told_at_once(
+    tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, place = shutil.disk_usage, scratch_place()
+    little = types.SimpleNamespace(total=1 << 40, used=0, free=2 << 20)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: little if folder == place else usage(folder)
+    )
+    model = tmp_path / "net.onnx"
+    model.write_bytes(b"no model yet")
+    assert cli_main.main([str(model), "--db", str(tmp_path / "db"), "-o", str(tmp_path / "o")]) == 3
+    error = capfd.readouterr().err
+    assert f"temporary files in '{place}': 2 MiB are free there, about 8 MiB are needed" in error
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(fake_tuning: Fake, capfd: Capture) -> None:
