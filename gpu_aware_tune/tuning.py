@@ -184,7 +184,8 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
         if settings.dry_run:
             return
         records = known.records
-        workers = yield from start_workers(session, models, work)
+        seeded = [task for task, traces in known.seeds.items() if traces]
+        workers = yield from start_workers(session, models, work, seeded=seeded)
         checked = yield from check_models(session, models, oracles, workers)
         workers = checked.workers
         shares = sum(len(model.shares) for model in models)

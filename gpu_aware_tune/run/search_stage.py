@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpu_aware_tune.events import Event, Note, Stage, StageName
@@ -35,12 +35,18 @@ class RunWorkers:
 
 
 def start_workers(
-    session: Session, models: Sequence[ImportedModel], work: TaskSet, here: bool = False
+    session: Session,
+    models: Sequence[ImportedModel],
+    work: TaskSet,
+    here: bool = False,
+    seeded: Collection[str] = (),
 ) -> Generator[Event, None, RunWorkers]:
     """Start measuring, build and search workers, and make the baseline schedules in them.
 
     Args:
         here: only this machine's, though the run has a cluster.
+        seeded: tasks whose search starts from what another size of the model has found: they need
+            one baseline schedule only.
     """
     settings = _pool_settings(session, models)
     specs = {task.hash: TaskSpec(task.args, work.units_of(task.hash)) for task in work.tasks}
@@ -53,7 +59,7 @@ def start_workers(
     ):  # the local ones stay for what comes after the search
         pipeline = yield from _join_cluster(session, settings, specs, modules)
     yield Note(text)
-    return RunWorkers(pools, pipeline, _baselines(pools, work, modules))
+    return RunWorkers(pools, pipeline, _baselines(pools, work, modules, seeded))
 
 
 def run_search(
@@ -159,7 +165,7 @@ def _pool_settings(session: Session, models: Sequence[ImportedModel]) -> PoolSet
 
 
 def _baselines(
-    pools: Pools, work: TaskSet, modules: Mapping[str, str]
+    pools: Pools, work: TaskSet, modules: Mapping[str, str], seeded: Collection[str]
 ) -> dict[str, tuple[str, ...]]:
     """The baseline schedules of every task, made side by side in the build workers.
 
@@ -168,7 +174,10 @@ def _baselines(
     """
     target = dict(pools.target)
     on_cpu = target["kind"] == "llvm"
-    calls = {task.hash: (baseline_traces, (modules[task.hash], target)) for task in work.tasks}
+    calls = {
+        task.hash: (baseline_traces, (modules[task.hash], target, task.hash in seeded))
+        for task in work.tasks
+    }
     found = {
         task: answer if isinstance(answer, tuple) else ()
         for task, answer in pools.builders.call_all(calls)
@@ -181,7 +190,9 @@ def _baselines(
     return baselines
 
 
-def baseline_traces(module_json: str, target: Mapping[str, object]) -> tuple[str, ...]:
+def baseline_traces(
+    module_json: str, target: Mapping[str, object], only_one: bool
+) -> tuple[str, ...]:
     """The baseline schedules of one kernel, the most promising first (in a worker)."""
     import tvm
 
@@ -189,5 +200,6 @@ def baseline_traces(module_json: str, target: Mapping[str, object]) -> tuple[str
     from gpu_aware_tune.kernels.traces import module_from_json, trace_to_json
 
     on = tvm.target.Target(dict(target))
-    found = baseline_schedules(module_from_json(module_json), on)
+    module = module_from_json(module_json)
+    found = baseline_schedules(module, on, 1) if only_one else baseline_schedules(module, on)
     return tuple(dict.fromkeys(trace_to_json(schedule.trace) for schedule in found))
