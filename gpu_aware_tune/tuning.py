@@ -214,7 +214,7 @@ def _tune_sizes(job: TuningJob, stop: StopRequest | None) -> Generator[Event, No
     made: dict[int, Path] = {}
     with staging(goal.output) as folder:
         for number, size in enumerate(divide_sizes(job, folder)):
-            yield Note(size.label.replace("batch", "batch size"))
+            yield Note(size.label)
             for event in tune_jobs(dataclasses.replace(size.job, relatives=relatives), stop):
                 if isinstance(event, Planned) and not relatives:
                     relatives = {task.name: task.hash for task in event.tasks}

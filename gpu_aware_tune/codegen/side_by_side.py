@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from pathlib import Path
 
 import tvm
@@ -111,7 +110,6 @@ class _Processes:
         except BaseException as error:
             path.with_suffix(".error").write_text(f"{type(error).__name__}: {one_line(error)}")
         finally:
-            sys.stdout.flush()
             os._exit(status)
 
     def wait(self) -> None:

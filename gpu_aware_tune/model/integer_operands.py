@@ -135,6 +135,7 @@ def call_of(builder: Any, value: Any, operator: str) -> Any:
 
 
 def maker_of(builder: Any, value: Any) -> Any:
+    """The expression that a value was bound to; the value itself where it was not."""
     while isinstance(value, relax.Var):
         bound = builder.lookup_binding(value)
         if bound is None:
@@ -149,6 +150,7 @@ def _constant(builder: Any, value: Any) -> np.ndarray | None:
 
 
 def elements_of(value: Any) -> int:
+    """How many elements a value has; -1 where its shape is not known."""
     shape = value.ty.shape
     return -1 if shape is None else int(np.prod([int(extent) for extent in shape]))
 

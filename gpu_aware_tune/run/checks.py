@@ -13,7 +13,7 @@ from gpu_aware_tune.workers import scratch_place
 
 _LIBRARY_BYTES = 32 << 20  # code, besides the weights
 _RECORDS_BYTES = 16 << 20
-_SCRATCH_BYTES = 8 << 20  # artifacts and libraries, besides the weights
+_SCRATCH_BYTES = 24 << 20  # artifacts and libraries, besides the weights
 
 
 def check_files(goal: ModelGoal, settings: RunSettings) -> None:

@@ -208,7 +208,7 @@ def test_too_little_room_for_temporary_files_is_told_at_once(
     model.write_bytes(b"no model yet")
     assert cli_main.main([str(model), "--db", str(tmp_path / "db"), "-o", str(tmp_path / "o")]) == 3
     error = capfd.readouterr().err
-    assert f"temporary files in '{place}': 2 MiB are free there, about 8 MiB are needed" in error
+    assert f"temporary files in '{place}': 2 MiB are free there, about 24 MiB are needed" in error
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(fake_tuning: Fake, capfd: Capture) -> None:
