@@ -73,9 +73,10 @@ def test_a_kernel_that_does_not_compile_is_told_and_nothing_is_left(
 
     monkeypatch.setattr(side_by_side, "_compile", failing)
     module = prepare(model.module, target(), {})
+    before = psutil.Process().children()  # other tests' servers
     with pytest.raises(TuneError, match="ValueError: of no use"):
         side_by_side.build_side_by_side(module, target(), tmp_path, 3)
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= set(before)
 
 
 def test_a_part_that_is_killed_is_told(
