@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, ROOT, environment, write_results
+from benchmarks.real_models import FIRST
 from benchmarks.scaffold import parser
 
 RESULTS_FILE = RESULTS / "first-measurement.json"
-FIRST = "measuring the baseline"  # the line before the first measurement
 PAUSE_S = 1.0
 
 

@@ -161,7 +161,10 @@ def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Even
         yield from _tune_sizes(job, stop)
         return
     with Session(settings, stop) as session:
-        # Here, because they load TVM, and so does the process that the session has just started.
+        # Here, because they need TVM, which the process that the session has just started loads, too.
+        from gpu_aware_tune.workers.warm import load_tvm
+
+        load_tvm()
         from gpu_aware_tune.finalize.retiming import measure_drift, retime
         from gpu_aware_tune.run.auto_share import choose_shares
         from gpu_aware_tune.run.check_stage import check_models, start_oracles

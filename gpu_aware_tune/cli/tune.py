@@ -192,11 +192,12 @@ def _check_model(goal: ModelGoal) -> None:
     from gpu_aware_tune.onnx_prepare import read_model
     from gpu_aware_tune.onnx_prepare.shapes import batch_shapes, fix_inputs
 
-    shapes = goal.input_shapes
+    model, shapes = read_model(goal.path), goal.input_shapes
     if goal.batches:
-        shapes = batch_shapes(read_model(goal.path), goal.batches[0], shapes)
-    for each in (shapes, *goal.further_shapes):
-        fix_inputs(read_model(goal.path), each)
+        shapes = batch_shapes(model, goal.batches[0], shapes)
+    fix_inputs(model, shapes)
+    for further in goal.further_shapes:  # what is fixed is not dynamic any more
+        fix_inputs(read_model(goal.path), further)
 
 
 def _run(

@@ -60,13 +60,15 @@ def _build(
     jobs = max(1, min(jobs, len(kernels) // _FEW))
     # One kernel stays with the executable, which finds the others where it finds that one.
     first, others = (kernels[:1], kernels[1:]) if jobs > 1 else (kernels, [])
-    parts = {folder / f"part-{number}.o": others[number::jobs] for number in range(jobs)}
-    objects = {path: tvm.IRModule(dict(part)) for path, part in parts.items() if part}
+    parts = [
+        (tvm.IRModule(dict(others[number::jobs])), target, folder / f"part-{number}.o")
+        for number in range(jobs if others else 0)
+    ]
     with _Processes() as processes:
-        for path, part in list(objects.items())[1:]:
-            processes.start(part, target, path)
-        for path, part in list(objects.items())[:1]:
-            _compile(part, target, path)
+        for part in parts[1:]:
+            processes.start(*part)
+        for part in parts[:1]:
+            _compile(*part)
         executable = vm_build._vmlink(
             builder=builder,
             target=target,
@@ -75,7 +77,7 @@ def _build(
             params=dict(attributes.get("const_name_to_constant", {})),
         )
         processes.wait()
-    return executable, list(objects)
+    return executable, [path for _, _, path in parts]
 
 
 def _compile(kernels: tvm.IRModule, target: tvm.target.Target, path: Path) -> None:

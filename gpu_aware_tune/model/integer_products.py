@@ -36,7 +36,6 @@ from gpu_aware_tune.model.integer_operands import (
 from gpu_aware_tune.model.operators import Converter, dtype_of
 
 _MOST = np.iinfo(np.int32).max
-_NONE = relax.const(0, "int32")  # nothing to add
 _CONVOLVED = "conv2d_bytes"
 _CASTS = {TensorProto.FLOAT: "float32", TensorProto.INT32: "int32"}
 
@@ -74,10 +73,8 @@ def _conv(
     pads = [int(pad) for pad in attributes.get("pads", [0] * 4)]
     strides = [int(step) for step in attributes.get("strides", [1, 1])]
     dilations = [int(step) for step in attributes.get("dilations", [1, 1])]
-    offsets = _offsets(
-        builder, weights.values.reshape(outputs, -1).T, image.zero, [1, outputs, 1, 1]
-    )
-    if offsets is None:
+    matrix = weights.values.reshape(outputs, -1).T
+    if not _have_room(matrix):
         return None
     # Filters of zeros fill the last vector; their results are left out again.
     more = ((0, -outputs % lanes), (0, -channels % instruction.terms), (0, 0), (0, 0))
@@ -95,7 +92,8 @@ def _conv(
         bias = builder.normalize(relax.op.reshape(bias, along))
     scale = image.scale * weights.scale
     scale = scale.reshape(_along(scale, along))
-    return _scaled(builder, sums, offsets, scale, bias, dtype_of(inputs[0]))
+    sums = _moved_sums(builder, sums, matrix, image.zero, along)
+    return _scaled(builder, sums, scale, bias, dtype_of(inputs[0]))
 
 
 def _cast(
@@ -138,16 +136,16 @@ def _product(
     if image is None or weights is None or weights.values.ndim != 2:
         return None
     matrix = weights.values.T if transposed else weights.values
-    offsets = _offsets(builder, matrix, image.zero)
     sums = _summed(builder, image.values, matrix, instruction)
-    if offsets is None or sums is None:
+    if sums is None:
         return None
     bias = inputs[2] if len(inputs) > 2 else None
     alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
     if bias is not None and beta != 1.0:
         bias = builder.normalize(relax.op.multiply(bias, relax.const(beta, dtype_of(bias))))
+    sums = _moved_sums(builder, sums, matrix, image.zero, [-1])
     scale = image.scale * weights.scale * alpha
-    return _scaled(builder, sums, offsets, scale, bias, dtype_of(inputs[0]))
+    return _scaled(builder, sums, scale, bias, dtype_of(inputs[0]))
 
 
 def _matmul_integer(
@@ -164,11 +162,8 @@ def _matmul_integer(
     zero = shift_of(values, instruction)
     if zeros[0] is not None:
         zero = computed_zero(builder, zeros[0], zero)
-    offsets = _offsets(builder, matrix, zero)
     sums = _summed(builder, values, matrix, instruction)
-    if offsets is None or sums is None:
-        return None
-    return sums if offsets is _NONE else relax.op.add(sums, offsets)
+    return None if sums is None else _moved_sums(builder, sums, matrix, zero, [-1])
 
 
 def _summed(builder: Any, values: Any, matrix: np.ndarray, instruction: DotProduct) -> Any:
@@ -177,6 +172,8 @@ def _summed(builder: Any, values: Any, matrix: np.ndarray, instruction: DotProdu
     shape = values.ty.shape
     terms, columns = matrix.shape
     if terms % instruction.terms or shape is None or len(shape) < 2 or columns < lanes:
+        return None
+    if not _have_room(matrix):
         return None
     more = -columns % lanes
     padded = np.pad(matrix, ((0, 0), (0, more))).astype(instruction.types[1], order="C")
@@ -189,32 +186,39 @@ def _summed(builder: Any, values: Any, matrix: np.ndarray, instruction: DotProdu
     return sums
 
 
-def _scaled(builder: Any, sums: Any, offsets: Any, scale: np.ndarray, bias: Any, dtype: str) -> Any:
-    """Emit `(sums + offsets) * scale + bias` in floats of a type."""
-    sums = builder.normalize(relax.op.add(sums, offsets)) if offsets is not _NONE else sums
+def _scaled(builder: Any, sums: Any, scale: np.ndarray, bias: Any, dtype: str) -> Any:
+    """Emit `sums * scale + bias` in floats of a type."""
     result = builder.normalize(relax.op.astype(sums, dtype))
     if np.any(scale != 1):
         result = builder.normalize(relax.op.multiply(result, relax.const(scale.astype(dtype))))
     return result if bias is None else relax.op.add(result, bias)
 
 
-def _offsets(
-    builder: Any, matrix: np.ndarray, zero: Any, shape: Sequence[int] | None = None
+def _have_room(matrix: np.ndarray) -> bool:
+    """Whether 32 bits hold each sum of bytes times a column of weights, and what is taken from it."""
+    return bool(np.abs(matrix).sum(axis=0, dtype=np.int64).max(initial=0) * 255 <= _MOST)
+
+
+def _moved_sums(
+    builder: Any, sums: Any, matrix: np.ndarray, zero: Any, shape: Sequence[int]
 ) -> Any:
-    """What the zero point of the activations takes from each sum, int32; None beyond 32 bits.
+    """Emit sums less what the zero point of the activations adds to each.
 
     Args:
         builder: of the block that a computed zero point is in.
+        sums: int32.
         matrix: the weights, a column for each sum.
         zero: see `Image`.
-        shape: of the result; by default a list.
+        shape: of the columns' list, for broadcasting.
     """
-    if np.abs(matrix).sum(axis=0, dtype=np.int64).max(initial=0) * 255 > _MOST:
-        return None
-    columns = -matrix.sum(axis=0, dtype=np.int64).astype(np.int32).reshape(shape or [-1])
+    columns = -matrix.sum(axis=0, dtype=np.int64).astype(np.int32).reshape(shape)
     if not isinstance(zero, int):
-        return builder.normalize(relax.op.multiply(relax.const(columns), zero))
-    return relax.const(zero * columns) if zero and np.any(columns) else _NONE
+        offsets = builder.normalize(relax.op.multiply(relax.const(columns), zero))
+    elif zero and np.any(columns):
+        offsets = relax.const(zero * columns)
+    else:
+        return sums
+    return builder.normalize(relax.op.add(sums, offsets))
 
 
 def _convolved(

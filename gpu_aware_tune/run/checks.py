@@ -60,14 +60,11 @@ def _check_scratch(needed: int) -> None:
     """Sees whether the temporary files of a run find room: artifacts, libraries, and their weights."""
     try:
         place = scratch_place()
-        free = shutil.disk_usage(place).free
+        lack = _lack(place, needed)
     except OSError as error:
         raise SetupError(f"no folder for temporary files: {error.strerror}: set TMPDIR") from error
-    if free < needed:
-        raise SetupError(
-            f"temporary files in {str(place)!r}: {free >> 20} MiB are free there, about"
-            f" {needed >> 20} MiB are needed: free space or set TMPDIR"
-        )
+    if lack:
+        raise SetupError(f"temporary files in {str(place)!r}: {lack}: free space or set TMPDIR")
 
 
 def _check_writable(flag: str, folder: Path, needed: int) -> None:
@@ -81,13 +78,18 @@ def _check_writable(flag: str, folder: Path, needed: int) -> None:
         existing = existing.parent
     try:
         with tempfile.TemporaryDirectory(prefix=".tune-", dir=existing):
-            free = shutil.disk_usage(existing).free
+            reason = _lack(existing, needed)
     except OSError as error:
-        reason = error.strerror
-    else:
-        if free >= needed:
-            return
-        reason = f"{free >> 20} MiB are free there, about {needed >> 20} MiB are needed"
-    raise SetupError(
-        f"{flag} {str(folder)!r} cannot be written ({reason}): give a folder you may write to"
-    )
+        reason = error.strerror or str(error)
+    if reason:
+        raise SetupError(
+            f"{flag} {str(folder)!r} cannot be written ({reason}): give a folder you may write to"
+        )
+
+
+def _lack(folder: Path, needed: int) -> str:
+    """What a folder lacks of the bytes that are needed there; "" where they find room."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return ""
+    return f"{free >> 20} MiB are free there, about {needed >> 20} MiB are needed"

@@ -65,9 +65,6 @@ def import_models(
     session: Session, goals: Sequence[ModelGoal]
 ) -> Generator[Event, None, tuple[ImportedModel, ...]]:
     """Import the ONNX files, list their kernels, and give each model its units."""
-    from gpu_aware_tune.workers.warm import load_tvm
-
-    load_tvm()
     models = []
     for goal in goals:
         yield Stage(StageName.MODEL, f"importing {goal.path.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from gpu_aware_tune.codegen.build_pool import remove
 
@@ -13,8 +14,7 @@ class BestArtifacts:
     """Keeps the files of each task's fastest candidates, and removes those of all others."""
 
     def __init__(self) -> None:
-        self._best: dict[tuple[str, int], list[tuple[float, str]]] = {}  # seconds and path
-        self._paths: dict[tuple[str, str], str] = {}  # by task and trace
+        self._tasks: dict[str, _Task] = {}
 
     def offer(
         self, task: str, traces: Iterable[str], path: str, seconds: Mapping[int, float | None]
@@ -27,35 +27,31 @@ class BestArtifacts:
             path: the file.
             seconds: that it took, by units; None where it failed.
         """
-        dropped: set[str] = set()
+        of = self._tasks.setdefault(task, _Task())
+        of.paths.update(dict.fromkeys(traces, path))
         for units, taken in seconds.items():
-            if taken is None:
-                continue
-            best = self._best.setdefault((task, units), [])
-            best.append((taken, path))
-            best.sort()
-            dropped.update(old for _, old in best[_MOST:])
-            del best[_MOST:]
-        self._paths.update({(task, trace): path for trace in traces})
-        for old in dropped | {path}:
-            if not self._is_best(task, old):
-                self._forget(task, old)
+            if taken is not None:
+                of.best[units] = sorted([*of.best.get(units, ()), (taken, path)])[:_MOST]
+        kept = {path for best in of.best.values() for _, path in best}
+        for old in {*of.paths.values()} - kept:
+            remove(old)
+        of.paths = {trace: path for trace, path in of.paths.items() if path in kept}
 
     def path_of(self, task: str, trace: str) -> str | None:
         """The artifact of a schedule, if it is here; it stays this object's."""
-        return self._paths.get((task, trace))
+        return self._tasks[task].paths.get(trace) if task in self._tasks else None
 
     def clear(self) -> None:
         """Remove every file."""
-        for path in self._paths.values():
-            remove(path)
-        self._paths.clear()
-        self._best.clear()
+        for task in self._tasks.values():
+            for path in task.paths.values():
+                remove(path)
+        self._tasks.clear()
 
-    def _is_best(self, task: str, path: str) -> bool:
-        lists = (best for (name, _), best in self._best.items() if name == task)
-        return any(path == kept for best in lists for _, kept in best)
 
-    def _forget(self, task: str, path: str) -> None:
-        remove(path)
-        self._paths = {key: kept for key, kept in self._paths.items() if kept != path}
+@dataclass
+class _Task:
+    """A task's artifacts: seconds and path of the best by units, and the path of each schedule."""
+
+    best: dict[int, list[tuple[float, str]]] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import made_once
 from serve_fleet import write_folder
 from small_network import write_network
+from tuned_sizes import tuned_once
 
 from gpu_aware_tune import load
 from gpu_aware_tune.errors import UserError
@@ -31,15 +31,7 @@ from gpu_aware_tune.tuning import tune_jobs
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Finished]]:
-    def make(folder: Path) -> list[Finished]:
-        job = make_jobs(
-            [write_network(folder / "net.onnx", batch="N")],
-            batch="1,4", target="llvm", effort="quick", trials=4, gpu_pct="50,100",
-            output=folder / "net.tuned", db=folder / "db",
-        )  # fmt: skip
-        return [event for event in tune_jobs(job) if isinstance(event, Finished)]
-
-    return made_once(tmp_path_factory, "batches", make)
+    return tuned_once(tmp_path_factory, "batches", {"batch": "N"}, batch="1,4", gpu_pct="50,100")
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import made_once
-from small_network import write_network
+from tuned_sizes import tuned_once
 
 from gpu_aware_tune import load
 from gpu_aware_tune.errors import UserError
@@ -19,22 +18,15 @@ from gpu_aware_tune.records.store import Store
 from gpu_aware_tune.run.jobs import make_jobs
 from gpu_aware_tune.serving.deployments import Deployment
 from gpu_aware_tune.serving.engine import Engine
-from gpu_aware_tune.tuning import tune_jobs
 
 SHAPES = [(1, 8, 12, 12), (2, 8, 17, 17)]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Finished]]:
-    def make(folder: Path) -> list[Finished]:
-        job = make_jobs(
-            [write_network(folder / "net.onnx", batch="N", size="S")],
-            inputs={"x": SHAPES}, target="llvm", effort="quick", trials=4,
-            output=folder / "net.tuned", db=folder / "db",
-        )  # fmt: skip
-        return [event for event in tune_jobs(job) if isinstance(event, Finished)]
-
-    return made_once(tmp_path_factory, "several_shapes", make)
+    return tuned_once(
+        tmp_path_factory, "several_shapes", {"batch": "N", "size": "S"}, inputs={"x": SHAPES}
+    )
 
 
 @pytest.fixture
