@@ -21,10 +21,10 @@ import ctypes
 import functools
 import os
 import subprocess
-import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from gpu_aware_tune.errors import SetupError
 from gpu_aware_tune.partition.linking import find_compiler
@@ -105,9 +105,9 @@ def thread_pools() -> ThreadPools:
         open_pools(Path(file))
     with _opening:
         if _opened is None:
-            with tempfile.TemporaryDirectory(prefix="tune-threads-") as folder:
-                path = Path(folder) / FILE
-                path.write_bytes(pools_code())
+            with _file_in_memory() as (code, path):
+                code.write(pools_code())
+                code.flush()
                 _opened = _open(path)
         return _opened
 
@@ -142,8 +142,7 @@ def pools_code() -> bytes:
     Raises:
         SetupError: there is no C compiler, or it fails.
     """
-    with tempfile.TemporaryDirectory(prefix="tune-threads-") as folder:
-        path = Path(folder) / FILE
+    with _file_in_memory() as (file, path):
         command = [find_compiler(), *_OPTIONS, str(_SOURCE), "-o", str(path), "-ldl"]
         try:
             done = subprocess.run(
@@ -154,7 +153,14 @@ def pools_code() -> bytes:
         if done.returncode:
             said = " ".join(done.stderr.split())[:200]
             raise SetupError(f"{command[0]} cannot compile the thread pool: {said}")
-        return path.read_bytes()
+        return file.read()
+
+
+@contextlib.contextmanager
+def _file_in_memory() -> Iterator[tuple[BinaryIO, Path]]:
+    """An empty file of no folder, which nobody has to remove if this process is killed."""
+    with open(os.memfd_create(FILE), "w+b") as file:
+        yield file, Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 def _open(path: Path) -> ThreadPools:

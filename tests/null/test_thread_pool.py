@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -198,6 +199,19 @@ def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "g++").chmod(0o755)
     with pytest.raises(SetupError, match=r"g\+\+ cannot compile the thread pool: no such header"):
         thread_pool.thread_pools()
+
+
+def test_compiling_and_loading_leave_no_file_even_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(thread_pool, "_opened", None)
+    monkeypatch.delenv("GPU_AWARE_TUNE_THREADS", raising=False)
+    monkeypatch.setenv(
+        "TMPDIR", str(tmp_path / "none")
+    )  # the compiler takes another, Python would fail
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    monkeypatch.setattr(thread_pool, "pools_code", pools_code.__wrapped__)
+    assert thread_pool.thread_pools().threads() == []
 
 
 def test_a_file_that_was_opened_serves_children_too(
