@@ -279,6 +279,26 @@ def test_what_a_resize_reads_several_times_is_transposed_first() -> None:
         assert verify_kernel(module, trace_to_json(found.trace), target(), seed=1).ok
 
 
+def test_steps_that_choose_among_many_parts_are_not_multiplied() -> None:
+    def make(e: Any, x: Any) -> Any:
+        for axis in (
+            1,
+            2,
+            1,
+            2,
+            1,
+        ):  # 8 to the power of 5 elements for each, if all were one expression
+            parts = e(op.split(x, 8, axis=axis))
+            x = e(op.concat([e(op.multiply(parts[at], parts[at])) for at in range(8)], axis=axis))
+        return x
+
+    (module,) = kernels(make, f32(1, 16, 16, 8))
+    for schedule in baseline_schedules(module, target(), most=1):
+        assert max(len(block_of(schedule, name).reads) for name in block_names(schedule)) <= 64
+        assert len(schedule.mod.script()) < 500_000
+        assert verify_kernel(module, trace_to_json(schedule.trace), target(), seed=1).ok
+
+
 @pytest.mark.parametrize("strides", [1, 2])
 def test_a_depthwise_convolution_pads_its_image_piece_by_piece(strides: int) -> None:
     make = conv(padding=1, groups=16, strides=strides)

@@ -14,8 +14,12 @@ from tvm_ffi import WalkResult
 
 from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of, variables_in
 
-# Calls that cost tens of instructions an element: never computed twice to save a pass over memory.
 _SERIAL = 0  # tirx.ForKind
+# Elements that one value may be computed from. Each that is split off several concatenated tensors, or
+# joined of several split ones, comes from all of them: unlimited, a chain of such steps of eight parts
+# each multiplies by eight with each step, and takes minutes to schedule.
+_LARGEST = 64
+# Calls that cost tens of instructions an element: never computed twice to save a pass over memory.
 _COSTLY = ("exp", "log", "erf", "tanh", "sigmoid", "pow", "sin", "cos", "tan", "sqrt", "hypot")
 
 
@@ -115,6 +119,8 @@ def inline_elementwise(schedule: Schedule, kept: Collection[str] = ()) -> None:
 def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
     """Whether an elementwise block should be computed inside one of its consumers."""
     if is_elementwise(consumer):
+        if _grows_too_large(block, consumer):
+            return False
         if _transposes(block) and _gathers(consumer, block.writes[0].source):
             return False
         return len(consumers) == 1 or not is_costly(block)
@@ -131,6 +137,22 @@ def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
         steps *= axis.extent
     written = block.writes[0].source
     return all(a.elements >= steps for a in accesses if a.buffer.same_as(written))
+
+
+def _grows_too_large(block: Any, consumer: Any) -> bool:
+    """Whether a consumer would compute each value from too many elements."""
+    own = len(_loads(block))
+    if own <= 1:  # in place of what it was read from
+        return False
+    loads = _loads(consumer)
+    times = sum(load.source.same_as(block.writes[0].source) for load in loads)
+    return len(loads) + times * (own - 1) > _LARGEST
+
+
+def _loads(block: Any) -> list[Any]:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(block.body, (TensorLoad, found.append))
+    return found
 
 
 def _transposes(block: Any) -> bool:
