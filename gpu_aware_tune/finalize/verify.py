@@ -12,7 +12,8 @@ the size of a few quantisation steps. The noise is the model's own, measured by 
 
 A draw on which that noise would hide any error tells nothing: many networks are chaotic on large inputs.
 Such draws are named, and the error that is reported is that of the others. Where an output has no
-other draw, it is not called verified.
+other draw, it is not called verified. An output that is the same in every draw is named too: whether what
+it is computed from is right does not show there.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class VerifyReport:
         outputs: each output's worst draw, of those that tell something; a draw that fails in any case.
         special: what came of NaN and infinity: "as the oracle", or in which draws it differs.
         notes: of the oracle, and which draws tell nothing.
+        unvarying: outputs that the oracle gives the same values in all ordinary draws.
     """
 
     oracle: str
@@ -81,6 +83,7 @@ class VerifyReport:
     outputs: tuple[OutputCheck, ...]
     special: str
     notes: tuple[str, ...] = ()
+    unvarying: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -112,6 +115,9 @@ class VerifyReport:
         if self.undecided:
             names = ", ".join(map(repr, self.undecided))
             text += f"; not verified: the model's own noise would hide any error of {names}"
+        if self.unvarying:
+            names = ", ".join(map(repr, self.unvarying))
+            text += f"; in every draw the same values, where errors may not show: {names}"
         return text
 
 
@@ -142,6 +148,8 @@ def compare(reference: Reference, got: Sequence[Outputs], base: float) -> Verify
         if untelling := [check for check in checks if not check.telling]:
             largest = max(check.allowed for check in untelling)
             notes.append(f"draw {draw.kind} tells nothing: noise allows an error of {largest:.2g}")
+    if unvarying := _unvarying(reference):
+        notes.append(f"the same values in every draw: {', '.join(map(repr, unvarying))}")
     draws = tuple(draw.kind.value for draw in reference.draws)
     return VerifyReport(
         reference.oracle,
@@ -149,6 +157,16 @@ def compare(reference: Reference, got: Sequence[Outputs], base: float) -> Verify
         tuple(worst.values()),
         "; ".join(special) or AS_ORACLE,
         tuple(notes),
+        unvarying,
+    )
+
+
+def _unvarying(reference: Reference) -> tuple[str, ...]:
+    draws = [draw.outputs for draw in reference.draws if draw.kind not in SPECIAL]
+    return tuple(
+        name
+        for name, first, *others in zip(reference.outputs, *draws, strict=True)
+        if others and first.size and all(np.array_equal(first, each) for each in others)
     )
 
 

@@ -308,8 +308,8 @@ def _export(
                     f" ({report.text}): not exported; its records are kept, run again with"
                     " --no-verify to look at it"
                 )
-            plain = report.special == AS_ORACLE and not report.undecided
-            level = Level.INFO if plain else Level.WARNING
+            doubts = report.special != AS_ORACLE or report.undecided or report.unvarying
+            level = Level.WARNING if doubts else Level.INFO
             yield Note(f"{imported.name}, {units} units: {report.text}", level)
     shares = share_results(imported.shares, built.latency_s, reports, built.losses)
     facts = manifest(

@@ -316,3 +316,19 @@ def test_an_output_that_is_all_noise_is_not_called_verified() -> None:
     device = Device("llvm", 0, "cpu", "znver4", 2, "core")
     (share,) = share_results([Share(100, 2, device)], {}, {2: report}, {})
     assert not share.verified
+
+
+def test_an_output_that_is_the_same_in_every_draw_is_named(reference: Reference) -> None:
+    assert not compare(reference, outputs(reference, lambda a: a), F32).unvarying
+    zeros, moving = np.zeros(3, np.float32), np.arange(3, dtype=np.float32)
+    draws = tuple(
+        oracle.DrawReference(kind, (zeros, moving * at), (Noise(0.0, 0.0),) * 2)
+        for at, kind in enumerate([DrawKind.NORMAL, DrawKind.LARGE, DrawKind.NAN])
+    )
+    found = Reference(None, "", draws, ("still", "moving"))  # type: ignore[arg-type]
+    report = compare(found, [list(draw.outputs) for draw in draws], F32)
+    assert report.ok and report.unvarying == ("still",)
+    assert report.text.endswith("in every draw the same values, where errors may not show: 'still'")
+    assert report.notes == ("the same values in every draw: 'still'",)
+    one = dataclasses.replace(found, draws=draws[:1])
+    assert not compare(one, [list(draws[0].outputs)], F32).unvarying, "nothing to compare it with"
