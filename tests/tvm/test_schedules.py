@@ -279,6 +279,27 @@ def test_what_a_resize_reads_several_times_is_transposed_first() -> None:
         assert verify_kernel(module, trace_to_json(found.trace), target(), seed=1).ok
 
 
+@pytest.mark.parametrize(
+    ("before", "left"),
+    [
+        (op.negative, ["compute1", "resize1"]),
+        (op.sigmoid, ["compute", "compute1", "resize1"]),
+    ],
+)
+def test_what_a_resize_reads_several_times_is_computed_once(
+    before: Callable[[Any], Any], left: list[str]
+) -> None:
+    def make(e: Any, x: Any) -> Any:
+        for size in (24, 48):
+            x = e(op.image.resize2d(e(before(x)), (size, size), method="linear"))
+        return x
+
+    (module,) = kernels(make, f32(1, 3, 12, 12))
+    schedule = tvm.s_tir.Schedule(module)
+    inline_elementwise(schedule)
+    assert block_names(schedule) == left, "the first negation costs nothing"
+
+
 def test_steps_that_choose_among_many_parts_are_not_multiplied() -> None:
     def make(e: Any, x: Any) -> Any:
         for axis in (

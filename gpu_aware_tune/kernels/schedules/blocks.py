@@ -118,10 +118,13 @@ def inline_elementwise(schedule: Schedule, kept: Collection[str] = ()) -> None:
 
 def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
     """Whether an elementwise block should be computed inside one of its consumers."""
+    written = block.writes[0].source
     if is_elementwise(consumer):
         if _grows_too_large(block, consumer):
             return False
-        if _transposes(block) and _gathers(consumer, block.writes[0].source):
+        is_work = len(_loads(block)) > 1 or is_costly(block)
+        repeats = is_work and _reads(consumer, written) > 1
+        if (repeats or _transposes(block)) and _gathers(consumer, written):
             return False
         return len(consumers) == 1 or not is_costly(block)
     value = block.body.value
@@ -135,7 +138,6 @@ def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
     steps = 1
     for axis in axes:
         steps *= axis.extent
-    written = block.writes[0].source
     return all(a.elements >= steps for a in accesses if a.buffer.same_as(written))
 
 
@@ -144,9 +146,13 @@ def _grows_too_large(block: Any, consumer: Any) -> bool:
     own = len(_loads(block))
     if own <= 1:  # in place of what it was read from
         return False
-    loads = _loads(consumer)
-    times = sum(load.source.same_as(block.writes[0].source) for load in loads)
-    return len(loads) + times * (own - 1) > _LARGEST
+    times = _reads(consumer, block.writes[0].source)
+    return len(_loads(consumer)) + times * (own - 1) > _LARGEST
+
+
+def _reads(block: Any, buffer: Any) -> int:
+    """How often a block's expression reads a buffer."""
+    return sum(load.source.same_as(buffer) for load in _loads(block))
 
 
 def _loads(block: Any) -> list[Any]:
@@ -172,7 +178,7 @@ def _transposes(block: Any) -> bool:
 def _gathers(consumer: Any, buffer: Any) -> bool:
     """Whether a block reads elements of a buffer that it computes the places of, as Resize does.
 
-    It reads each several times, and what it reads should lie side by side.
+    It reads each several times: what it reads should lie side by side, and not be computed each time.
     """
     axes, accesses = axes_of(consumer) or [], accesses_of(consumer, consumer.reads) or []
     return any(
