@@ -7,6 +7,7 @@ the side cannot be blocked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from gpu_aware_tune.kernels.schedules.access import Axis, axes_of, variables_in
 from gpu_aware_tune.kernels.schedules.blocks import is_reduction
 
 _CHANNELS = 1  # the dimension
+_RANKS = (3, 4)  # of images and filters: of sound and of pictures
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,17 @@ class Kernel:
 
     def _filter(self) -> Filter | None:
         """The kernel's only one; None where there is none, or several."""
-        weights = [w for w in weight_buffers(self.function) if len(w.shape) == 4]
+        weights = [w for w in weight_buffers(self.function) if len(w.shape) in _RANKS]
         found = []
         for block in filter(is_reduction, self.blocks):
             axes = axes_of(block) or []
             for number, region in enumerate(block.reads):
                 if _among(region.source, weights):
-                    first, second = (_alone(block, axes, each.min) for each in region.region[:2])
-                    if first is not None and not axes[first].reduce:
+                    places = [_alone(block, axes, each.min) for each in region.region]
+                    first, second, *taps = places
+                    # The weights of several products have an axis of results last, not one of taps.
+                    of_taps = all(at is None or axes[at].reduce for at in taps)
+                    if first is not None and not axes[first].reduce and of_taps:
                         parameter, name = self._number(region.source), str(block.name_hint)
                         found.append(Filter(parameter, name, number, first, second))
         return found[0] if len(found) == 1 else None
@@ -139,7 +144,7 @@ class Kernel:
         return [before, self._side([i for i in images if not _among(i, read)], convolved=True)]
 
     def _images(self) -> list[Any]:
-        """Buffers of four dimensions that hold more than one pixel, the filter left out."""
+        """Buffers that hold more than one pixel, the filter left out; of four dimensions if any has."""
         found: list[Any] = []
         for block in self.blocks:
             for region in (*block.reads, *block.writes):
@@ -147,11 +152,12 @@ class Kernel:
                 is_filter = (
                     self.filter is not None and self._number(buffer) == self.filter.parameter
                 )
-                if len(buffer.shape) == 4 and not is_filter and not _among(buffer, found):
+                if len(buffer.shape) in _RANKS and not is_filter and not _among(buffer, found):
                     fixed = all(isinstance(extent, IntImm) for extent in buffer.shape)
-                    if not fixed or int(buffer.shape[2]) * int(buffer.shape[3]) > 1:
+                    if not fixed or math.prod(map(int, buffer.shape[2:])) > 1:
                         found.append(buffer)
-        return found
+        rank = max((len(buffer.shape) for buffer in found), default=0)
+        return [buffer for buffer in found if len(buffer.shape) == rank]
 
     def _behind(self, convolution: Any, images: list[Any]) -> list[Any]:
         """The images that a block reads, and those they are made from."""
