@@ -18,6 +18,7 @@ import tvm
 from tvm import te, tirx, topi
 
 from gpu_aware_tune.model.legalize_quantised import dequantize, quantize
+from gpu_aware_tune.model.legalize_softmax import softmax
 
 Legalizer = Callable[[Any, Any], Any]
 
@@ -48,6 +49,30 @@ def is_float(value: Any) -> bool:
 def _not_nan(value: Any) -> Any:
     """Compare with infinity: TVM's `isnan` is not vectorized, and `x == x` is simplified away."""
     return value <= tirx.const(math.inf, str(value.ty))
+
+
+_INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
+
+
+def _isnan(builder: Any, call: Any) -> Any:
+    """By the bits: TVM's own is not vectorized, and of `not x <= inf` it makes `inf < x`."""
+
+    def isnan(x: te.Tensor) -> te.Tensor:
+        dtype = str(x.dtype)
+        bits = int(dtype.removeprefix("b").removeprefix("float"))
+        whole = f"uint{bits}"
+        positive, infinity = (
+            tirx.const(number, whole) for number in ((1 << (bits - 1)) - 1, _INFINITY[dtype])
+        )
+
+        def element(*indices: Any) -> Any:
+            return tirx.reinterpret(whole, x(*indices)) & positive > infinity
+
+        return te.compute(x.shape, element, name="isnan", tag=topi.tag.ELEMWISE)
+
+    known = str(call.args[0].ty.dtype) in _INFINITY
+    compute = isnan if known else topi.isnan
+    return builder.call_te(compute, call.args[0], primfunc_name_hint="tir_isnan")
 
 
 def _relu(builder: Any, call: Any) -> Any:
@@ -118,9 +143,11 @@ def _binary(name: str, plain: Any, choose: Callable[[Any, Any], Any]) -> Legaliz
 LEGALIZERS: dict[str, Legalizer] = {
     "relax.clip": _clip,
     "relax.dequantize": dequantize,
+    "relax.isnan": _isnan,
     "relax.maximum": _binary("maximum", topi.maximum, _larger),
     "relax.minimum": _binary("minimum", topi.minimum, _smaller),
     "relax.nn.relu": _relu,
+    "relax.nn.softmax": softmax,
     "relax.quantize": quantize,
     "relax.sign": _sign,
 }

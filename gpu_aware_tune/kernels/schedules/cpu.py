@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import tvm
 from tvm.s_tir import Schedule
@@ -25,6 +25,7 @@ from gpu_aware_tune.kernels.schedules.padding import pad_product
 from gpu_aware_tune.kernels.schedules.partial_sums import split_lanes
 from gpu_aware_tune.kernels.schedules.planes import flatten_planes, interleave_rows
 from gpu_aware_tune.kernels.schedules.reductions import Reduction
+from gpu_aware_tune.kernels.schedules.rows import schedule_rows
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine, Tile, costs_for
 from gpu_aware_tune.kernels.schedules.winograd import schedule_winograd
 
@@ -57,9 +58,16 @@ def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator
     if not names:
         yield _with_maps(base, machine)
         return
-    heaviest = names[0]
-    for schedule in islice(_reduced(base, heaviest, machine), most):
-        yield finished(schedule, names[1:], machine)
+    by_stages = (finished(s, names[1:], machine) for s in _reduced(base, names[0], machine))
+    yield from islice(chain(_row_by_row(module, machine), by_stages), most)
+
+
+def _row_by_row(module: tvm.IRModule, machine: Machine) -> Iterator[Schedule]:
+    base = Schedule(module, error_render_level="fast")
+    inline_elementwise(base)
+    changed = attempt(base, partial(schedule_rows, machine=machine))
+    if changed is not base:
+        yield changed
 
 
 def prepared(module: tvm.IRModule, machine: Machine) -> tuple[Schedule, list[str]]:
