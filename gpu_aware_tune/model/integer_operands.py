@@ -43,7 +43,7 @@ def image_of(builder: Any, value: Any, instruction: DotProduct) -> Image | None:
         return _moved_bytes(builder, value, instruction)
     if dtype_of(call.args[0]) not in BYTES or str(call.attrs.out_dtype) != "float32":
         return None
-    scale, zero = (_constant(builder, argument) for argument in call.args[1:3])
+    scale, zero = (constant_of(builder, argument) for argument in call.args[1:3])
     if scale is None or zero is None or scale.size != 1 or zero.size != 1:
         return None
     values = call.args[0]
@@ -61,7 +61,7 @@ def _moved_bytes(builder: Any, value: Any, instruction: DotProduct) -> Image | N
     shift = shift_of(values, instruction)
     if less is None:
         return Image(values, 1.0, shift)
-    known, computed = _constant(builder, less.args[1]), _bytes(builder, less.args[1])
+    known, computed = constant_of(builder, less.args[1]), _bytes(builder, less.args[1])
     limits = np.iinfo(dtype_of(values))  # what is outside of an image is the zero point
     if known is not None and known.size == 1 and known == np.rint(known):
         number = int(known.reshape(()))
@@ -90,7 +90,7 @@ def weights_of(builder: Any, value: Any, axis: int, instruction: DotProduct) -> 
     call = call_of(builder, value, "dequantize")
     if call is None:
         return _whole(builder, value, instruction)
-    scale = _constant(builder, call.args[1])
+    scale = constant_of(builder, call.args[1])
     if str(call.attrs.out_dtype) != "float32":
         return None
     values = moved(builder, call.args[0], call.args[2], instruction)
@@ -103,7 +103,7 @@ def weights_of(builder: Any, value: Any, axis: int, instruction: DotProduct) -> 
 
 def _whole(builder: Any, value: Any, instruction: DotProduct) -> Weights | None:
     """Constant floats that are whole numbers for which the instruction has room."""
-    values = _constant(builder, value)
+    values = constant_of(builder, value)
     if values is None or values.dtype.kind != "f" or not values.size:
         return None
     limits = np.iinfo(instruction.types[1])
@@ -115,7 +115,7 @@ def _whole(builder: Any, value: Any, instruction: DotProduct) -> Weights | None:
 
 def moved(builder: Any, value: Any, zero: Any, instruction: DotProduct) -> np.ndarray | None:
     """Weights less their zero point; None where they are no bytes, or the instruction has no room."""
-    values, zeros = _constant(builder, value), _constant(builder, zero)
+    values, zeros = constant_of(builder, value), constant_of(builder, zero)
     if values is None or values.dtype.name not in BYTES or (zero is not None and zeros is None):
         return None
     shift = np.zeros(1, np.int16) if zeros is None else zeros.ravel().astype(np.int16)
@@ -144,7 +144,8 @@ def maker_of(builder: Any, value: Any) -> Any:
     return value
 
 
-def _constant(builder: Any, value: Any) -> np.ndarray | None:
+def constant_of(builder: Any, value: Any) -> np.ndarray | None:
+    """The elements of a constant, None for anything else."""
     made = None if value is None else maker_of(builder, value)
     return np.asarray(made.value.numpy()) if isinstance(made, tvm.ir.GenericConst) else None
 

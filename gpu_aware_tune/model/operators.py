@@ -238,9 +238,16 @@ def converters_for(target: tvm.target.Target) -> dict[str, list[Converter]]:
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
 
     found = {name: [convert] for name, convert in CONVERTERS.items()}
-    if target.kind.name == "llvm" and (instruction := machine_of(target).dots) is not None:
-        from gpu_aware_tune.model.integer_products import integer_converters
+    if target.kind.name != "llvm":
+        return found
+    from gpu_aware_tune.model.integer_products import integer_converters
+    from gpu_aware_tune.model.whole_vectors import whole_vector_converters
 
-        for name, convert in integer_converters(instruction).items():
+    machine = machine_of(target)
+    of_kinds = [whole_vector_converters(machine.lanes)]
+    if machine.dots is not None:
+        of_kinds.append(integer_converters(machine.dots))
+    for converters in of_kinds:
+        for name, convert in converters.items():
             found[name] = [convert, *found.get(name, ())]
     return found
