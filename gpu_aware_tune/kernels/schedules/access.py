@@ -149,13 +149,32 @@ def variables_in(expression: Any) -> list[Any]:
 
 
 def _granule(index: Any, variable: Any) -> int:
-    """The steps of a variable during which an index stays the same, by its `variable // n`."""
-    divisors: list[int] = []
+    """The steps of a variable during which an index stays the same, by `variable // n`.
+
+    Of `(block * 16 + variable) // 24` it stays so for 8 steps from each multiple of 8: the channels of a
+    vector of a convolution in groups of 24 then read the same group.
+    """
+    found: list[int] = []
 
     def visit(node: Any) -> None:
-        if isinstance(node.b, IntImm) and node.a.same_as(variable):
-            divisors.append(int(node.b))
+        if isinstance(node.b, IntImm) and (steps := _steps_alone(node.a, variable)) is not None:
+            found.append(math.gcd(int(node.b), *steps))
 
     tvm_ffi.structural_walk(index, (FloorDiv, visit))
     uses = sum(variable.same_as(other) for other in variables_in(index))
-    return min(divisors) if divisors and len(divisors) == uses else 1
+    return min(found) if found and len(found) == uses else 1
+
+
+def _steps_alone(sum_: Any, variable: Any) -> list[int] | None:
+    """What else is in a linear sum in which a variable counts once; None for anything else."""
+    if sum_.same_as(variable):
+        return []
+    used = variables_in(sum_)
+    others = [each for each in used if not each.same_as(variable)]
+    if len(others) != len(used) - 1:
+        return None
+    linear = detect_linear_equation(sum_, [variable, *others])
+    if not linear or not all(isinstance(step, IntImm) for step in linear):
+        return None
+    own, *rest = (int(step) for step in linear)
+    return rest if own == 1 else None
