@@ -1,8 +1,9 @@
-"""Importer converters for products whose weights have columns that no vector divides, as most vocabularies.
+"""Importer converters for weights with a number of outputs that no vector divides, as most vocabularies.
 
 GPT-2 knows 50257 words, which is 29 times a prime, and ImageNet 21841 classes, a prime: no tile of whole
-vectors covers the results, and a product with them computed one number at a time. The weights get
-columns of zeros behind, once and for all, and the results of these are cut off.
+vectors covers the results, and a product with them is computed one number at a time. A convolution
+with 1000 or 255 channels of results cannot have them in blocks of 16. The weights get outputs of zeros
+behind, once and for all, and these are cut off.
 """
 
 from __future__ import annotations
@@ -23,7 +24,33 @@ _GROWTH = 1 / 16  # of the columns at most, for more than one vector
 
 def whole_vector_converters(lanes: int) -> dict[str, Converter]:
     """The converters by ONNX operator, for vectors of so many float32 values."""
-    return {"Gemm": partial(_gemm, lanes=lanes), "MatMul": partial(_matmul, lanes=lanes)}
+    kinds = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}
+    return {name: partial(convert, lanes=lanes) for name, convert in kinds.items()}
+
+
+def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
+    """Where only few channels have to be added: results in rows are not much slower than in blocks."""
+    weights, *given = (constant_of(builder, each) for each in inputs[1:] if each is not None)
+    biases = [bias for bias in given if bias is not None]
+    explicit = attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"")
+    if weights is None or not _is_odd(weights, lanes) or len(biases) < len(given) or not explicit:
+        return None
+    channels, rank = len(weights), weights.ndim - 2
+    added = padding(channels, lanes)
+    convolve = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d}.get(rank)
+    if convolve is None or added > _GROWTH * channels or attributes.get("group", 1) != 1:
+        return None
+    result = convolve(
+        inputs[0],
+        relax.const(np.pad(weights, ((0, added), *[(0, 0)] * (rank + 1)))),
+        strides=attributes.get("strides", [1] * rank),
+        padding=attributes.get("pads", [0] * (2 * rank)),
+        dilation=attributes.get("dilations", [1] * rank),
+    )
+    for bias in biases:
+        padded = np.pad(bias, (0, added)).reshape(1, -1, *[1] * rank)
+        result = relax.op.add(builder.normalize(result), relax.const(padded))
+    return relax.op.strided_slice(result, axes=[1], begin=[0], end=[channels])
 
 
 def _matmul(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
@@ -47,15 +74,19 @@ def _gemm(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
 
 def _product(x: Any, weights: np.ndarray | None, lanes: int) -> Any:
     """A product of whole vectors, what is too much cut off; None where its columns are so already."""
-    if weights is None or weights.ndim != 2 or weights.dtype != np.float32:
+    if weights is None or weights.ndim != 2 or not _is_odd(weights.T, lanes):
         return None
     columns = weights.shape[1]
-    if columns % lanes == 0 or columns <= lanes:
-        return None
     padded = np.pad(weights, ((0, 0), (0, padding(columns, lanes))))
     product = relax.op.matmul(x, relax.const(padded))
     axis = len(x.ty.shape) - 1
     return relax.op.strided_slice(product, axes=[axis], begin=[0], end=[columns])
+
+
+def _is_odd(weights: np.ndarray, lanes: int) -> bool:
+    """Whether these are float32 weights, by outputs, of which no vectors are a whole part."""
+    outputs = len(weights)
+    return weights.dtype == np.float32 and outputs > lanes and outputs % lanes > 0
 
 
 def padding(columns: int, lanes: int) -> int:

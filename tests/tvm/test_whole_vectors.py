@@ -49,6 +49,25 @@ def test_gemm(options: dict[str, Any], has_bias: bool) -> None:
     assert_correct(node_model("Gemm", {"x": x}, constants, [("y", F32)], **options), {"x": x})
 
 
+@pytest.mark.parametrize("channels", [255, 100, 64])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_conv(rank: int, has_bias: bool, channels: int) -> None:
+    x = weights(1, 6, *[8] * rank)
+    constants = {"w": weights(channels, 6, *[3] * rank)}
+    if has_bias:
+        constants["b"] = weights(channels)
+    options: dict[str, Any] = {
+        "pads": [1, 0] * rank,
+        "strides": [2] * rank,
+        "dilations": [2] * rank,
+    }
+    made = node_model("Conv", {"x": x}, constants, [("y", F32)], **options)
+    assert_correct(made, {"x": x})
+    stored = [len(array) for array in imported(made, target=AVX512).weights.values()]
+    assert (256 if channels == 255 else channels) in stored, "12 % more of 100 would not pay"
+
+
 def test_the_columns_of_zeros_are_stored_with_the_weights() -> None:
     made = node_model("MatMul", {"x": X}, {"w": weights(24, 91)}, [("y", F32)])
     model = imported(made, target=AVX512)
