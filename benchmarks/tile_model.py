@@ -66,10 +66,10 @@ def main() -> None:
     elif args.command == "judge":
         for path in sorted(DATA.glob("tiles-*.json")):
             print(f"{path.name}:")
-            rows = load(path)["kernels"]
-            show(judged(rows, costs_of(rows)))
+            show(judged(load(path)["kernels"], costs_of(path)))
     else:
-        fit(load(DATA / f"tiles-{args.machine}.json")["kernels"], args.rounds)
+        path = DATA / f"tiles-{args.machine}.json"
+        fit(load(path)["kernels"], costs_of(path), args.rounds)
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -227,12 +227,12 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def costs_of(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The constants that the baseline schedules use on the machine of measured kernels."""
+def costs_of(path: Path) -> Any:
+    """The constants that the baseline schedules use on the machine of a file of tiles."""
     from gpu_aware_tune.kernels.schedules.tile_cost import costs_for
 
-    lanes, _, _ = rows[0]["machine"]
-    return costs_for(lanes)
+    lanes, _, _ = load(path)["kernels"][0]["machine"]
+    return costs_for(lanes, path.stem.removeprefix("tiles-"))
 
 
 class Kernel:
@@ -311,9 +311,8 @@ def show(rows: Sequence[tuple[str, float, float]]) -> None:
 # -- fitting ---------------------------------------------------------------------------------------
 
 
-def fit(rows: Sequence[Mapping[str, Any]], rounds: int) -> None:
+def fit(rows: Sequence[Mapping[str, Any]], start: Any, rounds: int) -> None:
     """Print constants for all kernels, and how such constants do on models left out of the fit."""
-    start = costs_of(rows)
     kernels = [Kernel(row) for row in rows]
     print("as it is:")
     show(judged(rows, start))
@@ -334,11 +333,12 @@ def searched(kernels: Sequence[Kernel], start: Any, rounds: int) -> Any:
     """The constants with the least loss that differential evolution finds around those given."""
     from scipy.optimize import differential_evolution
 
-    origin = np.log([getattr(start, name) for name in SEARCHED])
+    names = [name for name in SEARCHED if getattr(start, name) > 0]  # what costs nothing stays so
+    origin = np.log([getattr(start, name) for name in names])
 
     def costs(vector: np.ndarray) -> Any:
         return dataclasses.replace(
-            start, **dict(zip(SEARCHED, map(float, np.exp(vector)), strict=True))
+            start, **dict(zip(names, map(float, np.exp(vector)), strict=True))
         )
 
     result = differential_evolution(

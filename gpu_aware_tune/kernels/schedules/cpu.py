@@ -45,7 +45,8 @@ def machine_of(target: tvm.target.Target) -> Machine:
     else:
         lanes, registers = max(4, bits // 32), 32
     units = max(1, int(target.attrs.get("num-cores", 1) or 1))
-    return Machine(lanes, registers, units, costs_for(lanes), dot_product_for(target, lanes))
+    costs = costs_for(lanes, str(target.attrs.get("mcpu", "")))
+    return Machine(lanes, registers, units, costs, dot_product_for(target, lanes))
 
 
 def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator[Schedule]:
