@@ -7,6 +7,7 @@ of a node, and returns a relax expression, or None to leave the node to TVM's im
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -241,10 +242,14 @@ def converters_for(target: tvm.target.Target) -> dict[str, list[Converter]]:
     if target.kind.name != "llvm":
         return found
     from gpu_aware_tune.model.integer_products import integer_converters
+    from gpu_aware_tune.model.merged_groups import merge_groups
     from gpu_aware_tune.model.whole_vectors import whole_vector_converters
 
     machine = machine_of(target)
-    of_kinds = [whole_vector_converters(machine.lanes)]
+    of_kinds: list[dict[str, Converter]] = [
+        {"Conv": partial(merge_groups, lanes=machine.lanes)},
+        whole_vector_converters(machine.lanes),
+    ]
     if machine.dots is not None:
         of_kinds.append(integer_converters(machine.dots))
     for converters in of_kinds:

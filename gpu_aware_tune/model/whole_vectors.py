@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import tvm
 from tvm import relax
 
 from gpu_aware_tune.model.integer_operands import constant_of
-from gpu_aware_tune.model.operators import Converter
+from gpu_aware_tune.model.operators import Converter, dtype_of
 
 _VECTORS = (4, 2, 1)  # side by side, of which whole numbers are best
 _GROWTH = 1 / 16  # of the columns at most, for more than one vector
@@ -30,15 +31,17 @@ def whole_vector_converters(lanes: int) -> dict[str, Converter]:
 
 def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
     """Where only few channels have to be added: results in rows are not much slower than in blocks."""
+    explicit = attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"")
+    if not _is_odd(inputs[1], 0, lanes) or not explicit or attributes.get("group", 1) != 1:
+        return None
     weights, *given = (constant_of(builder, each) for each in inputs[1:] if each is not None)
     biases = [bias for bias in given if bias is not None]
-    explicit = attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"")
-    if weights is None or not _is_odd(weights, lanes) or len(biases) < len(given) or not explicit:
+    if weights is None or len(biases) < len(given):
         return None
     channels, rank = len(weights), weights.ndim - 2
     added = padding(channels, lanes)
     convolve = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d}.get(rank)
-    if convolve is None or added > _GROWTH * channels or attributes.get("group", 1) != 1:
+    if convolve is None or added > _GROWTH * channels:
         return None
     result = convolve(
         inputs[0],
@@ -54,16 +57,14 @@ def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
 
 
 def _matmul(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
-    return _product(inputs[0], constant_of(builder, inputs[1]), lanes)
+    return _product(builder, inputs[0], inputs[1], transposed=False, lanes=lanes)
 
 
 def _gemm(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
     if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0:
         return None
-    weights = constant_of(builder, inputs[1])
-    if weights is not None and attributes.get("transB", 0):
-        weights = weights.T
-    result = _product(inputs[0], weights, lanes)
+    transposed = bool(attributes.get("transB", 0))
+    result = _product(builder, inputs[0], inputs[1], transposed=transposed, lanes=lanes)
     if result is None or len(inputs) < 3 or inputs[2] is None:
         return result
     bias, beta = inputs[2], attributes.get("beta", 1.0)
@@ -72,21 +73,29 @@ def _gemm(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
     return relax.op.add(result, bias)
 
 
-def _product(x: Any, weights: np.ndarray | None, lanes: int) -> Any:
+def _product(builder: Any, x: Any, weights: Any, transposed: bool, lanes: int) -> Any:
     """A product of whole vectors, what is too much cut off; None where its columns are so already."""
-    if weights is None or weights.ndim != 2 or not _is_odd(weights.T, lanes):
+    if len(weights.ty.shape) != 2 or not _is_odd(weights, 0 if transposed else 1, lanes):
         return None
-    columns = weights.shape[1]
-    padded = np.pad(weights, ((0, 0), (0, padding(columns, lanes))))
+    stored = constant_of(builder, weights)
+    if stored is None:
+        return None
+    stored = stored.T if transposed else stored
+    columns = stored.shape[1]
+    padded = np.pad(stored, ((0, 0), (0, padding(columns, lanes))))
     product = relax.op.matmul(x, relax.const(padded))
     axis = len(x.ty.shape) - 1
     return relax.op.strided_slice(product, axes=[axis], begin=[0], end=[columns])
 
 
-def _is_odd(weights: np.ndarray, lanes: int) -> bool:
-    """Whether these are float32 weights, by outputs, of which no vectors are a whole part."""
-    outputs = len(weights)
-    return weights.dtype == np.float32 and outputs > lanes and outputs % lanes > 0
+def _is_odd(weights: Any, axis: int, lanes: int) -> bool:
+    """Whether these are of float32, with a number of outputs of which no vectors are a whole part."""
+    if dtype_of(weights) != "float32":
+        return False
+    outputs = weights.ty.shape[axis]
+    return (
+        isinstance(outputs, tvm.tirx.IntImm) and int(outputs) > lanes and int(outputs) % lanes > 0
+    )
 
 
 def padding(columns: int, lanes: int) -> int:

@@ -137,7 +137,7 @@ def _sum_in_lanes(schedule: Schedule, name: str, loops: list[Any], machine: Mach
 
 def _vectorize(schedule: Schedule, loop: Any, machine: Machine) -> None:
     extent = int(schedule.get(loop).extent)
-    lanes = min(machine.lanes, extent) if extent == _LAST_LANES else machine.lanes
+    lanes = extent if extent == _LAST_LANES else machine.lanes
     if extent % lanes:
         return  # LLVM's own loop handles the rest better
     if extent > lanes:
