@@ -1,4 +1,4 @@
-"""Importer converters of our own, where TVM's lose precision.
+"""Importer converters of our own, where TVM's lose precision or what they make would be slow.
 
 A converter takes a relax block builder, the inputs (None where one is left out) and the attributes
 of a node, and returns a relax expression, or None to leave the node to TVM's importer.
