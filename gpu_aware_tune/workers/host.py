@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -94,6 +95,11 @@ def main(fd: int, scratch: str) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     sock = socket.socket(fileno=fd)
     alive: set[int] = set()
+    folders = [scratch]
+    with contextlib.suppress(OSError):  # in a full one, who needs a file says so
+        # What workers put there is removed with it, if they are killed.
+        tempfile.tempdir = tempfile.mkdtemp(prefix="gpu-aware-tune-")
+        folders.append(tempfile.tempdir)
     try:
         from gpu_aware_tune.partition.thread_pool import pools_at_hand
         from gpu_aware_tune.workers.warm import load_intrinsics, load_tvm
@@ -126,7 +132,8 @@ def main(fd: int, scratch: str) -> None:
                 os.killpg(pid, signal.SIGKILL)
             except OSError:
                 os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
