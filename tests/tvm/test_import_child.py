@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -131,6 +132,22 @@ def test_a_child_that_takes_too_much_is_ended(
         worker.kill()
     assert time.monotonic() - begun < 20
     assert not Path(f"/proc/{worker.pid}").exists()
+
+
+def hold(connection: Connection) -> None:
+    folder = tempfile.TemporaryDirectory()
+    connection.send(folder.name)
+    time.sleep(600)
+
+
+def test_what_a_worker_keeps_in_tmpdir_goes_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(__file__).parent  # of this module, for the worker
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))
+    with WorkerHost() as host:
+        kept = Path(str(import_child._answer(host.spawn(hold), Path("net.onnx"), 30)))
+        assert kept.is_dir()
+    assert not kept.parent.exists()
+    assert kept.parent.parent == Path(tempfile.gettempdir()), "only what belongs to the host"
 
 
 def test_a_defect_comes_with_its_traceback(session: Session, tmp_path: Path) -> None:
