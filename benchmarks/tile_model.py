@@ -66,10 +66,11 @@ def main() -> None:
     elif args.command == "judge":
         for path in sorted(DATA.glob("tiles-*.json")):
             print(f"{path.name}:")
-            show(judged(load(path)["kernels"], costs_of(path)))
+            rows = load(path)["kernels"]
+            show(judged(rows, costs_of(rows, path.stem.removeprefix("tiles-"))))
     else:
-        path = DATA / f"tiles-{args.machine}.json"
-        fit(load(path)["kernels"], costs_of(path), args.rounds)
+        rows = load(DATA / f"tiles-{args.machine}.json")["kernels"]
+        fit(rows, costs_of(rows, args.machine), args.rounds)
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -227,12 +228,12 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def costs_of(path: Path) -> Any:
-    """The constants that the baseline schedules use on the machine of a file of tiles."""
+def costs_of(rows: Sequence[Mapping[str, Any]], processor: str) -> Any:
+    """The constants that the baseline schedules use on the machine of measured kernels."""
     from gpu_aware_tune.kernels.schedules.tile_cost import costs_for
 
-    lanes, _, _ = load(path)["kernels"][0]["machine"]
-    return costs_for(lanes, path.stem.removeprefix("tiles-"))
+    lanes, _, _ = rows[0]["machine"]
+    return costs_for(lanes, processor)
 
 
 class Kernel:

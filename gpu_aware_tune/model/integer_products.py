@@ -33,7 +33,7 @@ from gpu_aware_tune.model.integer_operands import (
     shift_of,
     weights_of,
 )
-from gpu_aware_tune.model.operators import Converter, dtype_of
+from gpu_aware_tune.model.operators import Converter, dtype_of, pads_are_given
 
 _MOST = np.iinfo(np.int32).max
 _CONVOLVED = "conv2d_bytes"
@@ -68,7 +68,7 @@ def _conv(
     outputs, channels = weights.values.shape[:2]
     if attributes.get("group", 1) != 1 or outputs < lanes:
         return None
-    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b""):
+    if not pads_are_given(attributes):
         return None
     pads = [int(pad) for pad in attributes.get("pads", [0] * 4)]
     strides = [int(step) for step in attributes.get("strides", [1, 1])]

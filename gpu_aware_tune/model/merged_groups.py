@@ -15,40 +15,33 @@ import numpy as np
 from tvm import relax
 
 from gpu_aware_tune.model.integer_operands import constant_of
-from gpu_aware_tune.model.operators import dtype_of
-
-_MOST = 2  # times the multiply-adds
+from gpu_aware_tune.model.operators import dtype_of, pads_are_given, steps_of
 
 
 def merge_groups(
     builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int
 ) -> Any:
-    """Convert a Conv with fewer and larger groups; None where that does not pay."""
+    """Convert a Conv with half as many groups, twice as large; None where that does not pay."""
     groups = int(attributes.get("group", 1))
-    explicit = attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"")
-    if groups == 1 or dtype_of(inputs[1]) != "float32" or not explicit:
+    if groups % 2 or dtype_of(inputs[1]) != "float32" or not pads_are_given(attributes):
         return None
     outputs, own, *taps = (int(extent) for extent in inputs[1].ty.shape)
     each = outputs // groups
-    merged = lanes // math.gcd(own, each, lanes)
-    if merged == 1 or merged > _MOST or groups % merged or len(taps) != 2:
-        return None
-    if min(own, each) < lanes:  # half a vector does as well
+    # Of groups smaller than a vector, half a vector does as well.
+    if 2 * math.gcd(own, each, lanes) != lanes or min(own, each) < lanes or len(taps) != 2:
         return None
     weights = constant_of(builder, inputs[1])
     if weights is None:
         return None
-    apart = np.zeros((groups // merged, merged, each, merged, own, *taps), np.float32)
-    for number in range(merged):
-        parts = weights.reshape(groups // merged, merged, each, own, *taps)
-        apart[:, number, :, number] = parts[:, number]
+    parts = weights.reshape(groups // 2, 2, each, own, *taps)
+    merged = np.zeros((groups // 2, 2, each, 2, own, *taps), np.float32)
+    for number in range(2):
+        merged[:, number, :, number] = parts[:, number]
     result = relax.op.nn.conv2d(
         inputs[0],
-        relax.const(apart.reshape(outputs, merged * own, *taps)),
-        strides=attributes.get("strides", [1, 1]),
-        padding=attributes.get("pads", [0] * 4),
-        dilation=attributes.get("dilations", [1, 1]),
-        groups=groups // merged,
+        relax.const(merged.reshape(outputs, 2 * own, *taps)),
+        **steps_of(attributes, 2),
+        groups=groups // 2,
     )
     if len(inputs) < 3 or inputs[2] is None:
         return result

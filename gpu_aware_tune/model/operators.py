@@ -45,35 +45,54 @@ def _gemm(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) ->
         for value, flag in zip(inputs[:2], ("transA", "transB"), strict=True)
     )
     result = relax.op.matmul(a, b, out_dtype="float32")
-    alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+    alpha = attributes.get("alpha", 1.0)
     if alpha != 1.0:
         result = relax.op.multiply(result, relax.const(alpha, "float32"))
     if len(inputs) > 2 and inputs[2] is not None:
-        bias = relax.op.astype(inputs[2], "float32")
-        if beta != 1.0:
-            bias = relax.op.multiply(bias, relax.const(beta, "float32"))
-        result = relax.op.add(result, bias)
+        result = biased(result, relax.op.astype(inputs[2], "float32"), attributes)
     return relax.op.astype(builder.normalize(result), dtype)
+
+
+def biased(result: Any, bias: Any, attributes: Mapping[str, Any]) -> Any:
+    """The product of a Gemm with its bias, both float32."""
+    from tvm import relax
+
+    beta = attributes.get("beta", 1.0)
+    if beta != 1.0:
+        bias = relax.op.multiply(bias, relax.const(beta, "float32"))
+    return relax.op.add(result, bias)
 
 
 def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
     from tvm import relax
 
     nn = relax.op.nn
-    layouts = {1: ("NCW", "OIW"), 2: ("NCHW", "OIHW"), 3: ("NCDHW", "OIDHW")}
     operators = {1: nn.conv1d, 2: nn.conv2d, 3: nn.conv3d}
-    return _convolved(builder, inputs, attributes, operators, layouts, {})
+    return _convolved(builder, inputs, attributes, operators, "OI", {})
 
 
 def _conv_transpose(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
     from tvm import relax
 
     nn = relax.op.nn
-    layouts = {1: ("NCW", "IOW"), 2: ("NCHW", "IOHW"), 3: ("NCDHW", "IODHW")}
     operators = {1: nn.conv1d_transpose, 2: nn.conv2d_transpose, 3: nn.conv3d_transpose}
     rank = len(inputs[1].ty.shape) - 2
     extra = {"output_padding": attributes.get("output_padding", [0] * rank)}
-    return _convolved(builder, inputs, attributes, operators, layouts, extra)
+    return _convolved(builder, inputs, attributes, operators, "IO", extra)
+
+
+def pads_are_given(attributes: Mapping[str, Any]) -> bool:
+    """Whether a convolution says how it pads: otherwise that was made explicit where shapes are known."""
+    return attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"")
+
+
+def steps_of(attributes: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Strides, padding and dilation of a convolution over `rank` axes, as relax names them."""
+    return {
+        "strides": attributes.get("strides", [1] * rank),
+        "padding": attributes.get("pads", [0] * (2 * rank)),
+        "dilation": attributes.get("dilations", [1] * rank),
+    }
 
 
 def _convolved(
@@ -81,7 +100,7 @@ def _convolved(
     inputs: Sequence[Any],
     attributes: Mapping[str, Any],
     operators: Mapping[int, Callable[..., Any]],
-    layouts: Mapping[int, tuple[str, str]],
+    channels: str,
     extra: Mapping[str, Any],
 ) -> Any:
     """Half-precision convolutions with float32 accumulators, the bias added in float32."""
@@ -89,20 +108,16 @@ def _convolved(
 
     dtype = dtype_of(inputs[0])
     rank = len(inputs[1].ty.shape) - 2
-    if dtype not in HALF or rank not in operators:
+    if dtype not in HALF or rank not in operators or not pads_are_given(attributes):
         return None
-    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b""):
-        return None  # made explicit before, where the shapes are known
-    data_layout, kernel_layout = layouts[rank]
+    pixels = "DHW"[-rank:]
     result = operators[rank](
         inputs[0],
         inputs[1],
-        strides=attributes.get("strides", [1] * rank),
-        padding=attributes.get("pads", [0] * (2 * rank)),
-        dilation=attributes.get("dilations", [1] * rank),
+        **steps_of(attributes, rank),
         groups=attributes.get("group", 1),
-        data_layout=data_layout,
-        kernel_layout=kernel_layout,
+        data_layout=f"NC{pixels}",
+        kernel_layout=f"{channels}{pixels}",
         out_dtype="float32",
         **extra,
     )

@@ -17,7 +17,13 @@ import tvm
 from tvm import relax
 
 from gpu_aware_tune.model.integer_operands import constant_of
-from gpu_aware_tune.model.operators import Converter, dtype_of
+from gpu_aware_tune.model.operators import (
+    Converter,
+    biased,
+    dtype_of,
+    pads_are_given,
+    steps_of,
+)
 
 _VECTORS = (4, 2, 1)  # side by side, of which whole numbers are best
 _GROWTH = 1 / 16  # of the columns at most, for more than one vector
@@ -31,28 +37,23 @@ def whole_vector_converters(lanes: int) -> dict[str, Converter]:
 
 def _conv(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> Any:
     """Where only few channels have to be added: results in rows are not much slower than in blocks."""
-    explicit = attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"")
-    if not _is_odd(inputs[1], 0, lanes) or not explicit or attributes.get("group", 1) != 1:
+    given = inputs[2] if len(inputs) > 2 else None
+    is_plain = attributes.get("group", 1) == 1 and pads_are_given(attributes)
+    if not is_plain or not _is_odd(inputs[1], 0, lanes):
         return None
-    weights, *given = (constant_of(builder, each) for each in inputs[1:] if each is not None)
-    biases = [bias for bias in given if bias is not None]
-    if weights is None or len(biases) < len(given):
+    weights, bias = constant_of(builder, inputs[1]), constant_of(builder, given)
+    if weights is None or (bias is None) != (given is None):
         return None
     channels, rank = len(weights), weights.ndim - 2
     added = padding(channels, lanes)
     convolve = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d}.get(rank)
     if convolve is None or added > _GROWTH * channels:
         return None
-    result = convolve(
-        inputs[0],
-        relax.const(np.pad(weights, ((0, added), *[(0, 0)] * (rank + 1)))),
-        strides=attributes.get("strides", [1] * rank),
-        padding=attributes.get("pads", [0] * (2 * rank)),
-        dilation=attributes.get("dilations", [1] * rank),
-    )
-    for bias in biases:
-        padded = np.pad(bias, (0, added)).reshape(1, -1, *[1] * rank)
-        result = relax.op.add(builder.normalize(result), relax.const(padded))
+    padded = relax.const(np.pad(weights, ((0, added), *[(0, 0)] * (rank + 1))))
+    result = convolve(inputs[0], padded, **steps_of(attributes, rank))
+    if bias is not None:
+        along = np.pad(bias, (0, added)).reshape(1, -1, *[1] * rank)
+        result = relax.op.add(builder.normalize(result), relax.const(along))
     return relax.op.strided_slice(result, axes=[1], begin=[0], end=[channels])
 
 
@@ -67,10 +68,7 @@ def _gemm(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], la
     result = _product(builder, inputs[0], inputs[1], transposed=transposed, lanes=lanes)
     if result is None or len(inputs) < 3 or inputs[2] is None:
         return result
-    bias, beta = inputs[2], attributes.get("beta", 1.0)
-    if beta != 1.0:
-        bias = relax.op.multiply(bias, relax.const(beta, "float32"))
-    return relax.op.add(result, bias)
+    return biased(result, inputs[2], attributes)
 
 
 def _product(builder: Any, x: Any, weights: Any, transposed: bool, lanes: int) -> Any:

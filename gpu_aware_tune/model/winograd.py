@@ -26,9 +26,8 @@ from gpu_aware_tune.model.layouts import bindings, is_kernel_call, rewired
 # Of each tile, transforms take time with inputs + outputs, what is saved goes with their product: from
 # 24 channels on both sides (or 16 and 48) it was faster in `benchmarks/winograd.py`.
 _CHANNELS = 12.0
-_TILES = (
-    25  # of 7x7 images there are 16: in a model, whose filters come from memory, direct is faster
-)
+# Of 7x7 images there are 16: in a model, whose filters come from memory, the direct form is faster.
+_TILES = 25
 
 
 @dataclass(frozen=True)

@@ -206,9 +206,8 @@ def test_compiling_and_loading_leave_no_file_even_for_a_moment(
 ) -> None:
     monkeypatch.setattr(thread_pool, "_opened", None)
     monkeypatch.delenv("GPU_AWARE_TUNE_THREADS", raising=False)
-    monkeypatch.setenv(
-        "TMPDIR", str(tmp_path / "none")
-    )  # the compiler takes another, Python would fail
+    # The compiler takes another folder, Python would fail.
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     monkeypatch.setattr(thread_pool, "pools_code", pools_code.__wrapped__)
     assert thread_pool.thread_pools().threads() == []

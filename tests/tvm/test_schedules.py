@@ -302,13 +302,8 @@ def test_what_a_resize_reads_several_times_is_computed_once(
 
 def test_steps_that_choose_among_many_parts_are_not_multiplied() -> None:
     def make(e: Any, x: Any) -> Any:
-        for axis in (
-            1,
-            2,
-            1,
-            2,
-            1,
-        ):  # 8 to the power of 5 elements for each, if all were one expression
+        # If all were one expression, each value would come from 8 to the power of 5 elements.
+        for axis in (1, 2, 1, 2, 1):
             parts = e(op.split(x, 8, axis=axis))
             x = e(op.concat([e(op.multiply(parts[at], parts[at])) for at in range(8)], axis=axis))
         return x

@@ -80,11 +80,9 @@ def _access(block: Any, variables: list[Any], region: Any, analyzer: Any) -> Acc
         return _indexed(
             variables, region.source, [extent.min for extent in region.region], analyzer
         )
-    loads: list[Any] = []
-    tvm_ffi.structural_walk(block.body, (TensorLoad, loads.append))
     found = [
         _indexed(variables, region.source, list(load.indices), analyzer)
-        for load in loads
+        for load in loads_of(block)
         if load.source.same_as(region.source)
     ]
     unknown = _indexed(variables, region.source, [], analyzer)
@@ -96,6 +94,13 @@ def _access(block: Any, variables: list[Any], region: Any, analyzer: Any) -> Acc
         for steps in zip(*(access.strides for access in found), strict=True)
     )
     return replace(found[0], strides=strides, granules=unknown.granules)
+
+
+def loads_of(block: Any) -> list[Any]:
+    """Give the loads of a block's body."""
+    found: list[Any] = []
+    tvm_ffi.structural_walk(block.body, (TensorLoad, found.append))
+    return found
 
 
 def _is_one(extent: Any) -> bool:

@@ -12,7 +12,7 @@ from tvm.s_tir import SBlock, SBlockRealize, Schedule
 from tvm.tirx import BufferStore, Select, Var
 from tvm_ffi import WalkResult
 
-from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of, variables_in
+from gpu_aware_tune.kernels.schedules.access import accesses_of, axes_of, loads_of, variables_in
 
 _SERIAL = 0  # tirx.ForKind
 # Elements that one value may be computed from. Each that is split off several concatenated tensors, or
@@ -48,12 +48,8 @@ def block_of(schedule: Schedule, name: str) -> Any:
     return schedule.get(schedule.get_sblock(name))
 
 
-def loops_of_axes(schedule: Schedule, name: str) -> list[Any] | None:
-    """Give the loop behind each axis of a block; None where an axis is not exactly one loop.
-
-    Nor where a loop has been scheduled: a block that is computed inside another one's parallel loop
-    may have one loop for each axis all the same, and parallel loops must not be nested.
-    """
+def realize_of(schedule: Schedule, name: str) -> Any:
+    """Give what binds a block's axes to its loops."""
     realizes: list[Any] = []
 
     def visit(realize: Any) -> None:
@@ -61,12 +57,21 @@ def loops_of_axes(schedule: Schedule, name: str) -> list[Any] | None:
             realizes.append(realize)
 
     tvm_ffi.structural_walk(schedule.mod["main"].body, (SBlockRealize, visit))
+    return realizes[0]
+
+
+def loops_of_axes(schedule: Schedule, name: str) -> list[Any] | None:
+    """Give the loop behind each axis of a block; None where an axis is not exactly one loop.
+
+    Nor where a loop has been scheduled: a block that is computed inside another one's parallel loop
+    may have one loop for each axis all the same, and parallel loops must not be nested.
+    """
     loops = schedule.get_loops(schedule.get_sblock(name))
     if any(int(schedule.get(loop).kind) != _SERIAL for loop in loops):
         return None
     variables = [schedule.get(loop).loop_var for loop in loops]
     found = []
-    for value in realizes[0].iter_values:
+    for value in realize_of(schedule, name).iter_values:
         matching = [
             loop for loop, variable in zip(loops, variables, strict=True) if value.same_as(variable)
         ]
@@ -122,7 +127,7 @@ def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
     if is_elementwise(consumer):
         if _grows_too_large(block, consumer):
             return False
-        is_work = len(_loads(block)) > 1 or is_costly(block)
+        is_work = len(loads_of(block)) > 1 or is_costly(block)
         repeats = is_work and _reads(consumer, written) > 1
         if (repeats or _transposes(block)) and _gathers(consumer, written):
             return False
@@ -143,22 +148,16 @@ def _may_inline(block: Any, consumer: Any, consumers: list[Any]) -> bool:
 
 def _grows_too_large(block: Any, consumer: Any) -> bool:
     """Whether a consumer would compute each value from too many elements."""
-    own = len(_loads(block))
+    own = len(loads_of(block))
     if own <= 1:  # in place of what it was read from
         return False
     times = _reads(consumer, block.writes[0].source)
-    return len(_loads(consumer)) + times * (own - 1) > _LARGEST
+    return len(loads_of(consumer)) + times * (own - 1) > _LARGEST
 
 
 def _reads(block: Any, buffer: Any) -> int:
     """How often a block's expression reads a buffer."""
-    return sum(load.source.same_as(buffer) for load in _loads(block))
-
-
-def _loads(block: Any) -> list[Any]:
-    found: list[Any] = []
-    tvm_ffi.structural_walk(block.body, (TensorLoad, found.append))
-    return found
+    return sum(load.source.same_as(buffer) for load in loads_of(block))
 
 
 def _transposes(block: Any) -> bool:

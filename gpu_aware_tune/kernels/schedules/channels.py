@@ -111,8 +111,7 @@ class Kernel:
             axes = axes_of(block) or []
             for number, region in enumerate(block.reads):
                 if _among(region.source, weights):
-                    places = [_alone(block, axes, each.min) for each in region.region]
-                    first, second, *taps = places
+                    first, second, *taps = (_alone(block, axes, e.min) for e in region.region)
                     # The weights of several products have an axis of results last, not one of taps.
                     of_taps = all(at is None or axes[at].reduce for at in taps)
                     if first is not None and not axes[first].reduce and of_taps:

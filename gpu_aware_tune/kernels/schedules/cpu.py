@@ -55,26 +55,34 @@ def cpu_schedules(module: tvm.IRModule, machine: Machine, most: int) -> Iterator
     if transformed:
         yield from (_with_maps(schedule, machine) for schedule in transformed)
         return
-    base, names = prepared(module, machine)
+    inlined = _inlined(module)
+    base, names = _ready(inlined, machine)
     if not names:
         yield _with_maps(base, machine)
         return
     by_stages = (finished(s, names[1:], machine) for s in _reduced(base, names[0], machine))
-    yield from islice(chain(_row_by_row(module, machine), by_stages), most)
+    yield from islice(chain(_row_by_row(inlined, machine), by_stages), most)
 
 
-def _row_by_row(module: tvm.IRModule, machine: Machine) -> Iterator[Schedule]:
-    base = Schedule(module, error_render_level="fast")
-    inline_elementwise(base)
-    changed = attempt(base, partial(schedule_rows, machine=machine))
-    if changed is not base:
+def _inlined(module: tvm.IRModule) -> Schedule:
+    schedule = Schedule(module, error_render_level="fast")
+    inline_elementwise(schedule)
+    return schedule
+
+
+def _row_by_row(inlined: Schedule, machine: Machine) -> Iterator[Schedule]:
+    changed = attempt(inlined, partial(schedule_rows, machine=machine))
+    if changed is not inlined:
         yield changed
 
 
 def prepared(module: tvm.IRModule, machine: Machine) -> tuple[Schedule, list[str]]:
     """A kernel ready for its reductions' tiles, and the names of those, the heaviest first."""
-    base = Schedule(module, error_render_level="fast")
-    inline_elementwise(base)
+    return _ready(_inlined(module), machine)
+
+
+def _ready(base: Schedule, machine: Machine) -> tuple[Schedule, list[str]]:
+    """See `prepared`, of an inlined kernel; the schedule that is given stays as it is."""
     names = [name for name in block_names(base) if is_reduction(block_of(base, name))]
     for name in names:
         for change in (flatten_planes, interleave_rows):

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import tvm_ffi
-from tvm.s_tir import SBlockRealize, Schedule
+from tvm.s_tir import Schedule
 
 from gpu_aware_tune.kernels.schedules.access import axes_of
 from gpu_aware_tune.kernels.schedules.blocks import (
@@ -20,6 +19,7 @@ from gpu_aware_tune.kernels.schedules.blocks import (
     is_elementwise,
     is_reduction,
     loops_of_axes,
+    realize_of,
 )
 from gpu_aware_tune.kernels.schedules.elementwise import PARALLEL_STEPS, parallel
 from gpu_aware_tune.kernels.schedules.tile_cost import Machine
@@ -117,16 +117,13 @@ def _within(schedule: Schedule, name: str, depth: int, machine: Machine) -> None
 
 def _sum_in_lanes(schedule: Schedule, name: str, loops: list[Any], machine: Machine) -> None:
     block = schedule.get_sblock(name)
-    realizes: list[Any] = []
-    body = schedule.mod["main"].body
-    tvm_ffi.structural_walk(body, (SBlockRealize, realizes.append))
-    realize = next(each for each in realizes if each.block.name_hint == name)
+    realize = realize_of(schedule, name)
+    axes = axes_of(realize.block) or []
     lanes: list[Any] = []
     terms: list[Any] = []
     for loop in loops:
         variable = schedule.get(loop).loop_var
         at = next(n for n, v in enumerate(realize.iter_values) if v.same_as(variable))
-        axes = axes_of(realize.block) or []
         (terms if axes[at].reduce else lanes).append(loop)
     schedule.reorder(*terms, *lanes)
     lane = schedule.fuse(*lanes) if len(lanes) > 1 else lanes[0]
