@@ -179,6 +179,8 @@ def _run_draws(
             _noise(output, [other[at] for other in others]) for at, output in enumerate(outputs)
         )
         draws.append(DrawReference(kind, tuple(outputs), noise))
+    if all(draw.kind in SPECIAL for draw in draws):
+        raise TuneError(f"the original file cannot be run on ordinary inputs: {notes[0]}")
     return Reference(plan, oracle.text, tuple(draws), tuple(names), oracle.is_widened, tuple(notes))
 
 
@@ -187,7 +189,8 @@ def _nudged(arrays: Arrays, computed_in: str, sign: int) -> dict[str, np.ndarray
     generator = np.random.default_rng(11)
     step = sign * _NUDGE.get(computed_in, _NUDGE["float32"])
     return {
-        name: (array * (1 + step * generator.choice([-1, 1], array.shape))).astype(array.dtype)
+        # NumPy makes no array of what it computes of one number.
+        name: np.asarray(array * (1 + step * generator.choice([-1, 1], array.shape)), array.dtype)
         if is_float(array.dtype.name)
         else array
         for name, array in arrays.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -316,6 +316,29 @@ def test_an_output_that_is_all_noise_is_not_called_verified() -> None:
     device = Device("llvm", 0, "cpu", "znver4", 2, "core")
     (share,) = share_results([Share(100, 2, device)], {}, {2: report}, {})
     assert not share.verified
+
+
+def test_inputs_that_are_single_numbers_are_drawn_and_nudged(tmp_path: Path) -> None:
+    number = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Exp", ["x"], ["y"])], "g", number[:1], number[1:])
+    path = tmp_path / "number.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    made = make_reference(path, {}, 0, None, None)
+    assert not made.notes and {draw.kind for draw in made.draws} >= set(ORDINARY)
+    assert max(draw.noise[0].largest for draw in made.draws) > 0
+
+
+def test_a_model_that_only_runs_on_nan_is_not_verified(reference: Reference) -> None:
+    def run(arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        if all(np.isfinite(array).all() for array in arrays.values()):
+            raise RuntimeError("no such luck")
+        return [array.copy() for array in reference.draws[0].outputs]
+
+    found = oracle._Oracle("somebody", run)
+    with pytest.raises(
+        TuneError, match=r"cannot be run on ordinary inputs: draw normal: .*no such"
+    ):
+        oracle._run_draws(reference.plan, found, reference.outputs, "float32")
 
 
 def test_an_output_that_is_the_same_in_every_draw_is_named(reference: Reference) -> None:
