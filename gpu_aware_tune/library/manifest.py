@@ -28,6 +28,7 @@ LARGEST_BYTES = 16 << 20  # of a manifest
 _MOST_UNITS = 1_000_000
 _MOST_BYTES = 1 << 50
 _MOST_ELEMENTS = (1 << 31) - 1  # of a tensor: TVM's kernels count with 32 bits
+_COMPUTED = -1  # an output's extent that only the call knows; an input has none
 _MOST_SECONDS = 1e6
 _LARGEST = 1e300  # of an error, which is a ratio
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -240,8 +241,8 @@ def _manifest(values: Fields, made: int) -> Manifest:
         raise FieldError("versions.tvm is missing")
     return Manifest(
         model=ModelId(model.text("name"), model.text("hash")),
-        inputs=_specs(values, "inputs"),
-        outputs=_specs(values, "outputs"),
+        inputs=_specs(values, "inputs", 0),
+        outputs=_specs(values, "outputs", _COMPUTED),
         libraries=libraries,
         weights=_file(values.object("weights")),
         versions=versions,
@@ -259,14 +260,14 @@ def _manifest(values: Fields, made: int) -> Manifest:
     )
 
 
-def _specs(values: Fields, name: str) -> tuple[TensorSpec, ...]:
-    specs = tuple(map(_spec, values.objects(name)))
+def _specs(values: Fields, name: str, least: int) -> tuple[TensorSpec, ...]:
+    specs = tuple(_spec(each, least) for each in values.objects(name))
     _check_single(name, [spec.name for spec in specs])
     return specs
 
 
-def _spec(values: Fields) -> TensorSpec:
-    shape = values.wholes("shape", -1, _MOST_ELEMENTS)
+def _spec(values: Fields, least: int) -> TensorSpec:
+    shape = values.wholes("shape", least, _MOST_ELEMENTS)
     elements = 1
     for extent in shape:
         elements *= max(extent, 1)
