@@ -197,8 +197,11 @@ def _writer(into: sqlite3.Connection, table: str) -> Callable[[tuple[Any, ...]],
 def _rows(db: sqlite3.Connection, table: str) -> Iterator[tuple[Any, ...] | None]:
     """Every row of a table, None for each that cannot be read."""
     query = _SELECT[table]
-    if "sum" not in {row[1] for row in db.execute("PRAGMA table_info(records)")}:
-        query = query.replace("r.sum", _NO_SUM)  # a store of before there were checksums
+    names = [str(row[1]) for row in db.execute("PRAGMA table_info(records)")]
+    if names[-1:] == [VALUES[-1]]:  # a store of before there were checksums
+        query = query.replace("r.sum", _NO_SUM)
+    elif names:  # by its place: its name may be damaged, which must not pass for a store without
+        query = query.replace("r.sum", 'r."{}"'.format(names[-1].replace('"', '""')))
     if table == "tasks":  # it has no row numbers: what follows damage cannot be reached
         try:
             yield from db.execute(query)

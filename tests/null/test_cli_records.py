@@ -164,6 +164,18 @@ def test_check_and_repair(db: Path) -> None:
     assert len(list(db.glob("*.damaged-*"))) == 1, "the old file stays"
 
 
+def test_a_column_of_sums_under_another_name_is_no_store_without_sums(db: Path) -> None:
+    """One flipped bit of the schema: what was changed besides must not be taken for sound."""
+    with contextlib.closing(sqlite3.connect(db / FILE_NAME, isolation_level=None)) as raw:
+        for event in ("insert", "update"):
+            raw.execute(f"DROP TRIGGER records_sum_{event}")
+        raw.execute("UPDATE records SET seconds = 9 WHERE id = 1")
+        raw.execute("ALTER TABLE records RENAME COLUMN sum TO sux")
+        total = raw.execute("SELECT COUNT(*) FROM records").fetchone()[0]
+    assert f"{total - 1} records (1 damaged)" in run("repair", "--db", db)
+    assert "damaged" not in run("check", "--db", db)
+
+
 def test_prune(db: Path) -> None:
     before = (db / FILE_NAME).read_bytes()
     dry = run("prune", "--keep", "1", "--failures", "--wrong", "--db", db, "--dry-run")
