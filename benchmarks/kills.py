@@ -14,11 +14,12 @@ record that the run had reported) must be there, no process and no temporary fil
 output folder must be the old one or the new one: it is loaded and run. After a stop, the run must end
 with a verified library. At last a run must go on from all records to its end, and nothing may lie beside
 the output folder. What was seen goes to benchmarks/results/kills.json, whether it was as it should be or
-not.
+not; Ctrl-C ends it early.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -75,12 +76,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         place = Place(Path(name), args.model)
         first = place.finished_run()
-        for how in args.how.split(","):
-            for stage in args.stages.split(","):
-                for number in range(args.times):
+        try:
+            for number in range(args.times):  # whoever cuts it short has seen as much of each stage
+                for how, stage in itertools.product(args.how.split(","), args.stages.split(",")):
                     blow = place.blow(how, stage, moment.uniform(0, STAGES[stage][1]))
                     blows.append({"how": how, "stage": stage, **blow})
                     print(f"{how} {stage} {number + 1}: {blow}", flush=True)
+        except KeyboardInterrupt:
+            print("cut short: what was seen is written")
         last = place.finished_run()
     bad = [blow for blow in blows if not blow["ok"]]
     missed = sum(blow["ended_before"] for blow in blows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+MESSAGE_LENGTH = 300  # characters, of an error that quotes what comes from outside
+
 # What changes how a terminal shows other text: control characters, but for the end of a line and
 # tabs; marks of the direction of writing; halves of characters, which cannot be written at all.
 _CONTROLS = re.compile(
@@ -35,7 +37,7 @@ def last_line(error: Exception) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def one_line(text: object, limit: int = 300) -> str:
+def one_line(text: object, limit: int = MESSAGE_LENGTH) -> str:
     """The first line of a text that is not empty, control characters escaped, cut to a length."""
     lines = (line.strip() for line in str(text).splitlines())
     first = next((line for line in lines if line), type(text).__name__)

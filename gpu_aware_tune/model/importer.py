@@ -226,7 +226,9 @@ def _imported(
                     made = convert(self.bb, inputs, attrs)
                     if made is not None:
                         return self.bb.normalize(made)
-                return super()._convert_operator(op_name, inputs, attrs, opset)
+                made = super()._convert_operator(op_name, inputs, attrs, opset)
+                _check_extents(made)
+                return made
             except Exception as error:
                 node = attrs["tvm_custom"]["name"]
                 raise UserError(
@@ -245,6 +247,17 @@ def _imported(
         raise UserError(
             f"the model cannot be imported: {_diagnosis(proto, names, error)}"
         ) from error
+
+
+def _check_extents(made: Any) -> None:
+    """Raise ValueError where TVM infers a negative extent, as of a window that is larger than its input."""
+    from tvm import relax, tirx
+
+    type_ = getattr(made, "ty", None)
+    shape = type_.shape if isinstance(type_, relax.TensorType) else None
+    extents = [int(e) for e in shape or () if isinstance(e, tirx.IntImm)]
+    if min(extents, default=0) < 0:
+        raise ValueError(f"its result would have the shape {extents}")
 
 
 def _digest(proto: onnx.ModelProto, weights: Sequence[onnx.TensorProto]) -> str:
@@ -316,6 +329,8 @@ def _output_specs(result: Any, names: Sequence[str]) -> tuple[TensorSpec, ...]:
     from tvm import relax, tirx
 
     fields = list(result.fields) if isinstance(result, relax.TupleType) else [result]
+    if len(fields) != len(names):  # a sequence comes as a tuple
+        raise UserError(f"outputs {', '.join(names)}: only tensors can be returned, not sequences")
     specs = []
     for name, found in zip(names, fields, strict=True):
         if not isinstance(found, relax.TensorType) or found.ndim < 0:

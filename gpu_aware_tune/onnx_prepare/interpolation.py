@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 F32 = np.float32
+MOST_ELEMENTS = 1 << 26  # of a matrix, and of a filter's taps: half a gigabyte
 TIE = 1e-6  # so close to the middle between two elements counts as the middle, as in ONNX Runtime
 
 
@@ -53,7 +54,9 @@ class Axis:
 
 
 def resize_matrix(axis: Axis, mode: Mode) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return M (extent, size) and c (size,) such that `x @ M + c` resizes; None if unknown."""
+    """Return M (extent, size) and c (size,) such that `x @ M + c` resizes; None if unknown or too large."""
+    if not axis.scale > 0 or axis.size < 1 or _elements(axis, mode) > MOST_ELEMENTS:
+        return None
     positions = source_positions(axis, mode.coordinates)
     if positions is None or mode.kind not in ("nearest", "linear", "cubic"):
         return None
@@ -131,9 +134,8 @@ def _filter_taps(positions: np.ndarray, axis: Axis, mode: Mode) -> tuple[np.ndar
 
     With antialias the filter is stretched over the elements that one output element stands for.
     """
-    stretch = min(axis.scale, 1.0) if mode.antialias else 1.0
-    reach = (1 if mode.kind == "linear" else 2) / stretch
-    first = int(np.floor(-reach)) + 1
+    stretch = _stretch(axis, mode)
+    first = int(np.floor(-_reach(axis, mode))) + 1
     steps = np.arange(first, 2 - first)
     taps = np.floor(positions).astype(np.int64)[:, None] + steps
     distance = np.abs(taps - positions[:, None]) * stretch
@@ -145,3 +147,17 @@ def _filter_taps(positions: np.ndarray, axis: Axis, mode: Mode) -> tuple[np.ndar
         far = a * (((distance - 5) * distance + 8) * distance - 4)
         weights = np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
     return taps, weights / weights.sum(axis=1, keepdims=True)
+
+
+def _elements(axis: Axis, mode: Mode) -> float:
+    """Return how many numbers the matrix, or what it is made of, has."""
+    return axis.size * max(axis.extent, 2 * _reach(axis, mode))
+
+
+def _stretch(axis: Axis, mode: Mode) -> float:
+    return min(axis.scale, 1.0) if mode.antialias else 1.0
+
+
+def _reach(axis: Axis, mode: Mode) -> float:
+    """Return how far from its middle a filter reaches, in elements of the input."""
+    return (1 if mode.kind == "linear" else 2) / _stretch(axis, mode)

@@ -21,6 +21,7 @@ from gpu_aware_tune.onnx_prepare.facts import attributes, bodies, walk
 VALUE_BYTES = 4 << 30  # of one value
 CONSTANT_BYTES = 1 << 30  # of one value that no input changes
 MOST_NODES = 200_000  # with the local functions put in their places
+MOST_EXTENTS = 32  # of one value: NumPy takes 64, of which TVM's kernels need some as their own
 MOST_LETTERS = 52 * 4  # of an Einsum's operands
 EINSUM = re.compile(r"[A-Za-z. ]*(,[A-Za-z. ]*)*(->[A-Za-z. ]*)?")
 
@@ -116,6 +117,39 @@ def check_equations(model: ModelProto) -> None:
             )
 
 
+def check_nodes(model: ModelProto) -> None:
+    """Refuse nodes with too few or too many inputs or outputs, which ONNX's inference may crash at.
+
+    Raises:
+        UserError: there is one.
+    """
+    versions = {"" if e.domain == "ai.onnx" else e.domain: e.version for e in model.opset_import}
+    local = {(function.domain, function.name) for function in model.functions}
+    for node in _all_nodes(model):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if (node.domain, node.op_type) in local or domain not in versions:
+            continue
+        try:
+            schema = onnx.defs.get_schema(node.op_type, versions[domain], domain)
+        except (onnx.defs.SchemaError, TypeError):  # not ONNX's, or a version that is no number
+            continue
+        for kind, count, least, most in (
+            ("inputs", len(node.input), schema.min_input, schema.max_input),
+            ("outputs", len(node.output), schema.min_output, schema.max_output),
+        ):
+            if not least <= count <= most:
+                raise UserError(
+                    f"the model is not valid: operator {node.op_type} (node {_label(node)}) has"
+                    f" {count} {kind}: it must have {least} to {most}"
+                )
+        said = attributes(node).get("num_outputs") if node.op_type == "Split" else None
+        if said is not None and said != len(node.output):
+            raise UserError(
+                f"the model is not valid: operator Split (node {_label(node)}) has"
+                f" {len(node.output)} outputs, and says {one_line(said, 40)}"
+            )
+
+
 def check_sizes(model: ModelProto) -> None:
     """Refuse values that no machine holds.
 
@@ -129,11 +163,14 @@ def check_sizes(model: ModelProto) -> None:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=False).graph
     except Exception:  # an invalid graph is reported where it is imported
         return
-    sizes = {
-        value.name: size
-        for value in (*graph.input, *inferred.value_info, *inferred.output)
-        if (size := _bytes(value)) is not None
-    }
+    values = (*graph.input, *inferred.value_info, *inferred.output)
+    for value in values:
+        if (rank := len(value.type.tensor_type.shape.dim)) > MOST_EXTENTS:
+            shown = one_line(repr(value.name), 60)
+            raise UserError(
+                f"{shown} has {rank} dimensions; values of up to {MOST_EXTENTS} are taken"
+            )
+    sizes = {value.name: size for value in values if (size := _bytes(value)) is not None}
     changing = {value.name for value in graph.input} - constants
     for value in graph.input:
         if sizes.get(value.name, 0) > VALUE_BYTES:

@@ -11,6 +11,7 @@ from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.onnx_prepare.limits import (
     check_equations,
     check_functions,
+    check_nodes,
     check_sizes,
     check_text,
 )
@@ -55,6 +56,7 @@ def read_model(path: Path) -> ModelProto:
     check_text(model)
     check_functions(model)
     check_equations(model)
+    check_nodes(model)
     load_external_data(model, path)
     make_dense(model.graph)
     sort_nodes(model.graph)

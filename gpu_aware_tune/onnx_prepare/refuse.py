@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from gpu_aware_tune.errors import UserError, one_line
+from gpu_aware_tune.errors import MESSAGE_LENGTH, UserError, one_line
 from gpu_aware_tune.onnx_prepare.attention import attention_reason, group_query_reason
 from gpu_aware_tune.onnx_prepare.facts import Facts, attributes, input_of, opset_of, walk
 from gpu_aware_tune.onnx_prepare.loops import loop_reason
@@ -15,7 +15,6 @@ from gpu_aware_tune.onnx_prepare.recurrent import RECURRENT, recurrent_reason
 from gpu_aware_tune.onnx_prepare.resize import resize_is_wrong
 from gpu_aware_tune.onnx_prepare.rewriter import operator_name
 
-MESSAGE_LENGTH = 300
 MORE = "; and {} operators more"
 Reason = Callable[[NodeProto, Facts], str]
 

@@ -48,6 +48,14 @@ from gpu_aware_tune.onnx_prepare.transposed import conv_transpose
 STRICT = "/strict"  # ends the name of a NonMaxSuppression whose threshold has been moved
 
 
+def _concat(node: NodeProto, to: Rewriter) -> list[str] | None:
+    """Leave out what is empty: features that no rotation reaches, a past of no tokens."""
+    kept = [name for name in node.input if 0 not in (to.shape(name) or ())]
+    if not kept or len(kept) == len(node.input):
+        return None
+    return [to.op("Concat", *kept, **attributes(node)) if kept[1:] else kept[0]]
+
+
 def _dropout(node: NodeProto, to: Rewriter) -> list[str] | None:
     if dropout_trains(node, to.facts):
         return None
@@ -209,6 +217,7 @@ SPECIAL: dict[str, Rule] = {
     "BatchNormalization": training_batch_norm,
     "ConvTranspose": conv_transpose,
     "Det": det,
+    "Concat": _concat,
     "Dropout": _dropout,
     "Equal": _equal,
     "GroupNormalization": group_normalization,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from onnx import ModelProto, TensorProto, TensorShapeProto, ValueInfoProto
 
-from gpu_aware_tune.errors import UserError, one_line
+from gpu_aware_tune.errors import MESSAGE_LENGTH, UserError, one_line
 
 NAMELESS = {"", "?", "-1", "None"}  # what exporters write for dimensions that they do not know
 
@@ -57,8 +57,10 @@ def fix_inputs(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -
     _set_symbols(inputs, symbols)
     notes = _assume_batch(inputs, symbols, smallest)
     _refuse_dynamic(list(inputs.values()), smallest)
-    for value in model.graph.output:  # a stale batch size there contradicts the one just set
-        if input_shapes and value.type.HasField("tensor_type"):
+    for (
+        value
+    ) in model.graph.output:  # what a file says of them may be stale, and is inferred anyway
+        if value.type.HasField("tensor_type"):
             value.type.tensor_type.ClearField("shape")
     return notes
 
@@ -170,24 +172,30 @@ def _refuse_dynamic(values: list[ValueInfoProto], smallest: int) -> None:
     for value in values:
         tensor = value.type.tensor_type
         if not tensor.HasField("shape"):
-            problems.append(f"input {value.name!r} has no shape")
+            problems.append(f"input {one_line(repr(value.name), 60)} has no shape")
             flags.append(f"--input {value.name}:1x3x224x224")
             continue
         dims = list(tensor.shape.dim)
         unknown = [axis for axis, dim in enumerate(dims) if _is_dynamic(dim, smallest)]
         if not unknown:
             continue
-        named = ", ".join(f"{axis} ({dims[axis].dim_param or 'unnamed'})" for axis in unknown)
-        problems.append(f"input {value.name!r} has dynamic dimension {named}")
+        named = ", ".join(
+            f"{axis} ({one_line(dims[axis].dim_param or 'unnamed', 40)})" for axis in unknown
+        )
+        problems.append(f"input {one_line(repr(value.name), 60)} has dynamic dimension {named}")
         guesses = [1, 3, 224, 224] if len(dims) == 4 else [1] + [128] * (len(dims) - 1)
         example = [dim.dim_value or guess for dim, guess in zip(dims, guesses, strict=False)]
         flags.append(f"--input {value.name}:{'x'.join(map(str, example))}")
     if problems:
-        raise UserError(f"{'; '.join(problems)}: fix it, for example with {' '.join(flags)}")
+        fix = f": fix it, for example with {' '.join(flags)}"
+        if len("; ".join(problems)) + len(fix) > MESSAGE_LENGTH and problems[1:]:
+            problems[1:] = [f"{len(problems) - 1} inputs more are dynamic"]
+        raise UserError(one_line("; ".join(problems) + fix, MESSAGE_LENGTH))
 
 
 def _shape_text(value: ValueInfoProto) -> str:
     dims = value.type.tensor_type.shape.dim
     return "x".join(
-        str(dim.dim_value) if dim.dim_value > 0 else dim.dim_param or "?" for dim in dims
+        str(dim.dim_value) if dim.dim_value > 0 else one_line(dim.dim_param or "?", 40)
+        for dim in dims
     )

@@ -35,7 +35,7 @@ def upgrade(model: ModelProto) -> ModelProto:
             model = onnx.version_converter.convert_version(model, OLDEST_UPGRADED)
         except Exception as error:  # the converter raises RuntimeError and worse for what it lacks
             raise UserError(
-                f"the model's operator set {opset} cannot be converted ({one_line(error)}): "
+                f"the model's operator set {opset} cannot be converted ({one_line(error, 160)}): "
                 "export it again with operator set 13 or newer"
             ) from error
     apply_rules(model, UPGRADES, OLDEST_OPSET)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_aware_tune.errors import SetupError, TuneError, UserError
+from gpu_aware_tune.errors import MESSAGE_LENGTH, SetupError, TuneError, UserError, one_line
 
 if TYPE_CHECKING:
     from gpu_aware_tune.model.importer import Model
@@ -41,6 +41,10 @@ class _Array:
     offset: int
     shape: tuple[int, ...]
     dtype: str
+
+
+class _Ended(SetupError):
+    """The child crashed."""
 
 
 def import_apart(
@@ -74,6 +78,25 @@ def import_apart(
             raise found
         model, module, arrays, descriptor = found
         return _rebuilt(model, module, arrays, f"/proc/{worker.pid}/fd/{descriptor}")
+    except Exception as error:
+        if isinstance(error, TuneError) and not isinstance(error, _Ended):
+            raise
+        if fault := _fault(session, path):
+            raise UserError(
+                f"{path} cannot be imported, nor run by ONNX Runtime ({fault}): export it again"
+            ) from error
+        raise
+    finally:
+        worker.kill()
+
+
+def _fault(session: Session, path: Path) -> str:
+    """What is wrong with a file whose import failed as none of ours should; "" if nothing is."""
+    worker = session.host.spawn(serve_fault, path.absolute())
+    try:
+        return str(_answer(worker, path, session.settings.import_timeout_s))
+    except TuneError as error:  # what it takes to look, or that looking ends the process
+        return one_line(error, 120)
     finally:
         worker.kill()
 
@@ -93,7 +116,7 @@ def _answer(worker: Worker, path: Path, limit_s: float) -> Any:
     try:
         return worker.recv()
     except EOFError:
-        raise SetupError(f"importing {path} ended: {worker.kill().text}") from None
+        raise _Ended(f"importing {path} ended: {worker.kill().text}") from None
 
 
 def _most_bytes(path: Path) -> int:
@@ -136,8 +159,8 @@ def serve_import(
 
     try:
         model = load_model(path, tvm.target.Target(dict(target)), input_shapes, dtype)
-    except TuneError as error:
-        connection.send(error)
+    except TuneError as error:  # which may quote any name of the file
+        connection.send(type(error)(one_line(error, MESSAGE_LENGTH + len(str(path)))))
         return
     except Exception as error:  # a defect, or what no check knew of: told as where it is met
         connection.send(_as_told(error))
@@ -146,6 +169,13 @@ def serve_import(
     rest = dataclasses.replace(model, module=None, weights={})
     connection.send((rest, tvm.ir.save_json(model.module), arrays, descriptor))
     connection.poll(None)
+
+
+def serve_fault(connection: Connection, path: Path) -> None:
+    """In a worker: answer what is wrong with a file."""
+    from gpu_aware_tune.onnx_prepare.validity import fault_of
+
+    connection.send(fault_of(path))
 
 
 def _as_told(error: Exception) -> Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import select
 import shutil
 import signal
@@ -39,7 +40,8 @@ class Exit:
             how = f"killed by {signal.Signals(-self.code).name}"
         else:
             how = f"exit code {self.code}"
-        lines = [line for line in self.output.splitlines() if line.strip()]
+        said = re.split("Fatal Python error|!!! Segfault encountered !!!", self.output)[0]
+        lines = [line for line in said.splitlines() if line.strip()]
         return f"{how}: {lines[-1][:300]}" if lines else how
 
 

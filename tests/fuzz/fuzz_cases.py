@@ -1,11 +1,13 @@
 """What the fuzzers share: how many cases, how long one may take, and what may come of it.
 
-FUZZ_CASES sets the number of cases, FUZZ_SEED the first one; a failure names its seed.
+FUZZ_CASES sets the number of cases, FUZZ_SEED the first one; a failure names its seed. FUZZ_SECONDS goes
+on with as many cases as fit in that time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -18,6 +20,7 @@ from gpu_aware_tune.errors import SetupError, UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "500"))
 FIRST = int(os.environ.get("FUZZ_SEED", "0"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))  # 0: as many cases as CASES says
 LIMIT_S = 5.0
 
 
@@ -50,18 +53,29 @@ def outcome(function: Callable[[Path], None], folder: Path) -> str:
     return "opened"
 
 
+def seeds() -> Iterator[int]:
+    """The cases' seeds: so many, or for so long."""
+    begun = time.monotonic()
+    for number in itertools.count():
+        if time.monotonic() - begun >= SECONDS if SECONDS else number == CASES:
+            return
+        yield FIRST + number
+
+
 def run_cases(run_case: Callable[[int], str]) -> None:
     """Run every case, and fail with the seeds of those that were neither opened nor refused."""
     begun = time.monotonic()
     counts = {"opened": 0, "refused": 0}
     wrong: list[str] = []
-    for seed in range(FIRST, FIRST + CASES):
+    for seed in seeds():
         came = run_case(seed)
         if came in counts:
             counts[came] += 1
         else:
             wrong.append(f"FUZZ_SEED={seed} FUZZ_CASES=1: {came}")
-    print(f"{CASES} cases in {time.monotonic() - begun:.1f} s: {counts}, {len(wrong)} wrong")
+            print(wrong[-1], flush=True)
+    cases = sum(counts.values()) + len(wrong)
+    print(f"{cases} cases in {time.monotonic() - begun:.1f} s: {counts}, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong[:10])
-    if CASES >= 100:
+    if cases >= 100:
         assert min(counts.values()) > 0, "damage that is never noticed, or always"

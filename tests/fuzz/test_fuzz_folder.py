@@ -7,6 +7,7 @@ read the manifest and check the files it names; some are loaded and called, in a
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -29,7 +30,13 @@ from gpu_aware_tune.model.importer import random_inputs
 LOADED_EVERY = int(
     os.environ.get("FUZZ_LOADED_EVERY", "25")
 )  # one case of so many is loaded and called
-TOO_DAMAGED = (ValueError, TypeError, LookupError, OSError)  # for another kind of damage
+TOO_DAMAGED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OSError,
+    RecursionError,
+)  # for another kind of damage
 
 Damage = Callable[[Path, random.Random], None]
 
@@ -74,7 +81,7 @@ def delete_fields(folder: Path, draw: random.Random) -> None:
 
 def retype_fields(folder: Path, draw: random.Random) -> None:
     def put(inner: Any, key: Any) -> None:
-        inner[key] = draw.choice(ODD)
+        inner[key] = copy.deepcopy(draw.choice(ODD))  # which a further change may go into
 
     change_fields(folder, draw, put)
 
@@ -82,9 +89,9 @@ def retype_fields(folder: Path, draw: random.Random) -> None:
 def duplicate_fields(folder: Path, draw: random.Random) -> None:
     def double(inner: Any, key: Any) -> None:
         if isinstance(inner, list):
-            inner.append(inner[key])
+            inner.append(copy.deepcopy(inner[key]))
         else:
-            inner[f"{key}{draw.choice(('', '2', ' '))}"] = inner[key]
+            inner[f"{key}{draw.choice(('', '2', ' '))}"] = copy.deepcopy(inner[key])
 
     change_fields(folder, draw, double)
 

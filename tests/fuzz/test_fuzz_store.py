@@ -20,6 +20,7 @@ from fuzz_cases import outcome, run_cases
 
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.records.repair import check_store, repair_store
+from gpu_aware_tune.records.rows import VALUES
 from gpu_aware_tune.records.store import FILE_NAME, Record, RecordKey, Store, damaged_text
 
 Damage = Callable[[Path, random.Random], None]
@@ -96,6 +97,7 @@ def change_schema(file: Path, draw: random.Random) -> None:
                     f"PRAGMA application_id = {draw.choice((0, 7))}",
                     "DROP INDEX records_best",
                     "DROP TRIGGER records_sum_update",
+                    f"ALTER TABLE records RENAME COLUMN {draw.choice((*VALUES, 'sum'))} TO y",
                 )
             )
         )

@@ -208,6 +208,30 @@ def test_a_resize_that_tvm_gets_right_is_left() -> None:
 # --- refusals ------------------------------------------------------------------------------------
 
 
+def test_what_is_empty_is_left_out_of_a_concatenation() -> None:
+    feeds = {"x": numbers(2, 4, 3, 8)}
+    nothing = {"none": np.zeros((2, 4, 3, 0), np.float32)}
+    pair = node_model("Concat", feeds, nothing, axis=3)
+    assert operators(assert_same(pair, feeds)) in ([], ["Identity"])
+    pair.graph.node[0].input.append("x")
+    pair.graph.node.append(helper.make_node("Relu", ["y"], ["r"]))
+    pair.graph.output[0].name = "r"
+    (concat, _) = assert_same(pair, feeds).graph.node
+    assert list(concat.input) == ["x", "x"]
+
+
+def test_a_declared_output_shape_that_is_wrong_is_not_believed() -> None:
+    """As in files whose batch size was changed by hand; ONNX Runtime warns and goes on."""
+    model = node_model(
+        "MaxPool", IMAGE, {}, [("y", F32), ("i", I64)], kernel_shape=[2, 2], strides=[2, 2]
+    )
+    for output in model.graph.output:
+        output.CopyFrom(value(output.name, output.type.tensor_type.elem_type, [7, 3]))
+    prepared = prepare(copy(model), {}, None, SUPPORTED)
+    found = ReferenceEvaluator(prepared).run(None, IMAGE)
+    assert [array.shape for array in found] == [(1, 8, 2, 3)] * 2
+
+
 def test_every_unsupported_operator_is_named_at_once() -> None:
     nodes = [
         helper.make_node("Unique", ["x"], ["d"], name="first"),

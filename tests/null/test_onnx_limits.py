@@ -16,6 +16,7 @@ from onnx_graphs import F32, node_model
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.onnx_prepare import prepare, read_model
 from gpu_aware_tune.onnx_prepare.fold import fold
+from gpu_aware_tune.onnx_prepare.validity import fault_of
 
 MEMORY_BYTES, SECONDS = 3 << 30, 60
 X = np.ones((2, 3), np.float32)
@@ -93,6 +94,7 @@ HOSTILE: dict[str, tuple[ModelProto, str]] = {
     "endless functions": (nested(3, closed=True), "'F0' calls itself"),
     "an input": (one("EyeLike", [1 << 40, 1 << 40]), "input 'x' has more than a million GiB"),
     "an equation": (one("Einsum", [2, 3], equation="...;;->->"), "Einsum .*equation '...;;->->'"),
+    "dimensions": (one("Relu", [1] * 40), "'x' has 40 dimensions; values of up to 32"),
     "a long equation": (one("Einsum", [2, 3], equation="i" * 9999), "Einsum .*equation 'iii"),
 }
 
@@ -202,3 +204,17 @@ def test_a_negative_number_of_tiles_is_refused() -> None:
     with pytest.raises(UserError, match=r"Tile \(node 'y'\): its repeats must not be negative"):
         prepare(model, {}, None, {("", "Tile")})
     assert isinstance(model, onnx.ModelProto)
+
+
+def test_whose_fault_it_is_that_a_file_fails(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    model = one("Relu", [2, 3])
+    path.write_bytes(model.SerializeToString())
+    assert fault_of(path) == ""
+    model.graph.node[0].input.append("x")
+    path.write_bytes(model.SerializeToString())
+    assert "Relu" in fault_of(path)
+    short = node_model("Add", {"x": X}, {"k": X})
+    short.graph.initializer[0].raw_data = short.graph.initializer[0].raw_data[:-1]
+    path.write_bytes(short.SerializeToString())
+    assert fault_of(path).isprintable() and len(fault_of(path)) > 10

@@ -210,6 +210,7 @@ def test_refusals_stay_short() -> None:
         (["N", "c", "h", "w"], {}, r"--input x:1x3x224x224"),
         (["N", "length"], {}, r"0 \(N\), 1 \(length\).*--input x:1x128"),
         (None, {}, r"has no shape"),
+        (["N", "\x1b[2J"], {}, r"0 \(N\), 1 \(\\x1b\[2J\): fix.*--input x:1x128"),
     ],
 )
 def test_shape_problems_name_the_fix(

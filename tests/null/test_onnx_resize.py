@@ -164,6 +164,13 @@ def test_an_unknown_mode_has_no_matrix() -> None:
     assert resize_matrix(Axis(4, 2.0, 8), Mode(coordinates="sideways")) is None
 
 
+def test_a_matrix_that_no_machine_holds_is_not_made() -> None:
+    assert resize_matrix(Axis(100_000, 2.0, 200_000), Mode(kind="linear")) is None
+    assert resize_matrix(Axis(4, 1e-30, 1), Mode(kind="cubic", antialias=True)) is None
+    assert resize_matrix(Axis(4, float("nan"), 4), Mode(kind="linear", antialias=True)) is None
+    assert resize_matrix(Axis(4, 0.1, 0), Mode(kind="linear")) is None
+
+
 @pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
 def test_a_resize_to_the_same_size_is_left_out(mode: str) -> None:
     model = resize_model([7, 6], IMAGE["x"], mode=mode)

@@ -41,6 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, light_model: Callable[[str]
     save_model(folder / "dynamic.onnx", "Relu", ["N", 3, "H", 8])
     save_model(folder / "foreign.onnx", "Frobnicate", [1, 3], domain="my.company")
     save_model(folder / "draw.onnx", "Multinomial", [1, 3])
+    save_model(folder / "window.onnx", "AveragePool", [1, 3, 8, 8], kernel_shape=[10, 10])
+    save_model(
+        folder / "invalid.onnx", "LpPool", [1, 3, 8, 8], kernel_shape=[3], auto_pad="SAME_UPPER"
+    )
+    few = onnx.load(folder / "good.onnx")
+    del few.graph.node[0].input[:]
+    onnx.save(few, folder / "few.onnx")
     (folder / "corrupt").mkdir()
     (folder / "corrupt" / "records.sqlite").write_bytes(b"not a database at all" * 100)
     return folder
@@ -75,6 +82,9 @@ CASES = [
     Case("dynamic.onnx --input x:1x3", USER, ("x:1x3", "2 dimensions", "4")),
     Case("good.onnx --input x:1x3x9x8", USER, ("fixed to 8",)),
     Case("foreign.onnx", USER, ("Frobnicate", "the_node", "opset")),
+    Case("window.onnx", USER, ("AveragePool", "the_node", "[1, 3, -1, -1]")),
+    Case("invalid.onnx", USER, ("invalid.onnx", "ONNX Runtime", "kernel_shape", "export it again")),
+    Case("few.onnx", USER, ("Relu", "the_node", "0 inputs", "1 to 1")),
     # Told by the machine.
     Case("good.onnx --arch nonsense", USER, ("nonsense", "arch")),
     Case("good.onnx --target cuda --arch sm_1", USER, ("sm_1",)),

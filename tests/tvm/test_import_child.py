@@ -75,6 +75,17 @@ def test_weights_of_every_type_come_over(session: Session, tmp_path: Path, dtype
     assert array.astype(np.float32).ravel().tolist() == [1, 0] * 32 * 65
 
 
+def test_values_without_elements_come_over(session: Session, tmp_path: Path) -> None:
+    """All features are rotated, so that those behind them are (2, 4, 3, 0), which TVM cannot read."""
+    shapes = {"x": [2, 4, 3, 8], "cos": [2, 3, 4], "sin": [2, 3, 4], "y": [2, 4, 3, 8]}
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
+    node = helper.make_node("RotaryEmbedding", ["x", "cos", "sin"], ["y"])
+    graph = helper.make_graph([node], "g", values[:3], values[3:])
+    path = tmp_path / "rotary.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
+    assert import_apart(session, path, TARGET, {}, None).outputs[0].shape == (2, 4, 3, 8)
+
+
 def test_an_error_of_the_user_is_told_as_here(session: Session, tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "net.onnx", width=12, channels=8)
     with pytest.raises(UserError) as here:
