@@ -33,8 +33,10 @@ def check_text(model: ModelProto) -> None:
         UserError: there are some.
     """
     graph = model.graph
-    values = (*graph.input, *graph.output, *graph.initializer)
-    for text in (*_names(_all_nodes(model)), *(value.name for value in values)):
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    named = [graph.name, *(value.name for value in values), *(e.domain for e in model.opset_import)]
+    named += [name for f in model.functions for name in (f.name, f.domain, *f.input, *f.output)]
+    for text in (*_names(_all_nodes(model)), *named):
         if not isinstance(text, str) or (not text.isascii() and not _is_encodable(text)):
             shown = one_line(repr(text), 60)
             raise UserError(f"the file is damaged: its name {shown} is not text; get it again")

@@ -121,10 +121,11 @@ def test_a_file_that_unfolds_is_refused_before_anything_else(case: str, tmp_path
         read_model(path)
 
 
-@pytest.mark.parametrize("place", ["output", "op_type"])
-def test_a_name_that_is_not_text_is_refused(place: str, tmp_path: Path) -> None:
-    word = {"output": b"middle", "op_type": b"Softmax"}[place]
+@pytest.mark.parametrize("word", [b"middle", b"Softmax", b"the graph", b"my.domain"])
+def test_a_name_that_is_not_text_is_refused(word: bytes, tmp_path: Path) -> None:
     model = one("Softmax", [2, 3])
+    model.graph.name = "the graph"
+    model.opset_import.append(helper.make_opsetid("my.domain", 1))
     model.graph.node[0].output[0] = "middle"
     model.graph.node.append(helper.make_node("Relu", ["middle"], ["y"]))
     data = model.SerializeToString()
