@@ -6,6 +6,7 @@ folding or ONNX Runtime take all memory or never end.
 
 from __future__ import annotations
 
+import collections
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -63,6 +64,20 @@ def _names(nodes: Iterable[NodeProto]) -> Iterator[str]:
     for node in nodes:
         yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
         yield from (attribute.name for attribute in node.attribute)
+
+
+def check_ends(model: ModelProto) -> None:
+    """Refuse inputs or outputs of one name, which a call could not tell apart.
+
+    Raises:
+        UserError: there are some.
+    """
+    for kind, values in (("input", model.graph.input), ("output", model.graph.output)):
+        counts = collections.Counter(value.name for value in values)
+        for name, count in counts.items():
+            if count > 1:
+                shown = one_line(repr(name), 60)
+                raise UserError(f"the model has {count} {kind}s {shown}: give each its own name")
 
 
 def check_functions(model: ModelProto) -> None:

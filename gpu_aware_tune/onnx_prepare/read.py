@@ -9,6 +9,7 @@ from onnx import ModelProto
 
 from gpu_aware_tune.errors import UserError
 from gpu_aware_tune.onnx_prepare.limits import (
+    check_ends,
     check_equations,
     check_functions,
     check_nodes,
@@ -54,6 +55,7 @@ def read_model(path: Path) -> ModelProto:
     if not model.opset_import:
         raise UserError(f"{path}: the file is truncated or damaged: it names no operator set")
     check_text(model)
+    check_ends(model)
     check_functions(model)
     check_equations(model)
     check_nodes(model)

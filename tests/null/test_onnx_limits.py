@@ -207,6 +207,16 @@ def test_a_negative_number_of_tiles_is_refused() -> None:
     assert isinstance(model, onnx.ModelProto)
 
 
+@pytest.mark.parametrize("kind", ["input", "output"])
+def test_two_ends_of_one_name_are_refused(kind: str, tmp_path: Path) -> None:
+    model = one("Relu", [2, 3])
+    ends = getattr(model.graph, kind)
+    ends.append(ends[0])
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=f"the model has 2 {kind}s '[xy]': give each its own name"):
+        read_model(tmp_path / "m.onnx")
+
+
 def test_whose_fault_it_is_that_a_file_fails(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     model = one("Relu", [2, 3])
