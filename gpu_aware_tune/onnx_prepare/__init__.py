@@ -2,7 +2,8 @@
 
 In the order of the work: `read` (with `limits`, `tensors` and `order`), `shapes`, `upgrade`, `fold` (with
 `branches`), `expand` (with `rules`, which lists the rules of the modules that it imports), `refuse`,
-`convert`, `batch_norm`; `stages` runs them. `facts` and `rewriter` are what they all use.
+`convert`, `batch_norm`; `stages` runs them. `facts` and `rewriter` are what they all use. `validity` says
+whose fault it is where all of that fails.
 """
 
 from __future__ import annotations
