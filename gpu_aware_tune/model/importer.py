@@ -148,6 +148,12 @@ def _import_detached(
     with _quiet():
         module = _fused(plainly_named(_imported(proto, weights, target)), target)
     module, arrays = hoist_constants(module)
+    if any(
+        module["main"].body.body.same_as(weight) for weight in module["main"].params[len(inputs) :]
+    ):
+        raise UserError(
+            f"{source}: its output is the same for all inputs; there is nothing to tune"
+        )
     notes: tuple[str, ...] = ()
     if dtype == TF32:
         module = mark_products(module, target)

@@ -45,6 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, light_model: Callable[[str]
     save_model(
         folder / "invalid.onnx", "LpPool", [1, 3, 8, 8], kernel_shape=[3], auto_pad="SAME_UPPER"
     )
+    constant = onnx.load(folder / "good.onnx")
+    constant.graph.initializer.append(
+        helper.make_tensor("k", TensorProto.FLOAT, [300], [1.5] * 300)
+    )
+    constant.graph.node[0].input[0] = "k"
+    onnx.save(constant, folder / "constant.onnx")
     few = onnx.load(folder / "good.onnx")
     del few.graph.node[0].input[:]
     onnx.save(few, folder / "few.onnx")
@@ -84,6 +90,7 @@ CASES = [
     Case("foreign.onnx", USER, ("Frobnicate", "the_node", "opset")),
     Case("window.onnx", USER, ("AveragePool", "the_node", "[1, 3, -1, -1]")),
     Case("invalid.onnx", USER, ("invalid.onnx", "ONNX Runtime", "kernel_shape", "export it again")),
+    Case("constant.onnx", USER, ("constant.onnx", "the same for all inputs")),
     Case("few.onnx", USER, ("Relu", "the_node", "0 inputs", "1 to 1")),
     # Told by the machine.
     Case("good.onnx --arch nonsense", USER, ("nonsense", "arch")),
