@@ -131,6 +131,8 @@ def _import_detached(
     blocks: bool,
 ) -> Model:
     """Import a graph without its large weights, and those, of which `weights` holds none afterwards."""
+    from tvm import relax
+
     from gpu_aware_tune.kernels.naming import canonical_names
     from gpu_aware_tune.kernels.packing import mark_weights
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
@@ -148,11 +150,10 @@ def _import_detached(
     with _quiet():
         module = _fused(plainly_named(_imported(proto, weights, target)), target)
     module, arrays = hoist_constants(module)
-    if any(
-        module["main"].body.body.same_as(weight) for weight in module["main"].params[len(inputs) :]
-    ):
+    read = relax.analysis.free_vars(module["main"].body)
+    if not any(parameter in read for parameter in module["main"].params[: len(inputs)]):
         raise UserError(
-            f"{source}: its output is the same for all inputs; there is nothing to tune"
+            f"{source}: its outputs are the same for all inputs; there is nothing to tune"
         )
     notes: tuple[str, ...] = ()
     if dtype == TF32:
