@@ -109,7 +109,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of one model's run, sent after every batch of trials and at least once a second.
+    """The state of one model's run, sent after every batch of trials.
 
     Latencies are sums of weight x best kernel seconds over the tasks, per units. `failures`, builds
     and `slices` are of the whole run: each slice's name and the task it measures now, if any.

@@ -1,11 +1,13 @@
 """THE MAIN PATH: ONNX files and shares of a device in, verified libraries out.
 
-Each stage takes what it needs and returns a frozen value that the next one takes:
+Each stage takes what it needs and returns what the next one takes; only the session (device, store,
+worker host) is kept for the whole run:
 
     device               what there is, and how shares of it are made real   partition/
     models, tasks        ONNX -> fused Relax module -> unique kernels        onnx_prepare/, model/
     shares               the knee of a model's curve, where none is given    run/auto_share.py
     records              what is known already                               records/
+    oracles              the original file, run by ONNX Runtime meanwhile    finalize/oracle.py
     workers              search, build and measuring workers                 workers/, run/search_stage.py
     check                the imported model against the original file        run/check_stage.py
     search               baseline first, then trials: search, build and      search/, codegen/, measure/
@@ -146,7 +148,7 @@ def tune_events(
 def tune_jobs(job: TuningJob, stop: StopRequest | None = None) -> Generator[Event, None, None]:
     """Tune models: a generator of `events` that ends with one `Finished` for each.
 
-    Closing it early and errors end every worker; what was measured is on disk by then.
+    Closing it early, or an error, ends every worker; what was measured is on disk by then.
 
     Args:
         job: what `make_jobs` returned.

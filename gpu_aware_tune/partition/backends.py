@@ -1,6 +1,8 @@
 """Which backends there are, which one a run uses and why, and opening partitions with it.
 
-A new backend is a subclass of `Partition` in a module of its own and one entry in `_BACKENDS`.
+A new backend is a subclass of `Partition` (for GPUs of `GpuPartition`) in a module of its own, one entry
+in `_BACKENDS`, its name in `settings.PARTITIONS` and, if it has `open_slices`, in `SIDE_BY_SIDE`; to load
+libraries in it, `attach.py`. Tests fail where one of them lacks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checked before anything is searched: does the imported model compute what the user's file does?
 
 Each model's baseline library is compiled and run once inside its share, on every draw of inputs. What
-is wrong or does not compile is told in the first seconds, not after a search that was paid for.
+is wrong or does not compile is reported before the search starts.
 """
 
 from __future__ import annotations

@@ -91,11 +91,11 @@ def import_apart(
 
 
 def _fault(session: Session, path: Path) -> str:
-    """What is wrong with a file whose import failed as none of ours should; "" if nothing is."""
+    """What is wrong with a file whose import failed unexpectedly; "" if nothing is."""
     worker = session.host.spawn(serve_fault, path.absolute())
     try:
         return str(_answer(worker, path, session.settings.import_timeout_s))
-    except TuneError as error:  # what it takes to look, or that looking ends the process
+    except TuneError as error:  # looking took too much, or crashed
         return one_line(error, 120)
     finally:
         worker.kill()
@@ -162,7 +162,7 @@ def serve_import(
     except TuneError as error:  # which may quote any name of the file
         connection.send(type(error)(one_line(error, MESSAGE_LENGTH + len(str(path)))))
         return
-    except Exception as error:  # a defect, or what no check knew of: told as where it is met
+    except Exception as error:  # a defect, or what no check knew of: sent with its traceback
         connection.send(_as_told(error))
         return
     descriptor, arrays = _shared(model.weights)

@@ -79,8 +79,8 @@ class TuningJob:
     Args:
         settings: of the run.
         goals: one for each model.
-        relatives: hashes of the kernels that the only model has at another batch size, by name; what
-            the records hold of them is where the search starts.
+        relatives: hashes of the kernels that the only model has at another batch size, by name; the
+            search starts from their records.
     """
 
     settings: RunSettings

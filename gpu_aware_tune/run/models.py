@@ -116,7 +116,7 @@ def recall_models(
         relatives: see `TuningJob`.
 
     Returns:
-        The models, without tasks whose hash the store has of another kernel; what is to be searched;
+        The models, without tasks whose hash the store already uses for a different kernel; what is to be searched;
         what is known of that.
     """
     yield Stage(StageName.RECORDS, "reading what is known")

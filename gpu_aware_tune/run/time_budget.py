@@ -22,7 +22,7 @@ class TimeBudget:
     Args:
         search_s: for the baseline schedules and the trials.
         retime_s: for measuring the best again.
-        rounds: in which the finished libraries are timed.
+        rounds: number of rounds in which the finished libraries are timed.
     """
 
     search_s: float | None
