@@ -14,7 +14,7 @@ record that the run had reported) must be there, no process and no temporary fil
 output folder must be the old one or the new one: it is loaded and run. After a stop, the run must end
 with a verified library. At last a run must go on from all records to its end, and nothing may lie beside
 the output folder. What was seen goes to benchmarks/results/kills.json, whether it was as it should be or
-not; Ctrl-C ends it early.
+not, after each blow.
 """
 
 from __future__ import annotations
@@ -76,20 +76,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         place = Place(Path(name), args.model)
         first = place.finished_run()
-        try:
-            for number in range(args.times):  # whoever cuts it short has seen as much of each stage
-                for how, stage in itertools.product(args.how.split(","), args.stages.split(",")):
-                    blow = place.blow(how, stage, moment.uniform(0, STAGES[stage][1]))
-                    blows.append({"how": how, "stage": stage, **blow})
-                    print(f"{how} {stage} {number + 1}: {blow}", flush=True)
-        except KeyboardInterrupt:
-            print("cut short: what was seen is written")
+        facts = {"model": args.model.name, "seed": args.seed, "first_run": first, "blows": blows}
+        for number in range(args.times):  # whoever cuts it short has seen as much of each stage
+            for how, stage in itertools.product(args.how.split(","), args.stages.split(",")):
+                blow = place.blow(how, stage, moment.uniform(0, STAGES[stage][1]))
+                blows.append({"how": how, "stage": stage, **blow})
+                print(f"{how} {stage} {number + 1}: {blow}", flush=True)
+                write_results(args.results, about, facts)
         last = place.finished_run()
+    write_results(args.results, about, {**facts, "last_run": last})
     bad = [blow for blow in blows if not blow["ok"]]
     missed = sum(blow["ended_before"] for blow in blows)
     print(f"{len(blows)} blows, {missed} after the end, {len(bad)} not as they should be; {last}")
-    facts = {"model": args.model.name, "seed": args.seed, "first_run": first, "last_run": last}
-    write_results(args.results, about, {**facts, "blows": blows})
     if bad or not last["ok"]:
         raise SystemExit("FAILED: something was lost or left behind, or a run did not go on")
 

@@ -116,8 +116,8 @@ def recall_models(
         relatives: see `TuningJob`.
 
     Returns:
-        The models, without tasks whose hash the store already uses for a different kernel; what is to be searched;
-        what is known of that.
+        The models, without tasks whose hash the store already uses for a different kernel; what is
+        to be searched; what is known of that.
     """
     yield Stage(StageName.RECORDS, "reading what is known")
     kept = []
