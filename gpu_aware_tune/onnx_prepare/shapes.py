@@ -57,10 +57,13 @@ def fix_inputs(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -
     _set_symbols(inputs, symbols)
     notes = _assume_batch(inputs, symbols, smallest)
     _refuse_dynamic(list(inputs.values()), smallest)
-    for (
-        value
-    ) in model.graph.output:  # what a file says of them may be stale, and is inferred anyway
-        if value.type.HasField("tensor_type"):
+    for value in model.graph.output:
+        if value.type.WhichOneof("value") not in ("tensor_type", None):
+            shown = one_line(repr(value.name), 60)
+            raise UserError(
+                f"output {shown} is no tensor; sequences and optionals are not returned"
+            )
+        if value.type.HasField("tensor_type"):  # what it says may be stale, and is inferred anyway
             value.type.tensor_type.ClearField("shape")
     return notes
 

@@ -232,6 +232,13 @@ def test_a_declared_output_shape_that_is_wrong_is_not_believed() -> None:
     assert [array.shape for array in found] == [(1, 8, 2, 3)] * 2
 
 
+def test_an_output_that_is_no_tensor_is_refused() -> None:
+    model = node_model("Relu", IMAGE, {})
+    model.graph.output[0].CopyFrom(helper.make_tensor_sequence_value_info("y", F32, None))
+    with pytest.raises(UserError, match="output 'y' is no tensor; sequences"):
+        prepare(model, {}, None, SUPPORTED)
+
+
 def test_every_unsupported_operator_is_named_at_once() -> None:
     nodes = [
         helper.make_node("Unique", ["x"], ["d"], name="first"),
