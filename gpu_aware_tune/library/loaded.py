@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import threading
@@ -31,6 +32,13 @@ from gpu_aware_tune.library.threads import CoreThread, PartitionThread, check_pr
 from gpu_aware_tune.model.importer import random_inputs
 
 Result = TypeVar("Result")
+
+
+def _return_memory() -> None:
+    """Give what was freed back to the system: glibc keeps it in the heap of each thread that there was."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # other C libraries have none
+        libc.malloc_trim(0)
 
 
 @dataclass(frozen=True)
@@ -269,6 +277,7 @@ class Library:
             self._lanes.clear()
             self._weights.drop()
             self._lane = dataclasses.replace(self._lane, program=None)
+        _return_memory()
 
     def _run(self, function: Callable[[Program], Result]) -> Result:
         self._check_open()

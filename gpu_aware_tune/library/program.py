@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,9 @@ from gpu_aware_tune.kernels.packing import packed
 from gpu_aware_tune.partition.thread_pool import adopt
 
 _WARM_UP = 3
+_KEPT: list[
+    Any
+] = []  # modules of a GPU: the context that their end needs may be closed before them
 _ALIGNMENT = 64  # bytes, of the tensors that kernels take
 
 
@@ -187,11 +191,14 @@ def open_vm(
         SetupError: the device that the library is for is not there.
     """
     try:
-        module = tvm.runtime.load_module(str(library))
+        # `tvm.runtime.load_module` would keep it until the process ends, 0.1 MB each time.
+        module = tvm_ffi.load_module(os.path.realpath(library), keep_module_alive=False)
     except Exception as error:  # TVM reports a bad file with RuntimeError, ValueError and others
         raise UserError(f"{library} cannot be loaded ({_said(error)}): tune again") from error
     cuda = has_gpu_kernels(module)
-    if not cuda:
+    if cuda:
+        _KEPT.append(module)
+    else:
         adopt(library)
     device = tvm.cuda(index) if cuda else tvm.cpu(0)
     if cuda and not device.exist:

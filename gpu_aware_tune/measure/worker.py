@@ -223,12 +223,14 @@ class MeasurementSession:
         return Reply(tuple(dataclasses.replace(result, how=how) for result, how in pairs))
 
     def _loaded(self, path: str) -> Any:
-        import tvm
+        import tvm_ffi
 
         from gpu_aware_tune.partition.thread_pool import adopt
 
-        module = tvm.runtime.load_module(path)
-        if self._partition.tvm_device != "cuda":
+        # On a GPU the context that a module's end needs may be closed before it.
+        cuda = self._partition.tvm_device == "cuda"
+        module = tvm_ffi.load_module(path, keep_module_alive=cuda)
+        if not cuda:
             adopt(path)
         return module
 

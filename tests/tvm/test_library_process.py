@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -214,9 +215,24 @@ def test_nothing_is_left_of_closed_libraries(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     threads, descriptors, more_mb, spent_s, idle_s = json.loads(done.stdout)
     assert (threads, descriptors) == (0, 0)
-    assert more_mb < 0.05 * CYCLES
+    assert more_mb < 2 + 0.01 * CYCLES
     assert spent_s / CYCLES < 0.15
     assert idle_s < 0.1
+
+
+def test_the_code_of_a_closed_library_is_unloaded(folder: Path, tmp_path: Path) -> None:
+    """TVM's `load_module` keeps each until the process ends, however often one is loaded."""
+
+    def is_mapped() -> bool:
+        gc.collect()
+        return f"{own}/lib-" in Path("/proc/self/maps").read_text()
+
+    own = shutil.copytree(folder, tmp_path / "own.tuned")
+    library = load(own, preload=True)
+    library(random_inputs(library.inputs, 0))
+    assert is_mapped()
+    library.close()
+    assert not is_mapped()
 
 
 def test_a_closed_library_keeps_no_memory_of_its_programs(folder: Path) -> None:
