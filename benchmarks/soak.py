@@ -75,8 +75,8 @@ def main() -> None:
             cell = {"kind": kind, "folder": str(output), "count": getattr(args, kind)}
             found[kind] = run_apart(MODULE, cell) | {"seconds": round(time.monotonic() - begun, 1)}
             print(f"{kind:10} {json.dumps(found[kind])}", flush=True)
+            write_results(args.results, about, {"model": path.name, **found})
     bad = [kind for kind, facts in found.items() if not facts["ok"]]
-    write_results(args.results, about, {"model": path.name, "ok": not bad, **found})
     if bad:
         raise SystemExit(f"FAILED: {', '.join(bad)}")
 
