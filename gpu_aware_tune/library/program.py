@@ -21,9 +21,8 @@ from gpu_aware_tune.kernels.packing import packed
 from gpu_aware_tune.partition.thread_pool import adopt
 
 _WARM_UP = 3
-_KEPT: list[
-    Any
-] = []  # modules of a GPU: the context that their end needs may be closed before them
+# Modules of a GPU, for good: the context that their end needs may be closed before them.
+_KEPT: list[Any] = []
 _ALIGNMENT = 64  # bytes, of the tensors that kernels take
 
 

@@ -137,12 +137,14 @@ def check_equations(model: ModelProto) -> None:
 def check_nodes(model: ModelProto) -> None:
     """Refuse nodes with too few or too many inputs or outputs, which ONNX's inference may crash at.
 
+    Those of local functions may be of another operator set, and are left alone.
+
     Raises:
         UserError: there is one.
     """
     versions = {"" if e.domain == "ai.onnx" else e.domain: e.version for e in model.opset_import}
     local = {(function.domain, function.name) for function in model.functions}
-    for node in _all_nodes(model):
+    for node in walk(model.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
         if (node.domain, node.op_type) in local or domain not in versions:
             continue

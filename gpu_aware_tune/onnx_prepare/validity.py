@@ -16,6 +16,7 @@ def fault_of(path: Path) -> str:
     """Say why ONNX Runtime does not load a file, or not run it on zeros; "" where it does both.
 
     It decides, and not ONNX's checker, which has something to say about models that run everywhere.
+    Files that leave extents of their inputs open are only loaded: which of them go together, none says.
     """
     import onnxruntime as ort
 
@@ -25,9 +26,9 @@ def fault_of(path: Path) -> str:
     options.intra_op_num_threads = 1
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        session.run(
-            None, {value.name: _zeros(value.shape, value.type) for value in session.get_inputs()}
-        )
+        inputs = session.get_inputs()
+        if all(isinstance(extent, int) for value in inputs for extent in value.shape):
+            session.run(None, {value.name: _zeros(value.shape, value.type) for value in inputs})
     except Exception as refusal:
         reason = str(refusal).split(" : ", 3)[-1]
         for opening in (" failed:", "This is an invalid model. ", "Error Unrecognized "):
@@ -36,8 +37,7 @@ def fault_of(path: Path) -> str:
     return ""
 
 
-def _zeros(shape: list[int | str | None], kind: str) -> np.ndarray:
-    """Zeros of a type such as "tensor(float)"; extents that the file leaves open are 1."""
+def _zeros(shape: list[int], kind: str) -> np.ndarray:
+    """Zeros of a type such as "tensor(float)"."""
     element = kind.removeprefix("tensor(").removesuffix(")")
-    extents = [extent if isinstance(extent, int) else 1 for extent in shape]
-    return np.zeros(extents, _DTYPES.get(element, element))
+    return np.zeros(shape, _DTYPES.get(element, element))

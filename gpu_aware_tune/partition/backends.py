@@ -2,7 +2,7 @@
 
 A new backend is a subclass of `Partition` (for GPUs of `GpuPartition`) in a module of its own, one entry
 in `_BACKENDS`, its name in `settings.PARTITIONS` and, if it has `open_slices`, in `SIDE_BY_SIDE`; to load
-libraries in it, `attach.py`. Tests fail where one of them lacks.
+libraries in it, `attach.py`. Tests fail where one of them is missing.
 """
 
 from __future__ import annotations
