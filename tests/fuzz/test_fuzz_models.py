@@ -32,7 +32,7 @@ from gpu_aware_tune.run.session import Session
 from gpu_aware_tune.workers import WorkerHost
 
 TARGET = {"kind": "llvm", "num-cores": 2}
-LIMIT_S = 30.0  # for a child that others may hold up
+LIMIT_S = 120.0  # for a child that others may hold up
 LARGEST_BYTES = 2 << 30  # of memory, for files of some kilobytes
 LONGEST = 300  # characters, of an error
 
@@ -259,7 +259,7 @@ def deepen(model: ModelProto, draw: random.Random) -> None:
     """A chain of the same node."""
     node = draw.choice(model.graph.node)
     result = model.graph.output[0].name
-    for number in range(draw.choice([3, 20, 40])):
+    for number in range(draw.choice([3, 10, 20])):
         made = model.graph.node.add()
         made.CopyFrom(node)
         made.input[0] = result
