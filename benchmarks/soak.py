@@ -12,7 +12,8 @@ Each in a process of its own, on a folder with code for one core and for two:
 
 At ten moments, evenly spaced, the resident memory, the threads and the open descriptors of the process
 are written down; the first of them is after a tenth of the work, when all that is made once has been made.
-Every answer must be the first one, bit by bit. Results go to benchmarks/results/soak.json.
+What is compared must be the first answer on that share, bit by bit. Results go to
+benchmarks/results/soak.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +31,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 from benchmarks.environment import RESULTS, ROOT, environment, write_results
 from benchmarks.light_models import write_seeded
 from benchmarks.scaffold import FLAG, answer, asked, parser, run_apart
@@ -38,9 +40,8 @@ from benchmarks.scaffold import FLAG, answer, asked, parser, run_apart
 RESULTS_FILE = RESULTS / "soak.json"
 MODULE = "benchmarks.soak"
 MOMENTS = 10
-GROWTH_MB = (
-    8.0  # from the first three moments to the last three: what allocators keep, not what is lost
-)
+# From the first three moments to the last three: what allocators keep, not what is lost.
+GROWTH_MB = 8.0
 LIMIT_S = 600.0
 
 
@@ -104,11 +105,11 @@ def run_cell(kind: str, folder: str, count: int) -> dict[str, Any]:
 def held() -> dict[str, float]:
     """Resident megabytes, threads and open descriptors of this process."""
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    process = psutil.Process()
     return {
-        "mb": round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1),
-        "threads": len(os.listdir("/proc/self/task")),
-        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mb": round(process.memory_info().rss / 1e6, 1),
+        "threads": process.num_threads(),
+        "descriptors": process.num_fds(),
     }
 
 
@@ -121,18 +122,19 @@ class Subject:
 
         self.library = load(folder, preload=True)
         self.inputs = random_inputs(self.library.inputs, 0)
-        self._wanted: dict[bytes, None] = {}
-        for percent in (50, 100):  # their kernels may sum in another order
-            self.library.use(percent)
-            self._wanted[self.content()] = None
+        self.shares = self.library.about.units
+        self._wanted: dict[int, bytes] = {}
+        for units in self.shares:  # each has kernels of its own, which may sum in another order
+            self.library.use(units)
+            self._wanted[units] = self.content()
 
     def content(self) -> bytes:
         """The outputs of a call, as bytes."""
         return b"".join(array.tobytes() for array in self.library(self.inputs).values())
 
     def is_right(self) -> bool:
-        """Whether a call gives what one of the first calls gave."""
-        return self.content() in self._wanted
+        """Whether a call gives what the first one on this share gave."""
+        return self.content() == self._wanted[self.library.units]
 
 
 def calls(folder: str, count: int) -> Iterator[bool]:
@@ -143,7 +145,7 @@ def calls(folder: str, count: int) -> Iterator[bool]:
             subject.library(subject.inputs)
             yield True
             continue
-        subject.library.use((50, 100)[number // 100 % 2])
+        subject.library.use(subject.shares[number // 100 % len(subject.shares)])
         yield subject.is_right()
 
 

@@ -34,7 +34,7 @@ class SetupError(TuneError):
 def last_line(error: Exception) -> str:
     """The line of a TVM error that says what happened, or ""; C++ frames come before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    return lines[-1][:MESSAGE_LENGTH] if lines else ""
 
 
 def one_line(text: object, limit: int = MESSAGE_LENGTH) -> str:
@@ -43,6 +43,11 @@ def one_line(text: object, limit: int = MESSAGE_LENGTH) -> str:
     first = next((line for line in lines if line), type(text).__name__)
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in first)
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
+
+
+def quoted(name: object) -> str:
+    """A name from outside as messages show it: in quotes, on one line, of a bounded length."""
+    return one_line(repr(name), 60)
 
 
 def printable(text: str) -> str:

@@ -34,13 +34,6 @@ from gpu_aware_tune.model.importer import random_inputs
 Result = TypeVar("Result")
 
 
-def _return_memory() -> None:
-    """Give what was freed back to the system: glibc keeps it in the heap of each thread that there was."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # other C libraries have none
-        libc.malloc_trim(0)
-
-
 @dataclass(frozen=True)
 class _OpenShare:
     """A program and the thread it runs in; no two lanes share a program, which is not reentrant.
@@ -370,3 +363,10 @@ def _failed(text: str) -> UserError:
     return UserError(
         f"the library failed ({text}): load it again; if that does not help, tune again"
     )
+
+
+def _return_memory() -> None:
+    """Give what was freed back to the system: glibc keeps it in the heap of each thread that there was."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # other C libraries have none
+        libc.malloc_trim(0)

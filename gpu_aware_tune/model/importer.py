@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_aware_tune.errors import UserError, one_line
+from gpu_aware_tune.errors import UserError, one_line, quoted
 from gpu_aware_tune.settings import TF32
 
 if TYPE_CHECKING:
@@ -131,8 +131,6 @@ def _import_detached(
     blocks: bool,
 ) -> Model:
     """Import a graph without its large weights, and those, of which `weights` holds none afterwards."""
-    from tvm import relax
-
     from gpu_aware_tune.kernels.naming import canonical_names
     from gpu_aware_tune.kernels.packing import mark_weights
     from gpu_aware_tune.kernels.schedules.cpu import machine_of
@@ -150,10 +148,8 @@ def _import_detached(
     with _quiet():
         module = _fused(plainly_named(_imported(proto, weights, target)), target)
     module, arrays = hoist_constants(module)
-    read = relax.analysis.free_vars(module["main"].body)
-    reads_inputs = any(parameter in read for parameter in module["main"].params[: len(inputs)])
-    if not reads_inputs and arrays and len(module.functions) == 1:  # TVM compiles no such main
-        raise UserError(
+    if arrays and len(module.functions) == 1 and not _reads(module["main"], len(inputs)):
+        raise UserError(  # no kernels: TVM does not compile a main that hands weights on
             f"{source}: its outputs are the same for all inputs; there is nothing to tune"
         )
     notes: tuple[str, ...] = ()
@@ -233,14 +229,16 @@ def _imported(
                 for convert in converters.get(op_name, ()):
                     made = convert(self.bb, inputs, attrs)
                     if made is not None:
-                        return self.bb.normalize(made)
-                made = super()._convert_operator(op_name, inputs, attrs, opset)
+                        made = self.bb.normalize(made)
+                        break
+                else:
+                    made = super()._convert_operator(op_name, inputs, attrs, opset)
                 _check_extents(made)
                 return made
             except Exception as error:
                 node = attrs["tvm_custom"]["name"]
                 raise UserError(
-                    f"operator {one_line(op_name, 40)} (node {one_line(repr(node), 60)}, opset "
+                    f"operator {one_line(op_name, 40)} (node {quoted(node)}, opset "
                     f"{opset}) cannot be imported: {_first_line(error)}; change its export"
                 ) from error
 
@@ -255,6 +253,14 @@ def _imported(
         raise UserError(
             f"the model cannot be imported: {_diagnosis(proto, names, error)}"
         ) from error
+
+
+def _reads(main: Any, count: int) -> bool:
+    """Whether a function reads one of its first parameters."""
+    from tvm import relax
+
+    read = relax.analysis.free_vars(main.body)
+    return any(parameter in read for parameter in main.params[:count])
 
 
 def _check_extents(made: Any) -> None:

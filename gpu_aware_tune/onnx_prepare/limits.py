@@ -15,7 +15,7 @@ import onnx
 import onnx.shape_inference
 from onnx import FunctionProto, ModelProto, NodeProto
 
-from gpu_aware_tune.errors import UserError, one_line
+from gpu_aware_tune.errors import UserError, one_line, quoted
 from gpu_aware_tune.onnx_prepare.convert import skeleton_of
 from gpu_aware_tune.onnx_prepare.facts import attributes, bodies, walk
 
@@ -39,8 +39,9 @@ def check_text(model: ModelProto) -> None:
     named += [name for f in model.functions for name in (f.name, f.domain, *f.input, *f.output)]
     for text in (*_names(_all_nodes(model)), *named):
         if not isinstance(text, str) or (not text.isascii() and not _is_encodable(text)):
-            shown = one_line(repr(text), 60)
-            raise UserError(f"the file is damaged: its name {shown} is not text; get it again")
+            raise UserError(
+                f"the file is damaged: its name {quoted(text)} is not text; get it again"
+            )
 
 
 def _is_encodable(text: str) -> bool:
@@ -76,8 +77,9 @@ def check_ends(model: ModelProto) -> None:
         counts = collections.Counter(value.name for value in values)
         for name, count in counts.items():
             if count > 1:
-                shown = one_line(repr(name), 60)
-                raise UserError(f"the model has {count} {kind}s {shown}: give each its own name")
+                raise UserError(
+                    f"the model has {count} {kind}s {quoted(name)}: give each its own name"
+                )
 
 
 def check_functions(model: ModelProto) -> None:
@@ -110,9 +112,7 @@ def _unfolded(
         sizes[key] = sum(_unfolded(inner, functions, sizes) for inner in functions[key].node)
     size = sizes[key]
     if size is None:
-        raise UserError(
-            f"the model is not valid: its function {one_line(repr(node.op_type), 60)} calls itself"
-        )
+        raise UserError(f"the model is not valid: its function {quoted(node.op_type)} calls itself")
     return size
 
 
@@ -130,7 +130,7 @@ def check_equations(model: ModelProto) -> None:
         if len(text) > MOST_LETTERS or not EINSUM.fullmatch(text) or "." in text.replace("...", ""):
             raise UserError(
                 f"the model is not valid: operator Einsum (node {_label(node)}) has the equation"
-                f" {one_line(repr(text), 60)}"
+                f" {quoted(text)}"
             )
 
 
@@ -185,15 +185,14 @@ def check_sizes(model: ModelProto) -> None:
     values = (*graph.input, *inferred.value_info, *inferred.output)
     for value in values:
         if (rank := len(value.type.tensor_type.shape.dim)) > MOST_EXTENTS:
-            shown = one_line(repr(value.name), 60)
             raise UserError(
-                f"{shown} has {rank} dimensions; values of up to {MOST_EXTENTS} are taken"
+                f"{quoted(value.name)} has {rank} dimensions; values of up to {MOST_EXTENTS} are taken"
             )
     sizes = {value.name: size for value in values if (size := _bytes(value)) is not None}
     changing = {value.name for value in graph.input} - constants
     for value in graph.input:
         if sizes.get(value.name, 0) > VALUE_BYTES:
-            shown = one_line(repr(value.name), 60)
+            shown = quoted(value.name)
             raise UserError(f"input {shown} has {_gib(sizes[value.name])}; up to 4 GiB are taken")
     for node in graph.node:
         is_constant = changing.isdisjoint(node.input) and not any(True for _ in bodies(node))
@@ -209,7 +208,7 @@ def check_sizes(model: ModelProto) -> None:
 
 
 def _label(node: NodeProto) -> str:
-    return one_line(repr(node.name or next(iter(node.output), "")), 60)
+    return quoted(node.name or next(iter(node.output), ""))
 
 
 def _gib(size: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from gpu_aware_tune.errors import MESSAGE_LENGTH, UserError, one_line
+from gpu_aware_tune.errors import MESSAGE_LENGTH, UserError, one_line, quoted
 from gpu_aware_tune.onnx_prepare.attention import attention_reason, group_query_reason
 from gpu_aware_tune.onnx_prepare.facts import Facts, attributes, input_of, opset_of, walk
 from gpu_aware_tune.onnx_prepare.loops import loop_reason
@@ -26,7 +26,7 @@ def refuse_unsupported(model: ModelProto, supported: Collection[tuple[str, str]]
     problems: dict[str, list[str]] = {}  # an operator and what is wrong -> its nodes
     for node in walk(model.graph):
         name = one_line(operator_name(node), 60)
-        where = one_line(repr(node.name or node.output[0]), 60)
+        where = quoted(node.name or node.output[0])
         if (node.domain, node.op_type) not in supported:
             reason_of = NOT_EXPANDED.get(operator_name(node))
             why = reason_of(node, facts) if reason_of else ""

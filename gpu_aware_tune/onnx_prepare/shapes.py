@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from onnx import ModelProto, TensorProto, TensorShapeProto, ValueInfoProto
 
-from gpu_aware_tune.errors import MESSAGE_LENGTH, UserError, one_line
+from gpu_aware_tune.errors import MESSAGE_LENGTH, UserError, one_line, quoted
 
 NAMELESS = {"", "?", "-1", "None"}  # what exporters write for dimensions that they do not know
 
@@ -59,9 +59,8 @@ def fix_inputs(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -
     _refuse_dynamic(list(inputs.values()), smallest)
     for value in model.graph.output:
         if value.type.WhichOneof("value") not in ("tensor_type", None):
-            shown = one_line(repr(value.name), 60)
             raise UserError(
-                f"output {shown} is no tensor; sequences and optionals are not returned"
+                f"output {quoted(value.name)} is no tensor; sequences and optionals are not returned"
             )
         if value.type.HasField("tensor_type"):  # what it says may be stale, and is inferred anyway
             value.type.tensor_type.ClearField("shape")
@@ -134,7 +133,7 @@ def _assume_batch(
         return []
     name = next(iter(found))
     shown = _shape_text(inputs[name])
-    names = ", ".join(one_line(repr(name), 60) for name in list(found)[:3])
+    names = ", ".join(quoted(name) for name in list(found)[:3])
     return [
         f"the first dimension of {names} is dynamic and taken as 1; "
         f"for another batch use --input {one_line(name, 60)}:{shown}"
@@ -175,7 +174,7 @@ def _refuse_dynamic(values: list[ValueInfoProto], smallest: int) -> None:
     for value in values:
         tensor = value.type.tensor_type
         if not tensor.HasField("shape"):
-            problems.append(f"input {one_line(repr(value.name), 60)} has no shape")
+            problems.append(f"input {quoted(value.name)} has no shape")
             flags.append(f"--input {value.name}:1x3x224x224")
             continue
         dims = list(tensor.shape.dim)
@@ -185,15 +184,15 @@ def _refuse_dynamic(values: list[ValueInfoProto], smallest: int) -> None:
         named = ", ".join(
             f"{axis} ({one_line(dims[axis].dim_param or 'unnamed', 40)})" for axis in unknown
         )
-        problems.append(f"input {one_line(repr(value.name), 60)} has dynamic dimension {named}")
+        problems.append(f"input {quoted(value.name)} has dynamic dimension {named}")
         guesses = [1, 3, 224, 224] if len(dims) == 4 else [1] + [128] * (len(dims) - 1)
         example = [dim.dim_value or guess for dim, guess in zip(dims, guesses, strict=False)]
         flags.append(f"--input {value.name}:{'x'.join(map(str, example))}")
     if problems:
-        fix = f": fix it, for example with {' '.join(flags)}"
-        if len("; ".join(problems)) + len(fix) > MESSAGE_LENGTH and problems[1:]:
-            problems[1:] = [f"{len(problems) - 1} inputs more are dynamic"]
-        raise UserError(one_line("; ".join(problems) + fix, MESSAGE_LENGTH))
+        text, fix = "; ".join(problems), f": fix it, for example with {' '.join(flags)}"
+        if len(text) + len(fix) > MESSAGE_LENGTH and problems[1:]:
+            text = f"{problems[0]}; {len(problems) - 1} inputs more are dynamic"
+        raise UserError(one_line(text + fix))
 
 
 def _shape_text(value: ValueInfoProto) -> str:

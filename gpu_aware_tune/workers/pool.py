@@ -40,7 +40,7 @@ class Exit:
             how = f"killed by {signal.Signals(-self.code).name}"
         else:
             how = f"exit code {self.code}"
-        said = re.split("Fatal Python error|!!! Segfault encountered !!!", self.output)[0]
+        said = re.split("Fatal Python error|!+ Segfault encountered", self.output)[0]
         lines = [line for line in said.splitlines() if line.strip()]
         return f"{how}: {lines[-1][:300]}" if lines else how
 

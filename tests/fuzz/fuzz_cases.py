@@ -55,11 +55,14 @@ def outcome(function: Callable[[Path], None], folder: Path) -> str:
 
 def seeds() -> Iterator[int]:
     """The cases' seeds: so many, or for so long."""
-    begun = time.monotonic()
-    for number in itertools.count():
-        if time.monotonic() - begun >= SECONDS if SECONDS else number == CASES:
+    if not SECONDS:
+        yield from range(FIRST, FIRST + CASES)
+        return
+    end = time.monotonic() + SECONDS
+    for seed in itertools.count(FIRST):
+        if time.monotonic() >= end:
             return
-        yield FIRST + number
+        yield seed
 
 
 def run_cases(run_case: Callable[[int], str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,10 +21,11 @@ import numpy as np
 import pytest
 import tvm
 from fuzz_cases import run_cases
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from gpu_aware_tune.errors import SetupError, UserError
 from gpu_aware_tune.model.tasks import extract
+from gpu_aware_tune.onnx_prepare.facts import walk
 from gpu_aware_tune.run import import_child
 from gpu_aware_tune.run.import_child import import_apart
 from gpu_aware_tune.run.session import Session
@@ -51,17 +51,8 @@ Damage = Callable[[ModelProto, random.Random], None]
 # -- kinds of damage -------------------------------------------------------------------------------
 
 
-def nodes_of(graph: GraphProto) -> Iterator[NodeProto]:
-    """Every node of a graph and of the graphs within it."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from nodes_of(inner)
-
-
 def some_node(model: ModelProto, draw: random.Random) -> NodeProto:
-    return draw.choice(list(nodes_of(model.graph)))
+    return draw.choice(list(walk(model.graph)))
 
 
 def change_attribute(model: ModelProto, draw: random.Random) -> None:
@@ -89,7 +80,7 @@ def change_attribute_kind(model: ModelProto, draw: random.Random) -> None:
 
 def change_list(model: ModelProto, draw: random.Random) -> None:
     """An attribute with one value more or less."""
-    attribute = draw.choice([a for n in nodes_of(model.graph) for a in n.attribute if a.ints])
+    attribute = draw.choice([a for n in walk(model.graph) for a in n.attribute if a.ints])
     if draw.random() < 0.5:
         attribute.ints.pop()
     else:
@@ -143,7 +134,7 @@ def change_value_kind(model: ModelProto, draw: random.Random) -> None:
 
 
 def tensors_of(model: ModelProto) -> list[TensorProto]:
-    made = [a.t for n in nodes_of(model.graph) for a in n.attribute if a.HasField("t")]
+    made = [a.t for n in walk(model.graph) for a in n.attribute if a.HasField("t")]
     return [*model.graph.initializer, *made]
 
 
@@ -181,7 +172,7 @@ def rewire(model: ModelProto, draw: random.Random) -> None:
     """An input of a node that is another value, absent, or its own output."""
     node = some_node(model, draw)
     names = [*node.output, *(v.name for v in model.graph.input), "", "nothing", "\x1b[2J"]
-    names += [name for each in nodes_of(model.graph) for name in each.output]
+    names += [name for each in walk(model.graph) for name in each.output]
     place = draw.randrange(len(node.input) + 1)
     if place == len(node.input):
         node.input.append(draw.choice(names))
@@ -378,7 +369,6 @@ def outcome(session: Session, path: Path) -> str:
     return "opened"
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="POSIX")
 def test_damaged_models_are_imported_or_refused_in_one_line(
     session: Session, tmp_path: Path
 ) -> None:

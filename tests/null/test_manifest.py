@@ -138,6 +138,7 @@ DAMAGE: list[tuple[dict[str, Any], str | None]] = [
     ({"weights.file": ["w"]}, "weights.file is a list, not a text"),
     ({"inputs.0.shape": [1, "3"]}, "inputs[0].shape[1] is '3', not a whole number"),
     ({"inputs.0.shape": [1, True]}, "inputs[0].shape[1] is true, not a whole number"),
+    ({"inputs.0.shape": [-2]}, "inputs[0].shape[0] is -2"),
     ({"inputs.0.shape": [-1]}, "inputs[0].shape[0] is -1, not a whole number from 0 to"),
     ({"outputs.0.shape": [-1]}, None),
     ({"outputs.0.shape": [-2]}, "outputs[0].shape[0] is -2, not a whole number from -1 to"),

@@ -28,6 +28,7 @@ from gpu_aware_tune.run import import_child
 from gpu_aware_tune.run.import_child import import_apart
 from gpu_aware_tune.run.session import Session
 from gpu_aware_tune.workers import WorkerHost
+from gpu_aware_tune.workers.pool import Exit
 
 TARGET = {"kind": "llvm", "num-cores": 2}
 
@@ -143,6 +144,19 @@ def test_a_child_that_takes_too_much_is_ended(
         worker.kill()
     assert time.monotonic() - begun < 20
     assert not Path(f"/proc/{worker.pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("printed", "told"),
+    [
+        ("", "killed by SIGSEGV"),
+        ("one\ntwo\n\n", "killed by SIGSEGV: two"),
+        ("two\nFatal Python error: Aborted\n\nExtension modules: a, b", "killed by SIGSEGV: two"),
+        ("!!!!!!! Segfault encountered !!!!!!!\n  File x, line 0, in y", "killed by SIGSEGV"),
+    ],
+)
+def test_where_a_crash_was_is_not_what_it_said(printed: str, told: str) -> None:
+    assert Exit(-signal.SIGSEGV, printed).text == told
 
 
 def hold(connection: Connection) -> None:
